@@ -1,0 +1,132 @@
+"""Adapter files: written whole or not at all, checked before use, and saying what loads them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import wraps
+from typing import Any
+
+import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+
+REQUIRES = "peft_ext: run `pip install peft-ext`, then `import peft_ext` before loading this adapter"
+CHECKSUM_KEY = "peft_ext_sha256"
+_README_MARK = "<!-- peft_ext -->"
+
+
+def write_atomically(path: str, text: str) -> None:
+    """Write a text file; an interruption leaves the old file whole."""
+    _replace(path, lambda temporary: _write_text(temporary, text))
+
+
+def _write_text(path: str, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _replace(path: str, write: Callable[[str], None]) -> None:
+    """Let `write` fill a new file beside `path`, then put it in the place of `path` in one step."""
+    folder, name = os.path.split(os.path.abspath(path))
+    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
+    os.close(descriptor)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's 0600 would lock out the readers that an ordinary file has
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.remove(temporary)
+        raise
+
+
+def atomic_saver(save_file: Callable[..., None]) -> Callable[..., None]:
+    """
+    Wrap safetensors' `save_file` so that adapter files appear whole or not at all, and files with our tensors carry a
+    checksum of their content.
+    """
+
+    @wraps(save_file)
+    def save(tensors: Mapping[str, Tensor], filename: str | os.PathLike[str], metadata: Any = None) -> None:
+        path = os.fspath(filename)
+        if not os.path.basename(path).startswith("adapter_model"):
+            return save_file(tensors, filename, metadata=metadata)
+        if any(key.endswith(".fingerprint") for key in tensors):
+            metadata = {**(metadata or {}), CHECKSUM_KEY: _checksum(tensors)}
+        _replace(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+    save.is_atomic = True  # type: ignore[attr-defined]
+    return save
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_weights(folder: str) -> None:
+    """
+    Make sure that the adapter weights in a folder are those that were saved.
+
+    Raises:
+        `ValueError`: if the file is cut short, is not a safetensors file, or differs from its checksum.
+    """
+    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+    if not os.path.isfile(path):
+        return
+    remedy = "Download or save the adapter again."
+    try:
+        with safe_open(path, framework="pt") as file:
+            expected = (file.metadata() or {}).get(CHECKSUM_KEY)
+            if expected is None:
+                return
+            actual = _checksum({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}). {remedy}") from error
+    if actual != expected:
+        raise ValueError(f"{path} is corrupted: its content does not have the checksum it was saved with. {remedy}")
+
+
+def explain_requirement(folder: str, peft_type: Any) -> None:
+    """Say in the adapter's README, where there is one, that loading needs peft_ext."""
+    path = os.path.join(folder, "README.md")
+    if not os.path.isfile(path):
+        return
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    if _README_MARK in text:
+        return
+    name = str(getattr(peft_type, "value", peft_type))
+    section = f"""
+
+{_README_MARK}
+## Loading this adapter
+
+This is a {name} adapter made with `peft_ext`. Without that package PEFT stops with `KeyError: '{name}'`.
+
+```bash
+pip install peft-ext
+```
+
+```python
+import peft_ext  # registers {name} with PEFT
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/or/hub-id/of/this/adapter")
+```
+"""
+    write_atomically(path, text.rstrip() + section)

@@ -1,0 +1,116 @@
+"""What a sparse adapter looks like in a checkpoint, and the checks before one is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .layer import SparseLinear
+from .support import Support, narrowest_index_dtype
+
+
+if TYPE_CHECKING:
+    from .config import SparseConfig
+
+
+class CheckpointMixin:
+    """The state-dict hooks that PEFT calls on a tuner class when it saves and loads."""
+
+    tuner_layer_cls: type[SparseLinear]
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SparseConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """As PEFT selects it, with indices in the narrowest type: 2 bytes per entry where PEFT's SHiRA takes 8."""
+        selected = super()._get_adapter_state_dict(  # type: ignore[misc]
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        for prefix, layer in cls._layers_with(model, adapter_name):
+            key = f"{prefix}.indices"
+            if key in selected:
+                fan_in = layer.deltas[adapter_name].fan_in
+                selected[key] = selected[key].to(narrowest_index_dtype(fan_in))
+        return selected
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SparseConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """
+        As PEFT maps it, after checking that the checkpoint is whole and belongs to this base model.
+
+        Raises:
+            `ValueError`: if tensors are missing, do not fit, or were made for another base weight. Nothing has been
+                loaded then, and an adapter that was added only for this checkpoint is taken out again.
+        """
+        mapped = super()._remap_adapter_state_dict_for_load(  # type: ignore[misc]
+            model, config, adapter_name, state_dict
+        )
+        try:
+            for prefix, layer in cls._layers_with(model, adapter_name):
+                _check_entry(prefix, layer, adapter_name, mapped)
+        except ValueError:
+            if config.from_checkpoint:
+                _take_out(model, adapter_name)
+            raise
+        return mapped
+
+    @classmethod
+    def _layers_with(cls, model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseLinear]]:
+        """State-dict prefix of an adapter's tensors and the layer, for each layer that has the adapter."""
+        container = cls.tuner_layer_cls.adapter_layer_names[0]
+        for name, module in model.named_modules():
+            if isinstance(module, cls.tuner_layer_cls) and adapter_name in module.deltas:
+                name = name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
+                yield f"{name}.{container}.{adapter_name}" if name else f"{container}.{adapter_name}", module
+
+
+def _check_entry(prefix: str, layer: SparseLinear, adapter_name: str, mapped: dict[str, Tensor]) -> None:
+    delta = layer.deltas[adapter_name]
+    for name, here in delta.state_dict().items():
+        key = f"{prefix}.{name}"
+        if key not in mapped:
+            raise ValueError(
+                f"The checkpoint lacks '{key}', so it is only a part of adapter '{adapter_name}' or was made with "
+                "other options. Nothing was loaded; save the whole adapter again."
+            )
+        if mapped[key].shape != here.shape:
+            raise ValueError(
+                f"'{key}' has shape {tuple(mapped[key].shape)} in the checkpoint, but the config and the base model "
+                f"lead to {tuple(here.shape)}. Nothing was loaded; use the config and base model it was saved with."
+            )
+    for name in ("indices", "offsets"):
+        key = f"{prefix}.{name}"
+        if key in mapped:
+            mapped[key] = mapped[key].to(torch.int32)
+    support = Support(mapped[f"{prefix}.indices"], delta.fan_in, mapped.get(f"{prefix}.offsets"))
+    try:
+        support.check()
+    except ValueError as error:
+        raise ValueError(f"'{prefix}.indices' is corrupted: {error}. Nothing was loaded.") from error
+    reason = layer.base_mismatch(support, mapped[f"{prefix}.fingerprint"])
+    if reason is not None:
+        raise ValueError(
+            f"Adapter '{adapter_name}' was made for another base model: the base weight under '{prefix}' has {reason}. "
+            "Nothing was loaded; use the base model it was trained on."
+        )
+
+
+def _take_out(model: Any, adapter_name: str) -> None:
+    """Undo the injection that PEFT did before it read the weights."""
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, CheckpointMixin):
+        return
+    if len(model.peft_config) > 1:
+        model.delete_adapter(adapter_name)
+    else:
+        tuner.unload()  # type: ignore[attr-defined]

@@ -1,0 +1,170 @@
+"""Options that all sparse tuners share."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME
+from torch import Tensor
+
+from .._version import __version__
+from ..files import REQUIRES, check_weights, explain_requirement, write_atomically
+from .ops import BACKENDS
+from .selection import parse_selection
+
+
+VALUES_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class SparseConfig(PeftConfig):
+    """
+    Base of the configurations of [`NeuroAdaConfig`] and the other sparse tuners.
+
+    Args:
+        k (`int`, *optional*, defaults to 1):
+            Trained entries per neuron (row of a Linear's weight, column of a Conv1D's), capped at the fan-in.
+        target_modules (`list[str]` or `str`, *optional*):
+            Modules to adapt: names matched by suffix, a regular expression, or `"all-linear"`. By default all linear
+            layers of a transformers model except its output layer.
+        exclude_modules (`list[str]` or `str`, *optional*):
+            Modules to leave out, matched in the same way.
+        selection (`str`, *optional*, defaults to `"magnitude"`):
+            How entries are chosen: `"magnitude"`, `"reverse"` (smallest magnitude), `"random"` or `"gradient"` (scores
+            given by [`~SparseConfig.with_scores`]), each per neuron; with `_layer` or `_network` appended, the same
+            number of entries is shared out over a whole weight or over all of them.
+        neuron_ratio (`float`, *optional*, defaults to 1.0):
+            Share of the neurons of each weight that get trained entries, drawn at random.
+        seed (`int`, *optional*, defaults to 0):
+            For random choices. Every module draws its own.
+        backend (`str`, *optional*, defaults to `"auto"`):
+            How products are computed: `"bypass"` (`W x + S x`; any base layer), `"folded"` (the values are added into
+            W while a product runs; rounds them to W's dtype), `"dense"` (W + S composed on the fly) or `"reference"`.
+            `"auto"` chooses by measured crossovers.
+        values_dtype (`str`, *optional*):
+            `"float32"`, `"bfloat16"` or `"float16"`. By default as in PEFT: the base's dtype, raised to float32 by
+            `autocast_adapter_dtype=True`.
+        bias (`str`, *optional*, defaults to `"none"`):
+            Which biases of the base model to train: `"none"`, `"all"`, or `"<method>_only"` for those of the adapted
+            layers. Trained biases change the base model itself, as in PEFT's other methods.
+        init_weights (`bool`, *optional*, defaults to `True`):
+            Start from zero, so that the adapted model equals the base. `False` draws random values, for tests.
+        modules_to_save (`list[str]`, *optional*):
+            Modules trained and saved whole, such as a new head.
+        layers_to_transform (`list[int]` or `int`, *optional*), layers_pattern (`list[str]` or `str`, *optional*):
+            Adapt only the blocks with these numbers, as in PEFT.
+        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
+            Tokens whose embeddings are trained too, as in PEFT.
+        support_sizes (`dict[str, int]`, *optional*):
+            Filled in by network-wide selections: number of entries per module.
+        peft_ext_version (`str`, *optional*), requires (`str`):
+            Filled in: what wrote the adapter, and what is needed to load it.
+    """
+
+    k: int = field(default=1, metadata={"help": "Trained entries per neuron, capped at the fan-in."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names (by suffix), a regex, 'all-linear', or None for all linear layers."}
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
+    selection: str = field(default="magnitude", metadata={"help": "How the trained entries are chosen."})
+    neuron_ratio: float = field(default=1.0, metadata={"help": "Share of neurons that get trained entries."})
+    seed: int = field(default=0, metadata={"help": "Seed of random choices."})
+    backend: str = field(default="auto", metadata={"help": "auto, bypass, folded, dense or reference."})
+    values_dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16, float16, or None."})
+    bias: str = field(default="none", metadata={"help": "Biases to train: none, all, or <method>_only."})
+    init_weights: bool = field(default=True, metadata={"help": "Start from zero (True) or random values (False)."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Block numbers to adapt."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of blocks."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose embeddings are trained too."}
+    )
+    support_sizes: dict[str, int] | None = field(default=None, metadata={"help": "Filled in; entries per module."})
+    peft_ext_version: str | None = field(default=None, metadata={"help": "Filled in when saved."})
+    requires: str = field(default=REQUIRES, metadata={"help": "The package that loads this adapter."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.scores: Mapping[str, Tensor] | None = None  # not a field: lives only until the entries are chosen
+        self.requires = REQUIRES
+        # A config read from a file names what wrote it; its entries are in the checkpoint beside it.
+        self.from_checkpoint = self.peft_ext_version is not None
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        self._check()
+
+    def _check(self) -> None:
+        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
+            raise ValueError(f"k={self.k!r} must be a whole number of at least 1: entries trained per neuron.")
+        if isinstance(self.target_modules, set) and not self.target_modules:
+            raise ValueError(
+                "target_modules=[] adapts nothing; name modules, or leave it out to adapt all linear layers."
+            )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("layers_to_transform works with a list of target_modules; with a regex, put it there.")
+        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
+            raise ValueError("layers_pattern works with a list of target_modules; with a regex, put it there.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern is set but layers_to_transform is not; set both or neither.")
+        _, scope = parse_selection(self.selection)
+        if not 0.0 < self.neuron_ratio <= 1.0:
+            raise ValueError(f"neuron_ratio={self.neuron_ratio!r} must lie in (0, 1].")
+        if self.neuron_ratio != 1.0 and scope != "neuron":
+            raise ValueError(f"neuron_ratio={self.neuron_ratio} needs a selection per neuron, not {self.selection!r}.")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend={self.backend!r} is not known; choose one of {', '.join(BACKENDS)}.")
+        if self.values_dtype is not None and self.values_dtype not in VALUES_DTYPES:
+            raise ValueError(f"values_dtype={self.values_dtype!r} must be None or one of {', '.join(VALUES_DTYPES)}.")
+        method = str(getattr(self.peft_type, "value", self.peft_type) or "").lower()
+        if self.bias not in ("none", "all", f"{method}_only"):
+            raise ValueError(f"bias={self.bias!r} must be 'none', 'all' or '{method}_only'.")
+
+    def with_scores(self, scores: Mapping[str, Tensor]) -> Any:
+        """
+        Give the scores that `selection="gradient"` ranks by.
+
+        Args:
+            scores (`dict[str, torch.Tensor]`): per module name, a tensor in the shape of the module's weight, such as
+                its gradient. The sign does not matter.
+
+        Returns:
+            The config itself, to be passed to `get_peft_model`.
+        """
+        self.scores = dict(scores)
+        return self
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, replacing an old one only when the new one is complete, and explain in the
+        folder's README which package loads the adapter. See `PeftConfig.save_pretrained`."""
+        if os.path.isfile(save_directory):
+            raise ValueError(f"save_directory={save_directory!r} is a file; pass a folder.")
+        self.peft_ext_version = __version__
+        os.makedirs(save_directory, exist_ok=True)
+        content = {key: sorted(value) if isinstance(value, set) else value for key, value in self.to_dict().items()}
+        auto_mapping = kwargs.pop("auto_mapping_dict", None)
+        if auto_mapping is not None:
+            content["auto_mapping"] = auto_mapping
+        text = json.dumps(content, indent=2, sort_keys=True)
+        write_atomically(os.path.join(save_directory, CONFIG_NAME), text)
+        explain_requirement(save_directory, self.peft_type)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Read a config; for a local folder, first make sure that its weights are whole. See
+        `PeftConfig.from_pretrained`.
+
+        Raises:
+            `ValueError`: if the weights in the folder are missing parts or differ from what was saved.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        if os.path.isdir(folder):
+            check_weights(folder)
+        return config

@@ -1,0 +1,111 @@
+"""The trained values of one adapter on one weight, with their support."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .ops import bypass
+from .support import FINGERPRINT_LENGTH, Support
+
+
+class SparseDelta(nn.Module):
+    """
+    Values and support of one adapter on one weight. A leaf module whose only parameter is `weight`, which is what
+    FSDP's wrapping policy in PEFT looks for.
+
+    Args:
+        support ([`Support`]):
+            The entries; or zeros of the right shape if `pending`.
+        dtype (`torch.dtype`):
+            Of the values.
+        pending (`bool`, *optional*, defaults to `False`):
+            The support is a placeholder until a checkpoint is loaded; using it before is an error.
+
+    Attributes:
+        weight (`nn.Parameter`): the values, `[rows, k]` or `[entries]`.
+        indices, offsets: see [`Support`]; `offsets` is `None` for a table.
+        fingerprint (`torch.Tensor`): int64, see [`Support.fingerprint`]; zeros if unknown.
+    """
+
+    weight: Tensor
+    indices: Tensor
+    offsets: Tensor | None
+    fingerprint: Tensor
+    transposed_entries: Tensor
+    transposed_offsets: Tensor
+
+    def __init__(self, support: Support, dtype: torch.dtype, pending: bool = False) -> None:
+        super().__init__()
+        device = support.indices.device
+        self.fan_in = support.fan_in
+        self.weight = nn.Parameter(torch.zeros(support.indices.shape, dtype=dtype, device=device))
+        self.register_buffer("indices", support.indices)
+        self.register_buffer("offsets", support.offsets)
+        self.register_buffer("fingerprint", torch.zeros(FINGERPRINT_LENGTH, dtype=torch.int64))
+        self.register_buffer("transposed_entries", None, persistent=False)
+        self.register_buffer("transposed_offsets", None, persistent=False)
+        self.pending = pending
+        self.checked = True  # whether the support was compared with the base weight since it was last set
+        self.stale = True  # whether the transposed table is that of another support
+        self.refresh()
+
+    @property
+    def support(self) -> Support:
+        return Support(self.indices, self.fan_in, self.offsets)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """
+        Rebuild the transposed table after `indices` changed. Equal shapes keep their storage, so that a compiled
+        model stays valid.
+
+        Raises:
+            `ValueError`: if the indices do not fit the weight.
+        """
+        if self.indices.is_meta:
+            return
+        if not self.pending:
+            self.support.check()
+        self.stale = False
+        for name, new in zip(("transposed_entries", "transposed_offsets"), self.support.transposed(), strict=True):
+            old = getattr(self, name)
+            if old is not None and old.shape == new.shape and old.device == new.device:
+                old.copy_(new)
+            else:
+                setattr(self, name, new)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # transformers' loader and load_state_dict(assign=True) put the file's tensor in place, in the file's dtype.
+        is_new_support = name in ("indices", "offsets") and "transposed_entries" in self.__dict__.get("_buffers", {})
+        if is_new_support and isinstance(value, Tensor):
+            value = value.to(torch.int32)
+        super().__setattr__(name, value)
+        if is_new_support:
+            self._support_was_set()
+            if self.offsets is None:  # a ragged support is whole only when both of its tensors have arrived
+                self.refresh()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        before = self.indices._version, id(self.indices)
+        super()._load_from_state_dict(*args, **kwargs)
+        if (self.indices._version, id(self.indices)) != before:
+            self._support_was_set()
+            self.refresh()
+
+    def _support_was_set(self) -> None:
+        self.pending = False
+        self.checked = False
+        self.stale = True
+
+    def forward(self, result: Tensor, x: Tensor) -> Tensor:
+        """`result + S x` by the bypass: `result` `[..., rows]`, `x` `[..., fan_in]`."""
+        return bypass(
+            result, x, self.weight, self.indices, self.offsets, self.transposed_entries, self.transposed_offsets
+        )
+
+    def extra_repr(self) -> str:
+        shape = "x".join(map(str, self.weight.shape))
+        return f"values={shape}, fan_in={self.fan_in}" + (", pending" if self.pending else "")

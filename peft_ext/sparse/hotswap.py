@@ -1,0 +1,72 @@
+"""Replace an adapter by another in place, without a new layer and so without recompilation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._peft_internals import load_peft_weights, mapping
+from .model import SparseModel
+
+
+@torch.no_grad()
+def hotswap_adapter(
+    model: nn.Module, model_name_or_path: str, adapter_name: str = "default", torch_device: str | None = None, **kwargs: Any
+) -> None:
+    """
+    Load another adapter of the same options over a loaded one. A model that `torch.compile` has compiled is not
+    compiled again, since every tensor keeps its place and shape.
+
+    Args:
+        model (`PeftModel`, or a model with sparse adapters injected):
+            The model; compiled or not.
+        model_name_or_path (`str`):
+            Folder or Hub id of the new adapter.
+        adapter_name (`str`, *optional*, defaults to `"default"`):
+            The loaded adapter to replace.
+        torch_device (`str`, *optional*):
+            Where to read the file to; by default the CPU.
+        kwargs:
+            Passed on to the download from the Hub.
+
+    Raises:
+        `ValueError`: if the adapter is not a sparse one, if the new one has other options, or if its file is not whole.
+            The loaded adapter is unchanged then.
+    """
+    model = getattr(model, "_orig_mod", model)
+    configs = getattr(model, "peft_config", {})
+    if adapter_name not in configs:
+        raise ValueError(f"adapter_name={adapter_name!r} is not loaded; choose from {list(configs)}.")
+    config = configs[adapter_name]
+    tuner_cls = mapping.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    if not issubclass(tuner_cls, SparseModel):
+        raise ValueError(f"Adapter {adapter_name!r} is a {config.peft_type.value}; use peft.utils.hotswap for it.")
+    new_config = type(config).from_pretrained(model_name_or_path, **kwargs)
+    if new_config.peft_type != config.peft_type:
+        raise ValueError(f"The new adapter is a {new_config.peft_type.value}, not a {config.peft_type.value}.")
+    if config.bias != "none" or config.modules_to_save or new_config.bias != "none" or new_config.modules_to_save:
+        raise ValueError("Adapters with trained biases or modules_to_save can't be swapped in place; use load_adapter.")
+    for layer in tuner_cls.sparse_layers(model):
+        if adapter_name in layer.merged_adapters:
+            raise ValueError(f"Adapter {adapter_name!r} is merged into the base; unmerge it before swapping.")
+    weights = load_peft_weights(model_name_or_path, device=torch_device or "cpu", **kwargs)
+    # from_checkpoint is False on a live adapter's config, so that a bad file leaves the adapter where it is.
+    live = config.from_checkpoint
+    config.from_checkpoint = False
+    try:
+        mapped = tuner_cls._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
+    finally:
+        config.from_checkpoint = live
+    places = {f"{prefix}.{name}": (layer, name) for prefix, layer in tuner_cls._layers_with(model, adapter_name)
+              for name in layer.deltas[adapter_name].state_dict()}
+    unknown = sorted(set(mapped) - set(places))
+    if unknown:
+        raise ValueError(f"The new adapter has '{unknown[0]}', which the loaded one lacks; use load_adapter.")
+    for key, (layer, name) in places.items():
+        getattr(layer.deltas[adapter_name], name).copy_(mapped[key])
+    for _, layer in tuner_cls._layers_with(model, adapter_name):
+        delta = layer.deltas[adapter_name]
+        delta.refresh()
+        delta.checked = True

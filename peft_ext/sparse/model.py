@@ -1,0 +1,282 @@
+"""Put sparse adapters into a model: check and choose everything first, then replace modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .._peft_internals import (
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    BaseTuner,
+    BaseTunerLayer,
+    get_quantization_kwargs,
+    resolve_all_linear,
+    resolve_quantization_backend,
+)
+from .checkpoint import CheckpointMixin
+from .config import SparseConfig
+from .layer import BASE_ADAPTER, SparseLinear
+from .neurons import SUPPORTED, is_supported, neuron_view
+from .selection import parse_selection, select_supports
+from .selection.plan import kept_neurons
+from .support import Support
+from .weighted import WeightedAdapterMixin
+
+
+@dataclass
+class Planned:
+    support: Support
+    pending: bool = False
+
+
+class SparseModel(CheckpointMixin, WeightedAdapterMixin, BaseTuner):
+    """
+    Base of the sparse tuners' models; see [`NeuroAdaModel`]. Subclasses set `prefix` and `tuner_layer_cls`.
+
+    Everything that can go wrong is found before the first module is replaced: targets of an unsupported type,
+    weights that are not finite, missing scores.
+    """
+
+    tuner_layer_cls: type[SparseLinear]
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    _given_supports: dict[str, Support] | None = None  # entries chosen elsewhere, for the next injection
+
+    # ------------------------------------------------------------------ injection
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        self._low_cpu_mem_usage = low_cpu_mem_usage
+        self._plan: dict[str, Planned] = {}
+        self._inject_by_state_dict = state_dict is not None
+        try:
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
+        finally:
+            self._plan = {}
+        self.peft_config[adapter_name].scores = None  # dense, and of no use once the entries are chosen
+
+    def _prepare_adapter_config(self, peft_config: SparseConfig, model_config: dict[str, Any]) -> SparseConfig:
+        if peft_config.target_modules is None:
+            if not model_config.get("model_type") or model_config["model_type"] == "custom":
+                raise ValueError(
+                    "Please specify `target_modules` in `peft_config`: this is no transformers model, so its linear "
+                    "layers and its output layer can't be told apart."
+                )
+            peft_config.target_modules = INCLUDE_LINEAR_LAYERS_SHORTHAND
+        return peft_config
+
+    def _prepare_model(self, peft_config: SparseConfig, model: nn.Module) -> None:
+        if self._inject_by_state_dict:
+            return  # the state dict's keys decide what is adapted
+        resolve_all_linear(peft_config, model)
+        targets = {
+            name: module
+            for name, module in model.named_modules()
+            if name and not self._inside_adapter(model, name) and self._check_target_module_exists(peft_config, name)
+        }
+        self._plan = self._make_plan(peft_config, targets)
+
+    def _inside_adapter(self, model: nn.Module, name: str) -> bool:
+        """Whether a module is part of an adapter's own machinery, such as the base layer inside it."""
+        parts = name.split(".")
+        return any(
+            isinstance(model.get_submodule(".".join(parts[:depth])), BaseTunerLayer) for depth in range(1, len(parts))
+        )
+
+    def _make_plan(self, config: SparseConfig, targets: dict[str, nn.Module]) -> dict[str, Planned]:
+        """Check the targets and choose their entries.
+
+        Raises:
+            `TypeError`: if a target is of a type that has no neurons.
+            `ValueError`: if a weight is not finite, or scores are missing or of another shape.
+        """
+        bases = {name: _base_of(module) for name, module in targets.items()}
+        backends = {name: self._quantization_backend(base) for name, base in bases.items()}
+        for name, base in bases.items():
+            if not is_supported(base, backends[name]):
+                raise TypeError(
+                    f"Target module '{name}' is a {type(base).__name__}, which is not supported. Supported are "
+                    f"{SUPPORTED}. Narrow `target_modules`, or add '{name}' to `exclude_modules`."
+                )
+        if self._given_supports is not None:
+            return {name: Planned(self._given_supports[name]) for name in bases}
+        criterion, scope = parse_selection(config.selection)
+        shapes = {name: self._matrix_shape(base) for name, base in bases.items()}
+        without_scores = criterion == "gradient" and config.scores is None
+        if without_scores and not config.from_checkpoint and not config.inference_mode:
+            raise ValueError(
+                f"selection={config.selection!r} needs scores; give them before the model is adapted:\n"
+                "    config.with_scores({module_name: module.weight.grad, ...})\n"
+                "    model = get_peft_model(model, config)"
+            )
+        # Nothing to choose from, or a checkpoint brings the entries: shapes are all that is needed.
+        in_checkpoint = config.from_checkpoint and config.support_sizes is not None
+        no_data = self._low_cpu_mem_usage or any(_has_no_data(base) for base in bases.values())
+        if without_scores or in_checkpoint or no_data:
+            return {name: Planned(self._placeholder(config, name, *shapes[name]), pending=True) for name in bases}
+        if criterion != "gradient":
+            for name, backend in backends.items():
+                if backend is not None and not backend.supports_merge:
+                    raise TypeError(
+                        f"Target module '{name}' is quantised by {backend.backend_name}, which can't give its weights "
+                        "back, so no entries can be ranked. Choose them on the unquantised model and load them here."
+                    )
+        views = {name: partial(self._matrix, base, backends[name]) for name, base in bases.items()}
+        scores = None
+        if criterion == "gradient":
+            scores = {name: _scores_of(config, name, base, shapes[name]) for name, base in bases.items()}
+        supports = select_supports(views, config.selection, config.k, config.neuron_ratio, config.seed, scores)
+        if scope == "network":
+            config.support_sizes = {name: support.entries for name, support in supports.items()}
+        return {name: Planned(support) for name, support in supports.items()}
+
+    def _quantization_backend(self, base_layer: nn.Module) -> Any:
+        return resolve_quantization_backend(base_layer, **get_quantization_kwargs(self))
+
+    def _matrix(self, base_layer: nn.Module, backend: Any) -> Tensor:
+        weight = base_layer.weight.detach() if backend is None else backend.get_base_weight(base_layer)
+        return neuron_view(base_layer, weight)
+
+    def _matrix_shape(self, base_layer: nn.Module) -> tuple[int, int]:
+        if hasattr(base_layer, "out_features"):  # packed weights have another shape
+            return base_layer.out_features, base_layer.in_features
+        rows, fan_in = neuron_view(base_layer, base_layer.weight).shape
+        return rows, fan_in
+
+    def _placeholder(self, config: SparseConfig, name: str, rows: int, fan_in: int) -> Support:
+        """A support of the shape that the config leads to, with arbitrary entries."""
+        k = min(config.k, fan_in)
+        _, scope = parse_selection(config.selection)
+        if config.support_sizes is not None:
+            entries = config.support_sizes.get(name, 0)
+        elif scope == "neuron" and config.neuron_ratio == 1.0:
+            return Support(torch.arange(k, dtype=torch.int32).repeat(rows, 1), fan_in)
+        else:  # network-wide sizes are unknown before the weights are: as if shared out evenly
+            entries = k * (rows if scope != "neuron" else kept_neurons(rows, config.neuron_ratio))
+        columns = torch.arange(entries, dtype=torch.int32) % fan_in
+        offsets = (torch.arange(rows + 1) * fan_in).clamp(max=entries).to(torch.int32)
+        return Support(columns, fan_in, offsets)
+
+    def _create_and_replace(
+        self,
+        peft_config: SparseConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        planned = self._plan.get(current_key)
+        if planned is None:  # chosen by the keys of a state dict, not by the config
+            planned = self._make_plan(peft_config, {current_key: target})[current_key]
+        if isinstance(target, self.tuner_layer_cls):
+            target.update_layer(adapter_name, peft_config, planned.support, planned.pending)
+            return
+        layer = self._create_new_module(peft_config, adapter_name, target, planned)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # an additional adapter is not trainable until it is activated
+        self._replace_module(parent, target_name, layer, target)
+
+    def _create_new_module(
+        self, config: SparseConfig, adapter_name: str, target: nn.Module, planned: Planned
+    ) -> SparseLinear:
+        layer = self.tuner_layer_cls(target, self._quantization_backend(_base_of(target)))
+        layer._active_adapter = adapter_name
+        layer.update_layer(adapter_name, config, planned.support, planned.pending)
+        return layer
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        dtype = self.peft_config[adapter_name].values_dtype
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype and dtype is None)
+        if dtype is not None:
+            for layer in self.sparse_layers(self):
+                if adapter_name in layer.deltas:
+                    layer.deltas[adapter_name].to(getattr(torch, dtype))
+
+    @classmethod
+    def sparse_layers(cls, model: nn.Module) -> Iterator[SparseLinear]:
+        """The adapted layers of a model."""
+        return (module for module in model.modules() if isinstance(module, cls.tuner_layer_cls))
+
+    # ------------------------------------------------------------------ mixed batches
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """With `adapter_names=[...]` in a forward or generate call, give each layer the adapter of each sample."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        layers = list(self.sparse_layers(self))
+        known = {name for layer in layers for name in layer.deltas} | {BASE_ADAPTER}
+        unknown = sorted(set(adapter_names) - known)
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        beams = _number_of_beams(kwargs)
+        handles = [
+            layer.register_forward_pre_hook(partial(_pass_adapter_names, adapter_names, beams), with_kwargs=True)
+            for layer in layers
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _base_of(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _has_no_data(base_layer: nn.Module) -> bool:
+    weight = getattr(base_layer, "weight", None)
+    return isinstance(weight, Tensor) and weight.is_meta
+
+
+def _scores_of(config: SparseConfig, name: str, base_layer: nn.Module, shape: tuple[int, int]) -> Tensor:
+    scores = config.scores or {}
+    if name not in scores:
+        raise ValueError(f"scores lack the target module '{name}'; add them, or leave it out of `target_modules`.")
+    matrix = neuron_view(base_layer, scores[name])
+    if tuple(matrix.shape) != shape:
+        raise ValueError(
+            f"scores['{name}'] has shape {tuple(scores[name].shape)}, but the module's weight is "
+            f"{tuple(base_layer.weight.shape)}; give one score per weight."
+        )
+    return matrix
+
+
+def _number_of_beams(kwargs: dict[str, Any]) -> int:
+    beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None)
+    return beams or 1
+
+
+def _pass_adapter_names(
+    adapter_names: list[str], beams: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    # Beam search repeats each sample for the decoder, not for an encoder: the batch size tells which this is.
+    x = args[0] if args else kwargs["x"]
+    names = adapter_names
+    if beams > 1 and len(x) == beams * len(adapter_names):
+        names = [name for name in adapter_names for _ in range(beams)]
+    return args, {**kwargs, "adapter_names": names}

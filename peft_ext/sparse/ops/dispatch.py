@@ -1,0 +1,53 @@
+"""Which path computes a layer: by what the base layer permits, then by measured crossovers."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+
+Backend = Literal["auto", "bypass", "folded", "dense", "reference"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+
+# Share of a neuron's inputs above which one dense weight gradient beats products entry by entry.
+# Measured by examples/benchmarks/crossover.py: fp32, 2 CPU threads, 1024 tokens.
+DENSE_ABOVE = 0.25
+
+
+def choose_backend(
+    requested: str, x: Tensor, weight: Tensor | None, entries: int, rows: int, is_table: bool = True
+) -> str:
+    """
+    The path to take for one call.
+
+    Args:
+        requested (`str`):
+            The adapter's `backend`. Folded and dense read W, so they give way to the bypass where that can't be done.
+        x (`torch.Tensor`):
+            `[..., fan_in]`.
+        weight (`torch.Tensor`, *optional*):
+            The frozen weight, or `None` if the base layer does more than `W x + b` (hooks, a subclass, a quantised or
+            sharded weight).
+        entries, rows (`int`):
+            Size of the support.
+        is_table (`bool`):
+            Whether each row has equally many entries.
+    """
+    if requested == "bypass" or entries == 0 or weight is None:
+        return "bypass"
+    if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return "bypass"
+    if requested == "folded":
+        return "folded" if is_table else "bypass"
+    if requested != "auto":
+        return requested
+    # Without gradients the bypass leaves W alone, so that threads may serve from one model. Composing in 16 bits
+    # would round the values to the spacing of W, and a compiler sees through the bypass best.
+    wide = weight.dtype in (torch.float32, torch.float64)
+    if not wide or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return "bypass"
+    if entries > DENSE_ABOVE * rows * x.shape[-1]:
+        return "dense"
+    return "folded" if is_table else "bypass"

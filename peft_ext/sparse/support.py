@@ -1,0 +1,187 @@
+"""Which entries of a weight are trained: the index table, its transpose and the fingerprint of the base weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Fingerprint layout, int64[6]: rows, fan_in, dtype code, checksum of the bits, and two float64 sums as raw bits.
+FINGERPRINT_LENGTH = 6
+_DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
+_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float64: torch.int64}
+# Casting between float types moves a value by at most 2^-8 relative (bf16); 4-bit weights move by several percent.
+CAST_TOLERANCE = 2.0**-8
+QUANTISED_TOLERANCE = 0.15
+
+
+@dataclass(frozen=True, eq=False)
+class Support:
+    """
+    The chosen entries of one weight seen as `[rows, fan_in]`, where a row is a neuron.
+
+    Args:
+        indices (`torch.Tensor`):
+            int32 column indices, increasing within a row. `[rows, k]` if each row has k entries (table form), else
+            `[entries]` (ragged form).
+        fan_in (`int`):
+            Number of columns of the weight.
+        offsets (`torch.Tensor`, *optional*):
+            Ragged form only: int32 `[rows + 1]`; row i owns the entries `offsets[i]:offsets[i + 1]`.
+    """
+
+    indices: Tensor
+    fan_in: int
+    offsets: Tensor | None = None
+
+    @property
+    def is_table(self) -> bool:
+        return self.offsets is None
+
+    @property
+    def rows(self) -> int:
+        return self.indices.shape[0] if self.offsets is None else self.offsets.shape[0] - 1
+
+    @property
+    def entries(self) -> int:
+        return self.indices.numel()
+
+    def to(self, device: torch.device | str) -> Support:
+        offsets = None if self.offsets is None else self.offsets.to(device)
+        return Support(self.indices.to(device), self.fan_in, offsets)
+
+    def row_of_entry(self) -> Tensor:
+        """Row of each entry, int64 `[entries]`."""
+        return row_of_entry(self.indices, self.offsets)
+
+    def gather(self, matrix: Tensor) -> Tensor:
+        """Values of `matrix` (`[rows, fan_in]`, any strides) at the support, in the shape of `indices`."""
+        if self.is_table:
+            return matrix.gather(1, self.indices.long())
+        return matrix[self.row_of_entry(), self.indices.long()]
+
+    def scatter_(self, matrix: Tensor, values: Tensor) -> None:
+        """Overwrite `matrix` (`[rows, fan_in]`, any strides) at the support with `values` of its dtype, in place."""
+        if self.is_table:
+            matrix.scatter_(1, self.indices.long(), values)
+        else:
+            matrix[self.row_of_entry(), self.indices.long()] = values
+
+    def transposed(self) -> tuple[Tensor, Tensor]:
+        """The entries grouped by column: entry numbers int32 `[entries]` and offsets int32 `[fan_in + 1]`."""
+        columns = self.indices.reshape(-1)
+        entries = torch.argsort(columns, stable=True).to(torch.int32)
+        counts = torch.bincount(columns, minlength=self.fan_in)
+        offsets = torch.zeros(self.fan_in + 1, dtype=torch.int32, device=columns.device)
+        offsets[1:] = counts.cumsum(0)
+        return entries, offsets
+
+    def check(self) -> None:
+        """
+        Raises:
+            `ValueError`: if an index lies outside the weight, a row is not strictly increasing, or offsets do not
+                cover the entries.
+        """
+        columns = self.indices.reshape(-1)
+        if self.offsets is not None:
+            ends = self.offsets
+            if int(ends[0]) != 0 or int(ends[-1]) != columns.numel() or bool((ends[1:] < ends[:-1]).any()):
+                raise ValueError("offsets do not divide the entries into rows")
+        if columns.numel() == 0:
+            return
+        low, high = int(columns.min()), int(columns.max())
+        if low < 0 or high >= self.fan_in:
+            raise ValueError(f"indices span {low}..{high}, but the weight has {self.fan_in} inputs per neuron")
+        row = self.row_of_entry()
+        same_row = row[1:] == row[:-1]
+        if bool((same_row & (columns[1:] <= columns[:-1])).any()):
+            raise ValueError("indices are not strictly increasing within a row")
+
+    def fingerprint(self, matrix: Tensor) -> Tensor:
+        """
+        Identify the base weight by its original values at the support.
+
+        Args:
+            matrix (`torch.Tensor`): the base weight as float `[rows, fan_in]`.
+
+        Returns:
+            `torch.Tensor`: int64 `[6]` on the CPU: rows, fan-in, dtype, exact checksum, and sums that stay comparable
+            after a cast or quantisation.
+        """
+        values = self.gather(matrix.detach()).reshape(-1)
+        bits = values.view(_BITS[values.dtype]).long()
+        # Odd multipliers make the sum depend on the order; int64 wraps, so the result is exact on every device.
+        position = torch.arange(values.numel(), device=values.device)
+        checksum = (bits * (2 * position + 1)).sum()
+        exact = values.double()
+        sums = torch.stack([exact.sum(), exact.abs().sum()]).view(torch.int64).cpu()
+        head = torch.tensor([self.rows, self.fan_in, _DTYPE_CODES[values.dtype], int(checksum)], dtype=torch.int64)
+        return torch.cat([head, sums])
+
+    def mismatch(self, fingerprint: Tensor, matrix: Tensor, quantised: bool = False) -> str | None:
+        """
+        Compare a stored fingerprint with a base weight.
+
+        Equal dtypes must agree in every bit at the support. A base cast to another float type, or quantised, must
+        agree in its sums within the rounding of that type.
+
+        Returns:
+            `str` or `None`: what differs, or `None` if the weight is the one that the support was chosen for.
+        """
+        stored = fingerprint.cpu()
+        if int(stored[2]) == 0:  # chosen on a weight without data (meta device): nothing to compare with
+            return None
+        if (int(stored[0]), int(stored[1])) != (self.rows, self.fan_in):
+            return f"shape {int(stored[0])}x{int(stored[1])} instead of {self.rows}x{self.fan_in}"
+        here = self.fingerprint(matrix)
+        if not quantised and int(stored[2]) == int(here[2]):
+            return None if int(stored[3]) == int(here[3]) else "other values at the adapter's entries"
+        tolerance = QUANTISED_TOLERANCE if quantised else CAST_TOLERANCE
+        total, magnitude = stored[4:].view(torch.float64).tolist()
+        total_here, magnitude_here = here[4:].view(torch.float64).tolist()
+        if max(abs(total - total_here), abs(magnitude - magnitude_here)) > tolerance * magnitude:
+            return "other values at the adapter's entries, by more than a change of dtype explains"
+        return None
+
+
+def row_of_entry(indices: Tensor, offsets: Tensor | None) -> Tensor:
+    """Row of each entry of a support, int64 `[entries]`."""
+    if offsets is None:
+        rows, k = indices.shape
+        return torch.arange(rows, device=indices.device).repeat_interleave(k)
+    counts = (offsets[1:] - offsets[:-1]).long()
+    return torch.repeat_interleave(counts, output_size=indices.numel())
+
+
+def narrowest_index_dtype(fan_in: int) -> torch.dtype:
+    """The smallest unsigned type that holds every column index of a weight with `fan_in` inputs."""
+    if fan_in <= 2**8:
+        return torch.uint8
+    return torch.uint16 if fan_in <= 2**16 else torch.int32
+
+
+def union(supports: list[Support]) -> tuple[Support, list[Tensor]]:
+    """
+    Union of several supports of one weight.
+
+    Returns:
+        The union (a table where every row has equally many entries, else ragged) and, per input, the int64 position
+        `[entries]` of each of its entries in the union's entry order.
+    """
+    fan_in, rows = supports[0].fan_in, supports[0].rows
+    keys = [s.row_of_entry() * fan_in + s.indices.reshape(-1).long() for s in supports]
+    merged = torch.unique(torch.cat(keys), sorted=True)
+    row, column = merged // fan_in, (merged % fan_in).to(torch.int32)
+    counts = torch.bincount(row, minlength=rows)
+    positions = [torch.searchsorted(merged, key) for key in keys]
+    if int(counts.min()) == int(counts.max()):
+        return Support(column.view(rows, -1), fan_in), positions
+    return Support(column, fan_in, offsets_from_counts(counts)), positions
+
+
+def offsets_from_counts(counts: Tensor) -> Tensor:
+    """int32 `[rows + 1]` row offsets from the number of entries per row."""
+    offsets = torch.zeros(counts.numel() + 1, dtype=torch.int32, device=counts.device)
+    offsets[1:] = counts.cumsum(0)
+    return offsets

@@ -1,0 +1,144 @@
+"""Combine several adapters into one: linear, TIES and DARE on the union of their entries."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from .._peft_internals import prune, task_arithmetic, ties
+from .support import Support, union
+
+
+if TYPE_CHECKING:
+    from .config import SparseConfig
+    from .layer import SparseLinear
+
+CombinationType = Literal["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+_PRUNING = {"ties": "magnitude", "magnitude_prune": "magnitude", "dare_linear": "random", "dare_ties": "random"}
+
+
+class WeightedAdapterMixin:
+    """`add_weighted_adapter` for sparse tuners."""
+
+    peft_config: dict[str, SparseConfig]
+    tuner_layer_cls: type[SparseLinear]
+    _given_supports: dict[str, Support] | None
+
+    @torch.no_grad()
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: CombinationType = "linear",
+        density: float | None = None,
+        majority_sign_method: Literal["total", "frequency"] = "total",
+    ) -> None:
+        """
+        Add a new adapter that combines existing ones; their entries may differ, the new one has the union.
+
+        Args:
+            adapters (`list[str]`): names of the adapters to combine.
+            weights (`list[float]`): one weight per adapter.
+            adapter_name (`str`): name of the new adapter. It is not activated.
+            combination_type (`str`, *optional*, defaults to `"linear"`):
+                `"linear"` (the weighted sum), `"ties"`, `"dare_linear"`, `"dare_ties"` or `"magnitude_prune"`.
+            density (`float`, *optional*):
+                Share of each adapter's entries that is kept, for all but `"linear"`.
+            majority_sign_method (`str`, *optional*, defaults to `"total"`):
+                `"total"` or `"frequency"`, for TIES.
+
+        Raises:
+            `ValueError`: for unknown adapters, a wrong number of weights or a missing density.
+        """
+        configs = self._check_combination(adapters, weights, adapter_name, combination_type, density)
+        factors = torch.tensor(weights, dtype=torch.float32)
+        supports: dict[str, Support] = {}
+        values: dict[str, Tensor] = {}
+        for name, layer in self.model.named_modules():  # type: ignore[attr-defined]
+            if not isinstance(layer, self.tuner_layer_cls):
+                continue
+            present = [(layer._ready(a), factor) for a, factor in zip(adapters, factors, strict=True) if a in layer.deltas]
+            if present:
+                supports[name], positions = union([delta.support for delta, _ in present])
+                aligned = [_aligned(d.weight, p, supports[name].entries, combination_type, density) for (d, _), p in
+                           zip(present, positions, strict=True)]
+                share = torch.stack([factor for _, factor in present]).to(aligned[0].device)
+                if combination_type in ("ties", "dare_ties"):
+                    values[name] = ties(aligned, share, 1.0, majority_sign_method)
+                else:
+                    values[name] = task_arithmetic(aligned, share)
+        config = _combined_config(configs, supports)
+        self._inject_given(adapter_name, config, supports)
+        for name, layer in self.model.named_modules():  # type: ignore[attr-defined]
+            if name in values:
+                weight = layer.deltas[adapter_name].weight
+                weight.data.copy_(values[name].view_as(weight))
+
+    def _check_combination(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination: str, density: float | None
+    ) -> list[SparseConfig]:
+        if adapter_name in self.peft_config:
+            raise ValueError(f"adapter_name={adapter_name!r} exists already; choose another name, or delete it first.")
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown or not adapters:
+            raise ValueError(f"adapters={adapters!r}: {unknown or 'none'} given; choose from {list(self.peft_config)}.")
+        if len(weights) != len(adapters):
+            raise ValueError(f"weights={weights!r} must have one number for each of the {len(adapters)} adapters.")
+        if combination != "linear" and combination not in _PRUNING:
+            raise ValueError(f"combination_type={combination!r} must be 'linear' or one of {', '.join(_PRUNING)}.")
+        if combination in _PRUNING and (density is None or not 0.0 < density <= 1.0):
+            raise ValueError(f"density={density!r} must lie in (0, 1] for combination_type={combination!r}.")
+        configs = [self.peft_config[name] for name in adapters]
+        if sum(bool(config.modules_to_save) for config in configs) > 1:
+            raise ValueError("Adapters with modules_to_save can't be combined: whole modules have no weighted union.")
+        if len({isinstance(config.target_modules, str) for config in configs}) > 1:
+            raise ValueError("target_modules of the adapters must be all regular expressions or all lists.")
+        return configs
+
+    def _inject_given(self, adapter_name: str, config: SparseConfig, supports: dict[str, Support]) -> None:
+        self.peft_config[adapter_name] = config
+        self._given_supports = supports
+        try:
+            self.inject_adapter(self.model, adapter_name)  # type: ignore[attr-defined]
+        except BaseException:
+            del self.peft_config[adapter_name]
+            raise
+        finally:
+            self._given_supports = None
+
+
+def _aligned(values: Tensor, position: Tensor, entries: int, combination: str, density: float | None) -> Tensor:
+    """An adapter's values, pruned, at their places in the union: fp32 `[entries]`."""
+    flat = values.detach().reshape(-1).float()
+    if combination in _PRUNING:
+        flat = prune(flat, density, _PRUNING[combination], rescale=combination.startswith("dare"))
+    return torch.zeros(entries, device=flat.device).index_copy_(0, position, flat)
+
+
+def _combined_config(configs: list[SparseConfig], supports: dict[str, Support]) -> SparseConfig:
+    """Options of the union. Its shapes follow from `k` where all unions are tables of one width, else they are listed
+    and all supports made ragged."""
+    targets: Any = [config.target_modules for config in configs]
+    merged = "|".join(f"({t})" for t in dict.fromkeys(targets)) if isinstance(targets[0], str) else set().union(*targets)
+    k = max((s.indices.shape[1] for s in supports.values() if s.is_table), default=0)
+    if all(s.is_table and s.indices.shape[1] == min(k, s.fan_in) for s in supports.values()):
+        first, sizes = replace(configs[0], k=k, selection="magnitude", neuron_ratio=1.0), None
+    else:
+        for name, support in supports.items():
+            supports[name] = _ragged(support)
+        first, sizes = configs[0], {name: support.entries for name, support in supports.items()}
+    return replace(first, target_modules=merged, support_sizes=sizes, peft_ext_version=None)
+
+
+def _ragged(support: Support) -> Support:
+    if not support.is_table:
+        return support
+    rows, k = support.indices.shape
+    offsets = torch.arange(rows + 1, dtype=torch.int32, device=support.indices.device) * k
+    return Support(support.indices.reshape(-1), support.fan_in, offsets)
+
+

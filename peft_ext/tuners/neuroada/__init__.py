@@ -1,0 +1,19 @@
+"""NeuroAda: per neuron, a trainable bypass on its k largest-magnitude inputs (thesis chapter 5)."""
+
+from ...registration import register
+from .config import NeuroAdaConfig
+from .model import NeuroAdaLinear, NeuroAdaModel
+from .presets import NEUROADA_PRESETS, NEUROADA_SEARCH_SPACES, Preset, SearchSpace
+
+
+register("neuroada", NeuroAdaConfig, NeuroAdaModel)
+
+__all__ = [
+    "NEUROADA_PRESETS",
+    "NEUROADA_SEARCH_SPACES",
+    "NeuroAdaConfig",
+    "NeuroAdaLinear",
+    "NeuroAdaModel",
+    "Preset",
+    "SearchSpace",
+]

@@ -1,0 +1,32 @@
+"""NeuroAda on a model."""
+
+from __future__ import annotations
+
+from ...sparse.layer import SparseLinear
+from ...sparse.model import SparseModel
+
+
+class NeuroAdaLinear(SparseLinear):
+    """A linear layer with NeuroAda adapters in `neuroada_delta`."""
+
+    adapter_layer_names = ("neuroada_delta",)
+
+
+class NeuroAdaModel(SparseModel):
+    """
+    NeuroAda: y = W x + (P ⊙ Θ) x + b with Θ trained at the k largest |w| of each row of W (thesis eq. 5.4).
+
+    Args:
+        model (`torch.nn.Module`): the model to adapt.
+        config ([`NeuroAdaConfig`]): its options.
+        adapter_name (`str`): name of the adapter, `"default"` by default.
+        low_cpu_mem_usage (`bool`, *optional*, defaults to `False`):
+            Create the adapter empty, to be loaded; entries are then not chosen.
+
+    Attributes:
+        model (`torch.nn.Module`): the adapted model.
+        peft_config (`dict[str, NeuroAdaConfig]`): the options of each adapter.
+    """
+
+    prefix: str = "neuroada_"
+    tuner_layer_cls = NeuroAdaLinear
