@@ -24,8 +24,8 @@ def peft_type(name: str) -> PeftType:
         return PeftType[name]
     member = str.__new__(PeftType, name)
     member._name_ = member._value_ = name
-    member.__objclass__ = PeftType  # type: ignore[attr-defined]
-    member._sort_order_ = len(PeftType._member_names_)  # type: ignore[attr-defined]
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType._member_names_)
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
@@ -42,14 +42,14 @@ def register(name: str, config_cls: type, model_cls: type) -> bool:
         config_cls (`type`), model_cls (`type`): subclasses of `PeftConfig` and `BaseTuner`.
 
     Returns:
-        `bool`: `False`, with a warning, if PEFT itself has a method of this name; then PEFT's is used.
+        `bool`: `False`, with a warning, if PEFT itself has a method of this name, which then is used.
     """
     member = peft_type(name)
     known = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
     if known is not None and not _is_ours(known):
         warnings.warn(
-            f"PEFT has a method named {member.value} of its own ({known.__module__}.{known.__qualname__}); it is used, "
-            "and peft_ext's method of that name is not registered.",
+            f"PEFT has a method named {member.value} of its own ({known.__module__}.{known.__qualname__}); it is "
+            "used, and peft_ext's method of that name is not registered.",
             stacklevel=2,
         )
         return False
@@ -70,4 +70,4 @@ def make_saving_atomic() -> None:
     for module in (peft.peft_model, transformers.modeling_utils):
         save_file = getattr(module, "safe_save_file", None)
         if save_file is not None and not hasattr(save_file, "is_atomic"):
-            module.safe_save_file = atomic_saver(save_file)  # type: ignore[attr-defined]
+            module.safe_save_file = atomic_saver(save_file)

@@ -100,8 +100,8 @@ def _check_entry(prefix: str, layer: SparseLinear, adapter_name: str, mapped: di
     reason = layer.base_mismatch(support, mapped[f"{prefix}.fingerprint"])
     if reason is not None:
         raise ValueError(
-            f"Adapter '{adapter_name}' was made for another base model: the base weight under '{prefix}' has {reason}. "
-            "Nothing was loaded; use the base model it was trained on."
+            f"Adapter '{adapter_name}' was made for another base model: the base weight under '{prefix}' has "
+            f"{reason}. Nothing was loaded; use the base model it was trained on."
         )
 
 

@@ -66,6 +66,7 @@ class SparseConfig(PeftConfig):
             Filled in: what wrote the adapter, and what is needed to load it.
     """
 
+    peft_type: Any = field(default=None, metadata={"help": "Set by each method."})
     k: int = field(default=1, metadata={"help": "Trained entries per neuron, capped at the fan-in."})
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names (by suffix), a regex, 'all-linear', or None for all linear layers."}
@@ -101,9 +102,9 @@ class SparseConfig(PeftConfig):
         self._check()
 
     def _check(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
+        if type(self.k) is not int or self.k < 1:
             raise ValueError(f"k={self.k!r} must be a whole number of at least 1: entries trained per neuron.")
-        if isinstance(self.target_modules, set) and not self.target_modules:
+        if self.target_modules is not None and not self.target_modules:
             raise ValueError(
                 "target_modules=[] adapts nothing; name modules, or leave it out to adapt all linear layers."
             )

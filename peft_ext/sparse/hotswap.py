@@ -13,7 +13,11 @@ from .model import SparseModel
 
 @torch.no_grad()
 def hotswap_adapter(
-    model: nn.Module, model_name_or_path: str, adapter_name: str = "default", torch_device: str | None = None, **kwargs: Any
+    model: nn.Module,
+    model_name_or_path: str,
+    adapter_name: str = "default",
+    torch_device: str | None = None,
+    **kwargs: Any,
 ) -> None:
     """
     Load another adapter of the same options over a loaded one. A model that `torch.compile` has compiled is not
@@ -32,8 +36,8 @@ def hotswap_adapter(
             Passed on to the download from the Hub.
 
     Raises:
-        `ValueError`: if the adapter is not a sparse one, if the new one has other options, or if its file is not whole.
-            The loaded adapter is unchanged then.
+        `ValueError`: if the adapter is not a sparse one, if the new one has other options, or if its file is not
+            whole. The loaded adapter is unchanged then.
     """
     model = getattr(model, "_orig_mod", model)
     configs = getattr(model, "peft_config", {})
@@ -47,7 +51,9 @@ def hotswap_adapter(
     if new_config.peft_type != config.peft_type:
         raise ValueError(f"The new adapter is a {new_config.peft_type.value}, not a {config.peft_type.value}.")
     if config.bias != "none" or config.modules_to_save or new_config.bias != "none" or new_config.modules_to_save:
-        raise ValueError("Adapters with trained biases or modules_to_save can't be swapped in place; use load_adapter.")
+        raise ValueError(
+            "Adapters with trained biases or modules_to_save can't be swapped in place; use load_adapter."
+        )
     for layer in tuner_cls.sparse_layers(model):
         if adapter_name in layer.merged_adapters:
             raise ValueError(f"Adapter {adapter_name!r} is merged into the base; unmerge it before swapping.")
@@ -59,8 +65,11 @@ def hotswap_adapter(
         mapped = tuner_cls._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
     finally:
         config.from_checkpoint = live
-    places = {f"{prefix}.{name}": (layer, name) for prefix, layer in tuner_cls._layers_with(model, adapter_name)
-              for name in layer.deltas[adapter_name].state_dict()}
+    places = {
+        f"{prefix}.{name}": (layer, name)
+        for prefix, layer in tuner_cls._layers_with(model, adapter_name)
+        for name in layer.deltas[adapter_name].state_dict()
+    }
     unknown = sorted(set(mapped) - set(places))
     if unknown:
         raise ValueError(f"The new adapter has '{unknown[0]}', which the loaded one lacks; use load_adapter.")

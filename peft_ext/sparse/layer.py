@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,15 @@ class SparseLinear(nn.Module, BaseTunerLayer):
             PEFT's access to a quantised weight.
     """
 
+    # Of PEFT's mixin, which has no types.
+    get_base_layer: Callable[[], Any]
+    get_base_weight: Callable[[], Tensor]
+    set_adapter: Callable[..., None]
+    _move_adapter_to_device_of_base_layer: Callable[[str], None]
+    merged: bool
+    disable_adapters: bool
+    active_adapters: list[str]
+
     adapter_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = ("backends",)
 
@@ -65,8 +75,8 @@ class SparseLinear(nn.Module, BaseTunerLayer):
         setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
 
     @property
-    def deltas(self) -> nn.ModuleDict:
-        """The adapters on this layer, each a [`SparseDelta`]."""
+    def deltas(self) -> Any:
+        """The adapters on this layer: an `nn.ModuleDict` of [`SparseDelta`]."""
         return getattr(self, self.adapter_layer_names[0])
 
     def base_matrix(self) -> Tensor:
@@ -123,7 +133,7 @@ class SparseLinear(nn.Module, BaseTunerLayer):
         """Base layer and one adapter together, by the path that suits them."""
         delta = self._ready(adapter_name)
         support = delta.support
-        base_layer = self.base_layer
+        base_layer: Any = self.base_layer
         weight = neuron_view(base_layer, base_layer.weight) if is_plain(base_layer) else None
         path = choose_backend(
             self.backends[adapter_name], x, weight, support.entries, self.out_features, support.is_table
@@ -161,7 +171,7 @@ class SparseLinear(nn.Module, BaseTunerLayer):
 
     def _ready(self, adapter_name: str) -> SparseDelta:
         """The adapter, after making sure that its entries are known and belong to this base weight."""
-        delta = self.deltas[adapter_name]
+        delta: SparseDelta = self.deltas[adapter_name]
         if delta.pending:
             raise RuntimeError(
                 f"The entries of adapter '{adapter_name}' are not known yet: it was created empty, to be loaded "

@@ -31,6 +31,8 @@ from .weighted import WeightedAdapterMixin
 
 @dataclass
 class Planned:
+    """A target's support; `pending` if it is a placeholder until a checkpoint is loaded."""
+
     support: Support
     pending: bool = False
 
@@ -150,11 +152,11 @@ class SparseModel(CheckpointMixin, WeightedAdapterMixin, BaseTuner):
     def _quantization_backend(self, base_layer: nn.Module) -> Any:
         return resolve_quantization_backend(base_layer, **get_quantization_kwargs(self))
 
-    def _matrix(self, base_layer: nn.Module, backend: Any) -> Tensor:
+    def _matrix(self, base_layer: Any, backend: Any) -> Tensor:
         weight = base_layer.weight.detach() if backend is None else backend.get_base_weight(base_layer)
         return neuron_view(base_layer, weight)
 
-    def _matrix_shape(self, base_layer: nn.Module) -> tuple[int, int]:
+    def _matrix_shape(self, base_layer: Any) -> tuple[int, int]:
         if hasattr(base_layer, "out_features"):  # packed weights have another shape
             return base_layer.out_features, base_layer.in_features
         rows, fan_in = neuron_view(base_layer, base_layer.weight).shape
@@ -244,7 +246,7 @@ class SparseModel(CheckpointMixin, WeightedAdapterMixin, BaseTuner):
                 handle.remove()
 
 
-def _base_of(module: nn.Module) -> nn.Module:
+def _base_of(module: nn.Module) -> Any:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
@@ -253,7 +255,7 @@ def _has_no_data(base_layer: nn.Module) -> bool:
     return isinstance(weight, Tensor) and weight.is_meta
 
 
-def _scores_of(config: SparseConfig, name: str, base_layer: nn.Module, shape: tuple[int, int]) -> Tensor:
+def _scores_of(config: SparseConfig, name: str, base_layer: Any, shape: tuple[int, int]) -> Tensor:
     scores = config.scores or {}
     if name not in scores:
         raise ValueError(f"scores lack the target module '{name}'; add them, or leave it out of `target_modules`.")

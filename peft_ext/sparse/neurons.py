@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -14,6 +16,7 @@ SUPPORTED = "torch.nn.Linear, transformers' Conv1D, and quantised linear layers 
 
 
 def is_supported(base_layer: nn.Module, backend: QuantizationBackend | None) -> bool:
+    """Whether a layer has neurons that we can adapt."""
     if backend is not None:
         return backend.layer_type == "linear"
     return isinstance(base_layer, (nn.Linear, Conv1D))
@@ -40,7 +43,7 @@ def is_plain(base_layer: nn.Module) -> bool:
     return not any(hooks)
 
 
-def values_dtype_of(base_layer: nn.Module) -> torch.dtype:
+def values_dtype_of(base_layer: Any) -> torch.dtype:
     """The dtype that PEFT gives to new adapter weights: the base's, or fp32 over packed weights."""
-    dtype = getattr(base_layer, "compute_dtype", None) or base_layer.weight.dtype
+    dtype: torch.dtype = getattr(base_layer, "compute_dtype", None) or base_layer.weight.dtype
     return dtype if dtype.is_floating_point else torch.float32

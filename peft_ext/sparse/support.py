@@ -7,10 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+
 # Fingerprint layout, int64[6]: rows, fan_in, dtype code, checksum of the bits, and two float64 sums as raw bits.
 FINGERPRINT_LENGTH = 6
 _DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
-_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float64: torch.int64}
+_BITS = {
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float64: torch.int64,
+}
 # Casting between float types moves a value by at most 2^-8 relative (bf16); 4-bit weights move by several percent.
 CAST_TOLERANCE = 2.0**-8
 QUANTISED_TOLERANCE = 0.15

@@ -61,11 +61,15 @@ class WeightedAdapterMixin:
         for name, layer in self.model.named_modules():  # type: ignore[attr-defined]
             if not isinstance(layer, self.tuner_layer_cls):
                 continue
-            present = [(layer._ready(a), factor) for a, factor in zip(adapters, factors, strict=True) if a in layer.deltas]
+            present = [
+                (layer._ready(a), factor) for a, factor in zip(adapters, factors, strict=True) if a in layer.deltas
+            ]
             if present:
                 supports[name], positions = union([delta.support for delta, _ in present])
-                aligned = [_aligned(d.weight, p, supports[name].entries, combination_type, density) for (d, _), p in
-                           zip(present, positions, strict=True)]
+                aligned = [
+                    _aligned(d.weight, p, supports[name].entries, combination_type, density)
+                    for (d, _), p in zip(present, positions, strict=True)
+                ]
                 share = torch.stack([factor for _, factor in present]).to(aligned[0].device)
                 if combination_type in ("ties", "dare_ties"):
                     values[name] = ties(aligned, share, 1.0, majority_sign_method)
@@ -85,7 +89,9 @@ class WeightedAdapterMixin:
             raise ValueError(f"adapter_name={adapter_name!r} exists already; choose another name, or delete it first.")
         unknown = [name for name in adapters if name not in self.peft_config]
         if unknown or not adapters:
-            raise ValueError(f"adapters={adapters!r}: {unknown or 'none'} given; choose from {list(self.peft_config)}.")
+            raise ValueError(
+                f"adapters={adapters!r}: {unknown or 'none'} given; choose from {list(self.peft_config)}."
+            )
         if len(weights) != len(adapters):
             raise ValueError(f"weights={weights!r} must have one number for each of the {len(adapters)} adapters.")
         if combination != "linear" and combination not in _PRUNING:
@@ -123,7 +129,9 @@ def _combined_config(configs: list[SparseConfig], supports: dict[str, Support]) 
     """Options of the union. Its shapes follow from `k` where all unions are tables of one width, else they are listed
     and all supports made ragged."""
     targets: Any = [config.target_modules for config in configs]
-    merged = "|".join(f"({t})" for t in dict.fromkeys(targets)) if isinstance(targets[0], str) else set().union(*targets)
+    merged: Any = (
+        "|".join(f"({t})" for t in dict.fromkeys(targets)) if isinstance(targets[0], str) else set().union(*targets)
+    )
     k = max((s.indices.shape[1] for s in supports.values() if s.is_table), default=0)
     if all(s.is_table and s.indices.shape[1] == min(k, s.fan_in) for s in supports.values()):
         first, sizes = replace(configs[0], k=k, selection="magnitude", neuron_ratio=1.0), None
@@ -140,5 +148,3 @@ def _ragged(support: Support) -> Support:
     rows, k = support.indices.shape
     offsets = torch.arange(rows + 1, dtype=torch.int32, device=support.indices.device) * k
     return Support(support.indices.reshape(-1), support.fan_in, offsets)
-
-

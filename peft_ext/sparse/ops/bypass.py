@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..support import row_of_entry
 
+
 # Tokens handled at once: bounds the transposed or gathered copies whatever the batch.
 BAG_TOKENS = 4096
 GATHER_TOKENS = 256
@@ -21,6 +22,7 @@ FEW_TOKENS = 8
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype that sums are taken in."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
@@ -173,7 +175,7 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    result, x, values, indices, offsets, entries, column_offsets = inputs
+    _, x, values, indices, offsets, entries, column_offsets = inputs
     ctx.save_for_backward(x, values, indices, offsets, entries, column_offsets)
 
 

@@ -35,9 +35,7 @@ def _(
 
 
 @torch.library.custom_op("peft_ext::dense_grad_input", mutates_args=())
-def _dense_grad_input(
-    grad: Tensor, weight: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None
-) -> Tensor:
+def _dense_grad_input(grad: Tensor, weight: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None) -> Tensor:
     return grad @ _composed(weight, values, indices, offsets)
 
 
@@ -57,7 +55,7 @@ def _(grad: Tensor, x: Tensor, indices: Tensor, offsets: Tensor | None) -> Tenso
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, weight, bias, values, indices, offsets = inputs
+    x, weight, _, values, indices, offsets = inputs
     ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, values, indices, offsets)
 
 

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from .bypass import sparse_grad_values
 
+
 # Two threads that fold into one weight would each take the other's values for originals.
 _FOLDING = threading.Lock()
 
 
 @contextmanager
 def folded_in(weight: Tensor, values: Tensor, indices: Tensor) -> Iterator[Tensor]:
-    """`weight` (`[rows, fan_in]`, any strides) with `values` added at `indices`, the same storage; restored on exit."""
+    """`weight` (`[rows, fan_in]`, any strides) with `values` added at `indices`, in place; restored on exit."""
     index = indices.long()
     target = weight.data  # no version bump: the content is the same outside this context
     with _FOLDING:
@@ -58,7 +59,7 @@ def _(grad: Tensor, weight: Tensor, values: Tensor, indices: Tensor) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, weight, bias, values, indices = inputs
+    x, weight, _, values, indices = inputs
     ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, values, indices)
 
 

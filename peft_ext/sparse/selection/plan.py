@@ -52,8 +52,8 @@ def select_supports(
     Choose the trained entries of several weights.
 
     Args:
-        weights: per module, a function that returns its weight as float `[rows, fan_in]`. Called once per pass, so that
-            a dequantised weight lives no longer than needed.
+        weights: per module, a function that returns its weight as float `[rows, fan_in]`. Called once per pass, so
+            that a dequantised weight lives no longer than needed.
         selection (`str`): one of `SELECTIONS`.
         k (`int`): entries per neuron, capped at the fan-in; wider scopes share out as many as the neurons would have.
         neuron_ratio (`float`): share of neurons that get entries, drawn at random per weight (thesis section 5.4).

@@ -49,12 +49,8 @@ NEUROADA_PRESETS: dict[str, Preset] = {
 }
 
 NEUROADA_SEARCH_SPACES: dict[str, SearchSpace] = {
-    "table_14": SearchSpace(
-        (6e-4, 9e-4, 1e-3, 3e-3, 6e-3, 9e-3, 1e-2, 3e-2), (8, 16, 32), (0.0, 0.06, 0.10), (1, 20)
-    ),
-    "table_15": SearchSpace(
-        (7e-4, 9e-4, 2e-3, 4e-3, 6e-3, 8e-3, 1e-2, 2e-2), (8, 16, 32), (0.0, 0.06, 0.10), (1, 20)
-    ),
+    "table_14": SearchSpace((6e-4, 9e-4, 1e-3, 3e-3, 6e-3, 9e-3, 1e-2, 3e-2), (8, 16, 32), (0.0, 0.06, 0.10), (1, 20)),
+    "table_15": SearchSpace((7e-4, 9e-4, 2e-3, 4e-3, 6e-3, 8e-3, 1e-2, 2e-2), (8, 16, 32), (0.0, 0.06, 0.10), (1, 20)),
     "table_16": SearchSpace(
         (6e-5, 9e-5, 5e-4, 7e-4, 9e-4, 3e-3, 6e-3, 9e-3, 1e-2), (16,), (0.06,), (1, 5, 10, 20, 50, 100, 300, 500)
     ),
