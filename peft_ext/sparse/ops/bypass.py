@@ -180,14 +180,15 @@ def _(
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     _, x, values, indices, offsets, entries, column_offsets = inputs
-    ctx.save_for_backward(x, values, indices, offsets, entries, column_offsets)
+    ctx.x_dtype = x.dtype
+    ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, values, indices, offsets, entries, column_offsets)
 
 
 def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
     x, values, indices, offsets, entries, column_offsets = ctx.saved_tensors
     grad_x = grad_values = None
     if ctx.needs_input_grad[1]:
-        grad_x = sparse_grad_input(grad, values, indices, offsets, entries, column_offsets, x.dtype)
+        grad_x = sparse_grad_input(grad, values, indices, offsets, entries, column_offsets, ctx.x_dtype)
     if ctx.needs_input_grad[2]:
         grad_values = sparse_grad_values(grad, x, indices, offsets).to(values.dtype)
     return grad, grad_x, grad_values, None, None, None, None

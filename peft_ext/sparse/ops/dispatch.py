@@ -11,9 +11,10 @@ from torch import Tensor
 Backend = Literal["auto", "bypass", "folded", "dense", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
-# Share of a neuron's inputs above which one dense weight gradient beats products entry by entry.
-# Measured by examples/benchmarks/crossover.py: fp32, 2 CPU threads, 1024 tokens.
-DENSE_ABOVE = 0.25
+# Share of trained inputs above which one dense weight gradient beats products entry by entry: those of the folded path
+# (tables) and of the bypass (ragged). From examples/benchmarks/crossover.py: fp32, 2 CPU threads, 1024 tokens.
+DENSE_ABOVE = 0.125
+DENSE_ABOVE_RAGGED = 0.03
 
 
 def choose_backend(
@@ -48,6 +49,6 @@ def choose_backend(
     wide = weight.dtype in (torch.float32, torch.float64)
     if not wide or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return "bypass"
-    if entries > DENSE_ABOVE * rows * x.shape[-1]:
+    if entries > (DENSE_ABOVE if is_table else DENSE_ABOVE_RAGGED) * rows * x.shape[-1]:
         return "dense"
     return "folded" if is_table else "bypass"

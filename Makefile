@@ -1,0 +1,58 @@
+# Every target makes .venv first when it is missing or older than what it was installed from.
+PYTHON ?= python3
+# Two processes of one thread each: tiny models gain nothing from more threads, and both cores stay busy.
+WORKERS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CACHE := $(CURDIR)/$(VENV)/cache
+
+# All a run leaves behind lies in .venv.
+export PYTHONDONTWRITEBYTECODE := 1
+export HYPOTHESIS_STORAGE_DIRECTORY := $(CACHE)/hypothesis
+export MYPY_CACHE_DIR := $(CACHE)/mypy
+export RUFF_CACHE_DIR := $(CACHE)/ruff
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-peft lint format types bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+setup: $(STAMP) ## make .venv and install peft_ext and its tools in it
+
+# torch goes first: pip then takes the build that the pin selects and keeps it.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "peft_ext needs Python >= 3.10, $(PYTHON) is " + sys.version.split()[0] + "; run: make PYTHON=python3.11 $(MAKECMDGOALS)")'
+	@echo "Installing into $(VENV) (once; some minutes)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,plot,trl]"
+	@touch $@
+
+quickstart: $(STAMP) ## the main job: NeuroAda beside six other methods, one table
+	$(BIN)/python examples/quickstart.py $(ARGS)
+
+test: $(STAMP) ## peft_ext's tests
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -o cache_dir=$(CACHE)/pytest $(ARGS)
+
+test-peft: $(STAMP) ## PEFT's own test-suite, run against NeuroAda
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/upstream/run.py $(ARGS)
+
+lint: $(STAMP) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP) ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(STAMP) ## mypy over the package
+	$(BIN)/mypy peft_ext
+
+bench: $(STAMP) ## time and memory of one training step, method by method
+	$(BIN)/python examples/benchmarks/step.py $(ARGS)
+
+clean: ## remove .venv
+	rm -rf $(VENV)

@@ -1,0 +1,1 @@
+"""What the benchmark scripts beside this folder share: models, methods, gate, timing, memory, report."""

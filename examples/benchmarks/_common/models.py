@@ -1,0 +1,83 @@
+"""Random Llama-shaped models and inputs: step times and bytes depend on shapes, not on what the weights know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """
+    The sizes of a Llama-shaped model and of its batch.
+
+    Args:
+        hidden (`int`): Width of the residual stream.
+        intermediate (`int`): Width of the MLP.
+        layers (`int`): Decoder blocks.
+        heads (`int`): Attention heads; `hidden` is a multiple of it.
+        vocab (`int`): Vocabulary. Small, so that the head, alike for every method, does not dilute the ratios.
+        batch (`int`): Sequences of a batch.
+        tokens (`int`): Tokens of a sequence.
+    """
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    vocab: int
+    batch: int
+    tokens: int
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"`{name}` must be a positive integer, got {value}: pass a larger --{name}")
+        if self.hidden % self.heads or (self.hidden // self.heads) % 2:
+            raise ValueError(
+                f"`hidden` ({self.hidden}) must split into `heads` ({self.heads}) of an even width: change --heads"
+            )
+
+
+def llama(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> nn.Module:
+    """A causal LM of the given shape with random weights, every parameter frozen."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        vocab_size=shape.vocab,
+        max_position_embeddings=shape.tokens,
+        use_cache=False,
+    )
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return model.requires_grad_(False).train()
+
+
+def token_batch(shape: Shape, device: torch.device, seed: int = 1) -> dict[str, Tensor]:
+    """Random token ids, used as their own labels."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(shape.vocab, (shape.batch, shape.tokens), generator=generator).to(device)  # [batch, tokens]
+    return {"input_ids": ids, "labels": ids}
+
+
+class SingleLinear(nn.Module):
+    """One linear layer as a model of its own, so that every method can adapt it by the target name `proj`."""
+
+    def __init__(self, fan_in: int, rows: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.proj = nn.Linear(fan_in, rows, bias=False, dtype=dtype, device=device)
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)

@@ -1,0 +1,66 @@
+"""Where and with what a benchmark ran, and aligned tables."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+PACKAGES = ("torch", "peft", "transformers", "peft-ext", "triton")
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def processor() -> str:
+    """The CPU's model name; `platform` knows only its architecture on Linux."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a reader needs to know to repeat the run."""
+    return {
+        "argv": sys.argv[1:],
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "packages": {package: version(package) for package in PACKAGES},
+        "processor": processor(),
+        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows as aligned columns: the first to the left, the others to the right."""
+    header = list(rows[0])
+    lines = [header, *([row[name] for name in header] for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def mebibytes(count: int) -> str:
+    return f"{count / 2**20:.2f}"

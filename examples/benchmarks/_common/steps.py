@@ -1,0 +1,97 @@
+"""One training step, and the interleaved timing of many methods' steps."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+class Stepper:
+    """
+    zero_grad, forward, backward, AdamW step.
+
+    AdamW is fused, as in `transformers.Trainer`: a loop over tensors would charge methods for having many tensors.
+    No weight decay: with it, the masked method would move entries outside of its mask.
+    """
+
+    def __init__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+        self.model = model
+        self.batch = batch
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=0.0, fused=True) if trainable else None
+
+    def __call__(self) -> None:
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+        self.model(**self.batch).loss.backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+
+    def optimizer_bytes(self) -> int:
+        """Bytes of the optimiser's state; 0 before the first step."""
+        if self.optimizer is None:
+            return 0
+        entries = [value for state in self.optimizer.state.values() for value in state.values()]
+        return sum(value.nbytes for value in entries if isinstance(value, Tensor))
+
+
+def seconds(stepper: Stepper, device: torch.device) -> float:
+    """Wall time of one step; on CUDA between two events on the stream, nothing else in flight."""
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(device)
+        start.record()
+        stepper()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+    begin = time.perf_counter()
+    stepper()
+    return time.perf_counter() - begin
+
+
+def interleave(
+    steppers: Mapping[str, Stepper], rounds: int, warmup: int, device: torch.device, seed: int = 0
+) -> dict[str, list[float]]:
+    """
+    Times of every method's steps, one of each per round, so that a slow spell of the machine hits all of them.
+
+    The order is drawn anew in each round: a rotation would keep every method behind the same predecessor and its
+    cache contents.
+    """
+    order, times = list(steppers), {name: list[float]() for name in steppers}
+    shuffle = random.Random(seed).shuffle
+    for turn in tqdm(range(warmup + rounds), desc="timing", unit="round"):
+        shuffle(order)
+        for name in order:
+            elapsed = seconds(steppers[name], device)
+            if turn >= warmup:
+                times[name].append(elapsed)
+    return times
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of a sample."""
+
+    median: float
+    lower: float
+    upper: float
+
+    @classmethod
+    def of(cls, sample: list[float]) -> Spread:
+        lower, median, upper = torch.tensor(sample, dtype=torch.float64).quantile(
+            torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+        )
+        return cls(median.item(), lower.item(), upper.item())
+
+
+def pair_ratio(times: list[float], reference: list[float]) -> Spread:
+    """Spread of the ratios within rounds: what two methods did at the same time on the same machine."""
+    return Spread.of([mine / other for mine, other in zip(times, reference, strict=True)])

@@ -1,0 +1,238 @@
+"""
+Time and memory of one training step: NeuroAda beside LoRA, SHiRA, Super-Tuning, masked and full training.
+
+    python examples/benchmarks/step.py                          # the default: CPU, fp32, 2 threads
+    python examples/benchmarks/step.py --device cuda --dtype bfloat16 --hidden 4096 --intermediate 11008 --tokens 1024
+
+A step is zero_grad, forward, backward and AdamW on a Llama-shaped model with random weights, all seven linears of a
+block adapted. NeuroAda's outputs and gradients are compared with the dense reference first; if they differ, nothing is
+timed. Steps of all methods are interleaved in one process and ratios are medians over rounds, so that a slow spell of
+the machine does not decide. `_common/methods.py` says what each method is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common.gate import Check, gate, require
+from _common.memory import adapter_file_bytes, allocations, peak_bytes, saved_bytes
+from _common.methods import Method, adapt, trained_parameters
+from _common.models import LINEARS, Shape, SingleLinear, llama, token_batch
+from _common.report import environment, mebibytes, table
+from _common.steps import Spread, Stepper, interleave, pair_ratio
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+METHODS = (
+    "frozen",
+    "frozen-inputs",
+    "neuroada-k1",
+    "neuroada-k20",
+    "lora-r8",
+    "shira-k20",
+    "supertuning-k20",
+    "masked-k20",
+    "full",
+)
+# The first method of each of these kinds is what the others' times are divided by.
+REFERENCES = ("lora", "frozen", "shira", "supertuning")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = parser.add_argument_group("sizes")
+    sizes.add_argument("--hidden", type=int, default=1024, help="width of the residual stream (%(default)s)")
+    sizes.add_argument("--intermediate", type=int, default=2816, help="width of the MLP (%(default)s)")
+    sizes.add_argument("--layers", type=int, default=4, help="decoder blocks (%(default)s)")
+    sizes.add_argument("--heads", type=int, help="attention heads (hidden / 64)")
+    sizes.add_argument("--vocab", type=int, default=1024, help="vocabulary, alike for all methods (%(default)s)")
+    sizes.add_argument("--batch", type=int, default=4, help="sequences of a batch (%(default)s)")
+    sizes.add_argument("--tokens", type=int, default=256, help="tokens of a sequence (%(default)s)")
+    sizes.add_argument("--layer", type=int, default=2048, help="width of the single square layer (%(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base (float32)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:<n> (%(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="timed rounds, one step of each method (%(default)s)")
+    parser.add_argument("--warmup", type=int, default=3, help="rounds before (%(default)s)")
+    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD", help=f"({' '.join(METHODS)})")
+    parser.add_argument("--profile", action="store_true", help="also print where the time of each method's step goes")
+    parser.add_argument("--out", type=Path, help="write everything, with the raw times, to this JSON file")
+    args = parser.parse_args(argv)
+    args.heads = args.heads or max(1, args.hidden // 64)
+    for name in ("steps", "warmup", "threads", "layer"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be a positive integer, got {getattr(args, name)}")
+    return args
+
+
+def layer_memory(method: Method, width: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
+    """One square layer inside a network: what it saves, and how many weight-sized tensors a pass allocates."""
+    layer = adapt(SingleLinear(width, width, dtype, device), method, ["proj"])
+    # A quarter as many tokens as the weight has rows: whatever is as large as the weight is not an activation.
+    x = torch.randn(width // 4, width).to(device, dtype).requires_grad_(True)
+
+    def forward() -> Tensor:
+        return layer(x)
+
+    def forward_backward() -> None:
+        out = forward()
+        out.backward(torch.ones_like(out))
+        layer.zero_grad()
+        x.grad = None
+
+    forward_backward()  # the first pass may set up what later passes reuse
+    weight_bytes = width * width * dtype.itemsize
+    return {
+        "layer_saved_bytes": saved_bytes(layer, forward),
+        "layer_weight_sized_allocations": sum(size >= weight_bytes for size in allocations(forward_backward, device)),
+    }
+
+
+def model_memory(model: nn.Module, stepper: Stepper, device: torch.device) -> dict[str, int]:
+    """Bytes of a step of the whole model; the model has taken steps before, so the optimiser's state exists."""
+
+    def forward() -> Tensor:
+        return model(**stepper.batch).loss
+
+    model.zero_grad()
+    return {
+        "saved_bytes": saved_bytes(model, forward),
+        "peak_bytes": peak_bytes(stepper, device),
+        "optimizer_bytes": stepper.optimizer_bytes(),
+        "file_bytes": adapter_file_bytes(model),
+    }
+
+
+def print_profile(name: str, stepper: Callable[[], None], device: torch.device) -> None:
+    """The operators that a step's time goes to."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(3):
+            stepper()
+    key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    operators = profiler.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=60)
+    print(f"\n{name}, three steps\n{operators}")
+
+
+def gate_table(checks: Sequence[Check]) -> str:
+    return table(
+        [
+            {
+                "gate": entry.case,
+                "backend": entry.backend,
+                "k": str(entry.k),
+                "output": f"{entry.output:.1e}",
+                "d values": f"{entry.values_gradient:.1e}",
+                "d input": f"{entry.input_gradient:.1e}",
+                "base intact": "yes" if entry.base_intact else "NO",
+                "backend ran": "yes" if entry.backend_ran else "NO",
+                "passed": "yes" if entry.passed else "NO",
+            }
+            for entry in checks
+        ]
+    )
+
+
+def ratios(times: dict[str, list[float]], methods: Sequence[Method]) -> dict[str, dict[str, Spread]]:
+    """For each method, its time over that of every reference that takes part."""
+    references = [next((m.name for m in methods if m.kind == kind), None) for kind in REFERENCES]
+    return {
+        method.name: {other: pair_ratio(times[method.name], times[other]) for other in references if other}
+        for method in methods
+    }
+
+
+def time_table(results: dict[str, dict[str, Any]]) -> str:
+    rows = []
+    for name, result in results.items():
+        row = {"step": name, "trained": f"{result['trained_parameters']:,}"}
+        row["ms"] = f"{1000 * result['seconds']['median']:.1f}"
+        for other, ratio in result["ratios"].items():
+            row[f"/ {other} (quartiles)"] = f"{ratio['median']:.3f} ({ratio['lower']:.3f}-{ratio['upper']:.3f})"
+        rows.append(row)
+    return table(rows)
+
+
+def memory_table(results: dict[str, dict[str, Any]], layer: int) -> str:
+    return table(
+        [
+            {
+                "MiB": name,
+                "saved": mebibytes(result["saved_bytes"]),
+                f"saved {layer}²": mebibytes(result["layer_saved_bytes"]),
+                f"weight-sized allocations {layer}²": str(result["layer_weight_sized_allocations"]),
+                "peak of a step": mebibytes(result["peak_bytes"]),
+                "optimiser": mebibytes(result["optimizer_bytes"]),
+                "file": mebibytes(result["file_bytes"]),
+            }
+            for name, result in results.items()
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    args = parse(argv)
+    methods = [Method.parse(name) for name in dict.fromkeys(args.methods)]
+    shape = Shape(args.hidden, args.intermediate, args.layers, args.heads, args.vocab, args.batch, args.tokens)
+    dtype, device = getattr(torch, args.dtype), torch.device(args.device)
+    torch.set_num_threads(args.threads)
+
+    checks: list[Check] = []
+    if any(method.kind == "neuroada" for method in methods):
+        checks = gate(shape, dtype, device)
+        print(gate_table(checks), flush=True)
+        require(checks)
+
+    base, batch = llama(shape, dtype, device), token_batch(shape, device)
+    models = {m.name: adapt(base, m, LINEARS) for m in tqdm(methods, desc="building", unit="model")}
+    steppers = {name: Stepper(model, batch) for name, model in models.items()}
+    gc.collect()
+    gc.disable()  # a collection would fall on some method's step
+    try:
+        times = interleave(steppers, args.steps, args.warmup, device)
+    finally:
+        gc.enable()
+    spreads = ratios(times, methods)
+
+    results: dict[str, dict[str, Any]] = {}
+    for method in tqdm(methods, desc="memory", unit="model"):
+        name = method.name
+        results[name] = {
+            "trained_parameters": trained_parameters(models[name], method),
+            "seconds": asdict(Spread.of(times[name])),
+            "ratios": {other: asdict(spread) for other, spread in spreads[name].items()},
+            "times": times[name],
+            **model_memory(models[name], steppers[name], device),
+            **layer_memory(method, args.layer, dtype, device),
+        }
+    print(f"\n{time_table(results)}\n\n{memory_table(results, args.layer)}")
+    print("Peaks are above what is allocated when a step begins; on CPU from the profiler's allocator records.")
+    if args.profile:
+        for name, stepper in steppers.items():
+            print_profile(name, stepper, device)
+
+    report = {
+        "environment": environment(device),
+        "shape": asdict(shape),
+        "dtype": args.dtype,
+        "device": args.device,
+        "gate": [asdict(entry) for entry in checks],
+        "results": results,
+    }
+    if args.out is not None:
+        args.out.write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+if __name__ == "__main__":
+    main()
