@@ -44,7 +44,7 @@ class SparseDelta(nn.Module):
         self.weight = nn.Parameter(torch.zeros(support.indices.shape, dtype=dtype, device=device))
         self.register_buffer("indices", support.indices)
         self.register_buffer("offsets", support.offsets)
-        self.register_buffer("fingerprint", torch.zeros(FINGERPRINT_LENGTH, dtype=torch.int64))
+        self.register_buffer("fingerprint", torch.zeros(FINGERPRINT_LENGTH, dtype=torch.int64, device=device))
         self.register_buffer("transposed_entries", None, persistent=False)
         self.register_buffer("transposed_offsets", None, persistent=False)
         self.pending = pending

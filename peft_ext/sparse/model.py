@@ -29,6 +29,10 @@ from .support import Support
 from .weighted import WeightedAdapterMixin
 
 
+# Heads of transformers' classification and question-answering models: never adapted by default.
+HEADS = ("classifier", "score", "qa_outputs")
+
+
 @dataclass
 class Planned:
     """A target's support; `pending` if it is a placeholder until a checkpoint is loaded."""
@@ -82,6 +86,11 @@ class SparseModel(CheckpointMixin, WeightedAdapterMixin, BaseTuner):
                     "layers and its output layer can't be told apart."
                 )
             peft_config.target_modules = INCLUDE_LINEAR_LAYERS_SHORTHAND
+            resolve_all_linear(peft_config, self.model)
+            # PEFT's model classes wrap these heads in modules_to_save only after the injection.
+            peft_config.target_modules = sorted(
+                name for name in peft_config.target_modules or () if name.split(".")[0] not in HEADS
+            )
         return peft_config
 
     def _prepare_model(self, peft_config: SparseConfig, model: nn.Module) -> None:
@@ -132,7 +141,11 @@ class SparseModel(CheckpointMixin, WeightedAdapterMixin, BaseTuner):
         in_checkpoint = config.from_checkpoint and config.support_sizes is not None
         no_data = self._low_cpu_mem_usage or any(_has_no_data(base) for base in bases.values())
         if without_scores or in_checkpoint or no_data:
-            return {name: Planned(self._placeholder(config, name, *shapes[name]), pending=True) for name in bases}
+            device = torch.device("meta" if no_data else "cpu")
+            return {
+                name: Planned(self._placeholder(config, name, *shapes[name]).to(device), pending=True)
+                for name in bases
+            }
         if criterion != "gradient":
             for name, backend in backends.items():
                 if backend is not None and not backend.supports_merge:
@@ -212,6 +225,23 @@ class SparseModel(CheckpointMixin, WeightedAdapterMixin, BaseTuner):
             for layer in self.sparse_layers(self):
                 if adapter_name in layer.deltas:
                     layer.deltas[adapter_name].to(getattr(torch, dtype))
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # A new layer makes its adapters on the base's device, and a base layer comes back as it is. PEFT's own version
+        # hands over `child.weight`, which is no parameter where a wrapper computes it (trainable tokens).
+        setattr(parent, child_name, new_module)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        owners: dict[int, str] = {}
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, self.tuner_layer_cls):
+                first = owners.setdefault(id(layer.get_base_layer().weight), name)
+                if first != name:
+                    raise ValueError(
+                        f"'{first}' and '{name}' share one weight, so merging their adapters would add both to each. "
+                        "Untie the weights before adapting, or adapt only one of the two."
+                    )
 
     @classmethod
     def sparse_layers(cls, model: nn.Module) -> Iterator[SparseLinear]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from .._peft_internals import QuantizationBackend
@@ -40,7 +41,7 @@ def is_plain(base_layer: nn.Module) -> bool:
         base_layer._backward_hooks,
         base_layer._backward_pre_hooks,
     )
-    return not any(hooks)
+    return not any(hooks) and not _has_any_global_hook()
 
 
 def values_dtype_of(base_layer: Any) -> torch.dtype:

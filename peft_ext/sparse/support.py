@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 
-# Fingerprint layout, int64[6]: rows, fan_in, dtype code, checksum of the bits, and two float64 sums as raw bits.
+# Fingerprint layout, int64[6]: rows, fan_in, dtype code, checksum of the bits, and the raw bits of two float64 sums
+# with pseudo-random signs.
 FINGERPRINT_LENGTH = 6
 _DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
 _BITS = {
@@ -17,9 +18,10 @@ _BITS = {
     torch.float16: torch.int16,
     torch.float64: torch.int64,
 }
-# Casting between float types moves a value by at most 2^-8 relative (bf16); 4-bit weights move by several percent.
-CAST_TOLERANCE = 2.0**-8
-QUANTISED_TOLERANCE = 0.15
+# How far a signed sum may move, in units of the values' 2-norm. A cast to bf16 moves each value by at most 2^-9
+# relative, independently; an unrelated weight moves the sum by about 1.4 norms, a quantised one by some hundredths.
+CAST_TOLERANCE = 8 * 2.0**-9
+QUANTISED_TOLERANCE = 0.3
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,8 +122,7 @@ class Support:
         # Odd multipliers make the sum depend on the order; int64 wraps, so the result is exact on every device.
         position = torch.arange(values.numel(), device=values.device)
         checksum = (bits * (2 * position + 1)).sum()
-        exact = values.double()
-        sums = torch.stack([exact.sum(), exact.abs().sum()]).view(torch.int64).cpu()
+        sums = (_signs(position) @ values.double()).view(torch.int64).cpu()
         head = torch.tensor([self.rows, self.fan_in, _DTYPE_CODES[values.dtype], int(checksum)], dtype=torch.int64)
         return torch.cat([head, sums])
 
@@ -144,11 +145,19 @@ class Support:
         if not quantised and int(stored[2]) == int(here[2]):
             return None if int(stored[3]) == int(here[3]) else "other values at the adapter's entries"
         tolerance = QUANTISED_TOLERANCE if quantised else CAST_TOLERANCE
-        total, magnitude = stored[4:].view(torch.float64).tolist()
-        total_here, magnitude_here = here[4:].view(torch.float64).tolist()
-        if max(abs(total - total_here), abs(magnitude - magnitude_here)) > tolerance * magnitude:
+        norm = float(self.gather(matrix.detach()).double().norm())
+        moved = (stored[4:].view(torch.float64) - here[4:].view(torch.float64)).abs().max()
+        if float(moved) > tolerance * norm:
             return "other values at the adapter's entries, by more than a change of dtype explains"
         return None
+
+
+def _signs(position: Tensor) -> Tensor:
+    """Two rows of ±1, float64 `[2, entries]`, from a hash of the position: equal rounding errors don't add up."""
+    mask = 0xFFFFFFFF
+    mixed = (position + 1) * 2654435761 & mask
+    mixed = (mixed ^ (mixed >> 15)) * 2246822519 & mask
+    return torch.stack([(mixed >> 31) & 1, (mixed >> 23) & 1]).double() * 2 - 1
 
 
 def row_of_entry(indices: Tensor, offsets: Tensor | None) -> Tensor:
