@@ -155,7 +155,11 @@ class SparseLinear(nn.Module, BaseTunerLayer):
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """Each sample with its own adapter, at inference: `adapter_names[i]` for sample i."""
         if self.merged:
-            raise ValueError("adapter_names was passed, but adapters are merged into the base; unmerge them first.")
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        if x.dim() == 2 and len(x) % len(adapter_names) == 0:  # some models (OPT) flatten batch and tokens
+            adapter_names = [name for name in adapter_names for _ in range(len(x) // len(adapter_names))]
         if len(x) != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -230,10 +234,16 @@ class SparseLinear(nn.Module, BaseTunerLayer):
         Raises:
             `ValueError`: with `safe_merge`, if a merged weight would not be finite.
             `NotImplementedError`: if the base weight is quantised.
+            `ValueError`: if the base weight is computed by a parametrization.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.deltas]
         if not names:
             return
+        if "weight" not in self.get_base_layer()._parameters:
+            raise ValueError(
+                "The base layer's weight is computed by a parametrization, so nothing can be written into it. Remove "
+                "the parametrization (torch.nn.utils.parametrize.remove_parametrizations) before merging."
+            )
         if self.quantization_backend is not None:
             raise NotImplementedError(
                 f"Merging into {self.quantization_backend.backend_name} weights is not supported yet; load the base "

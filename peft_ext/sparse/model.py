@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -21,7 +21,8 @@ from .._peft_internals import (
 )
 from .checkpoint import CheckpointMixin
 from .config import SparseConfig
-from .layer import BASE_ADAPTER, SparseLinear
+from .layer import SparseLinear
+from .mixed_batch import MixedBatchMixin
 from .neurons import SUPPORTED, is_supported, neuron_view
 from .selection import parse_selection, select_supports
 from .selection.plan import kept_neurons
@@ -41,7 +42,7 @@ class Planned:
     pending: bool = False
 
 
-class SparseModel(CheckpointMixin, WeightedAdapterMixin, BaseTuner):
+class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTuner):
     """
     Base of the sparse tuners' models; see [`NeuroAdaModel`]. Subclasses set `prefix` and `tuner_layer_cls`.
 
@@ -89,7 +90,9 @@ class SparseModel(CheckpointMixin, WeightedAdapterMixin, BaseTuner):
             resolve_all_linear(peft_config, self.model)
             # PEFT's model classes wrap these heads in modules_to_save only after the injection.
             peft_config.target_modules = sorted(
-                name for name in peft_config.target_modules or () if name.split(".")[0] not in HEADS
+                name
+                for name in peft_config.target_modules or ()
+                if name.split(".")[0] not in HEADS and _in_layers(name, peft_config)
             )
         return peft_config
 
@@ -236,7 +239,8 @@ class SparseModel(CheckpointMixin, WeightedAdapterMixin, BaseTuner):
         owners: dict[int, str] = {}
         for name, layer in self.model.named_modules():
             if isinstance(layer, self.tuner_layer_cls):
-                first = owners.setdefault(id(layer.get_base_layer().weight), name)
+                weight = layer.get_base_layer()._parameters.get("weight")
+                first = name if weight is None else owners.setdefault(id(weight), name)
                 if first != name:
                     raise ValueError(
                         f"'{first}' and '{name}' share one weight, so merging their adapters would add both to each. "
@@ -248,36 +252,23 @@ class SparseModel(CheckpointMixin, WeightedAdapterMixin, BaseTuner):
         """The adapted layers of a model."""
         return (module for module in model.modules() if isinstance(module, cls.tuner_layer_cls))
 
-    # ------------------------------------------------------------------ mixed batches
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """With `adapter_names=[...]` in a forward or generate call, give each layer the adapter of each sample."""
-        adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is None:
-            yield
-            return
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        layers = list(self.sparse_layers(self))
-        known = {name for layer in layers for name in layer.deltas} | {BASE_ADAPTER}
-        unknown = sorted(set(adapter_names) - known)
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        beams = _number_of_beams(kwargs)
-        handles = [
-            layer.register_forward_pre_hook(partial(_pass_adapter_names, adapter_names, beams), with_kwargs=True)
-            for layer in layers
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
 
 def _base_of(module: nn.Module) -> Any:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _in_layers(name: str, config: SparseConfig) -> bool:
+    """Whether a module is in one of the blocks of `layers_to_transform`. PEFT asks that of suffixes, not of the whole
+    names that default targets are."""
+    if config.layers_to_transform is None:
+        return True
+    wanted, pattern = config.layers_to_transform, config.layers_pattern or []
+    match = re.match(r"(?:.*\.)?(?P<blocks>[^.]+)\.(?P<number>\d+)\.", name)
+    return (
+        match is not None
+        and int(match["number"]) in ([wanted] if isinstance(wanted, int) else wanted)
+        and (not pattern or match["blocks"] in ([pattern] if isinstance(pattern, str) else pattern))
+    )
 
 
 def _has_no_data(base_layer: nn.Module) -> bool:
@@ -296,19 +287,3 @@ def _scores_of(config: SparseConfig, name: str, base_layer: Any, shape: tuple[in
             f"{tuple(base_layer.weight.shape)}; give one score per weight."
         )
     return matrix
-
-
-def _number_of_beams(kwargs: dict[str, Any]) -> int:
-    beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None)
-    return beams or 1
-
-
-def _pass_adapter_names(
-    adapter_names: list[str], beams: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    # Beam search repeats each sample for the decoder, not for an encoder: the batch size tells which this is.
-    x = args[0] if args else kwargs["x"]
-    names = adapter_names
-    if beams > 1 and len(x) == beams * len(adapter_names):
-        names = [name for name in adapter_names for _ in range(beams)]
-    return args, {**kwargs, "adapter_names": names}

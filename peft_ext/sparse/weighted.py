@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from .._peft_internals import prune, task_arithmetic, ties
+from .._peft_internals import ModulesToSaveWrapper, prune, task_arithmetic, ties
 from .support import Support, union
 
 
@@ -99,8 +99,13 @@ class WeightedAdapterMixin:
         if combination in _PRUNING and (density is None or not 0.0 < density <= 1.0):
             raise ValueError(f"density={density!r} must lie in (0, 1] for combination_type={combination!r}.")
         configs = [self.peft_config[name] for name in adapters]
-        if sum(bool(config.modules_to_save) for config in configs) > 1:
-            raise ValueError("Adapters with modules_to_save can't be combined: whole modules have no weighted union.")
+        wrappers = (m for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper))  # type: ignore[attr-defined]
+        shared = sum(sum(name in wrapper.modules_to_save for name in adapters) > 1 for wrapper in wrappers)
+        if shared:  # whole modules have no weighted union
+            raise ValueError(
+                "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+                f"{shared} such instance(s)."
+            )
         if len({isinstance(config.target_modules, str) for config in configs}) > 1:
             raise ValueError("target_modules of the adapters must be all regular expressions or all lists.")
         return configs

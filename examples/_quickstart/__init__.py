@@ -1,0 +1,1 @@
+"""Parts of `examples/quickstart.py`: data, methods, search, measurements and report."""

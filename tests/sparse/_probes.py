@@ -1,0 +1,62 @@
+"""What runs inside an op: the tensors that it allocates and those that it keeps for backward."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LargestAllocation(TorchDispatchMode):
+    """
+    Records the largest storage, in elements, that an operator returns without having got it: also of operators called
+    by our custom ops, which are entered, and inside composite ones, which are decomposed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+        self.entered: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name
+        if name in OPDEFS:
+            self.entered.add(name)
+            with self, torch.no_grad():
+                return OPDEFS[name]._init_fn(*args, **kwargs)
+        if func._can_decompose():
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        given = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and _storage(leaf) not in given:
+                self.elements = max(self.elements, leaf.untyped_storage().nbytes() // leaf.element_size())
+        return out
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+@contextmanager
+def saved_for_backward(module: nn.Module) -> Iterator[dict[int, int]]:
+    """Bytes of each storage that the graph keeps, by its address, apart from the module's parameters and buffers."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*module.parameters(), *module.buffers()]}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved

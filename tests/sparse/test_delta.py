@@ -1,0 +1,177 @@
+"""The module that carries one adapter's values and support: what it stores, and how it takes another support."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from peft_ext.sparse.delta import SparseDelta
+from peft_ext.sparse.support import FINGERPRINT_LENGTH, Support
+
+from ._asserts import assert_product_correct
+from ._inputs import DTYPES, SHAPES, make_inputs, random_support
+
+
+FAN_IN = 9
+FORMS = {"k1": 1, "k2": 2, "ragged": (0, 3, 1, 9, 0, 2)}
+
+
+def _support(form="k2", seed=0):
+    return random_support(6, FAN_IN, FORMS[form], torch.Generator().manual_seed(seed))
+
+
+def _delta(form="k2", dtype=torch.float32, seed=0):
+    return SparseDelta(_support(form, seed), dtype)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_starts_at_zero_with_one_trained_parameter(form, dtype):
+    delta = _delta(form, dtype)
+    assert [name for name, _ in delta.named_parameters()] == ["weight"]
+    assert delta.weight.requires_grad and delta.weight.dtype == dtype
+    assert delta.weight.shape == _support(form).indices.shape
+    assert not delta.weight.any()
+
+
+@pytest.mark.parametrize(("form", "keys"), [("k2", {"weight", "indices", "fingerprint"}),
+                                            ("ragged", {"weight", "indices", "offsets", "fingerprint"})])  # fmt: skip
+def test_state_dict_holds_the_support_and_no_table_that_follows_from_it(form, keys):
+    assert set(_delta(form).state_dict()) == keys
+
+
+@pytest.mark.parametrize("shape", ["k1", "k2", "k20", "k2 one token", "k2 no tokens", "k2 3-D", "k2 vector", "ragged",
+                                   "ragged empty"])  # fmt: skip
+@pytest.mark.parametrize(("dtype", "values_dtype"), DTYPES, ids=str)
+def test_forward_adds_the_update(shape, dtype, values_dtype):
+    inputs = make_inputs(SHAPES[shape], dtype, values_dtype)
+    delta = SparseDelta(inputs.support, values_dtype)
+
+    def product(x, weight, bias, values, support):
+        object.__setattr__(delta, "weight", values)  # the given leaf instead of the delta's parameter
+        del delta._parameters["weight"]
+        return delta(nn.functional.linear(x, weight, bias), x)
+
+    assert_product_correct(product, inputs)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_load_state_dict_takes_values_and_support(form):
+    source, target = _delta(form, seed=1), _delta(form, seed=2)
+    nn.init.normal_(source.weight)
+    source.fingerprint.copy_(torch.arange(FINGERPRINT_LENGTH))
+    target.load_state_dict(source.state_dict())
+    assert not target.stale
+    for name, tensor in [*source.named_parameters(), *source.named_buffers()]:
+        assert torch.equal(target.get_parameter(name) if name == "weight" else target.get_buffer(name), tensor), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_load_state_dict_keeps_every_storage(form):
+    """A compiled model holds on to them."""
+    target = _delta(form, seed=2)
+    before = {name: tensor.data_ptr() for name, tensor in [*target.named_parameters(), *target.named_buffers()]}
+    target.load_state_dict(_delta(form, seed=1).state_dict())
+    after = {name: tensor.data_ptr() for name, tensor in [*target.named_parameters(), *target.named_buffers()]}
+    assert {"weight", "indices", "transposed_entries", "transposed_offsets"} <= set(before)
+    assert after == before
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int64], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_indices_of_any_type_on_disk_are_int32_in_memory(form, dtype, assign):
+    source, target = _delta(form, seed=1), _delta(form, seed=2)
+    state = source.state_dict()
+    state["indices"] = state["indices"].to(dtype)
+    target.load_state_dict(state, assign=assign)
+    if target.stale:  # a ragged support assigned in two steps waits for its first use
+        target.refresh()
+    assert target.indices.dtype == torch.int32
+    assert torch.equal(target.indices, source.indices)
+    assert torch.equal(target.transposed_entries, source.transposed_entries)
+    assert torch.equal(target.transposed_offsets, source.transposed_offsets)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_new_support_is_to_be_compared_with_the_base(assign):
+    target = SparseDelta(_support(seed=2), torch.float32, pending=True)
+    assert target.pending and target.checked
+    target.load_state_dict(_delta(seed=1).state_dict(), assign=assign)
+    assert not target.pending and not target.checked
+
+
+def test_loading_values_alone_asks_for_no_new_comparison():
+    target = _delta()
+    target.load_state_dict({"weight": torch.ones(6, 2)}, strict=False)
+    assert target.checked and target.weight.eq(1).all()
+
+
+@pytest.mark.parametrize("bad", [[[0, 9]] * 6, [[1, 1]] * 6, [[-1, 1]] * 6], ids=["range", "repeated", "negative"])
+def test_a_support_that_does_not_fit_is_refused(bad):
+    bad = torch.tensor(bad, dtype=torch.int32)
+    with pytest.raises(ValueError, match="indices"):
+        SparseDelta(Support(bad, FAN_IN), torch.float32)
+    with pytest.raises(ValueError, match="indices"):
+        _delta().load_state_dict({**_delta().state_dict(), "indices": bad})
+    with pytest.raises(ValueError, match="indices"):
+        _delta().indices = bad
+
+
+def test_another_shape_is_refused_by_load_state_dict():
+    target = _delta("k2")
+    before = target.indices.clone()
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        target.load_state_dict(_delta("k1").state_dict())
+    assert torch.equal(target.indices, before)
+
+
+def test_refresh_follows_indices_that_changed_in_place():
+    delta = _delta(seed=1)
+    other = _delta(seed=2)
+    assert not torch.equal(delta.transposed_entries, other.transposed_entries)
+    delta.indices.copy_(other.indices)
+    delta.refresh()
+    assert torch.equal(delta.transposed_entries, other.transposed_entries)
+    assert torch.equal(delta.transposed_offsets, other.transposed_offsets)
+
+
+@pytest.mark.parametrize("convert", [nn.Module.bfloat16, nn.Module.half, nn.Module.double], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("form", FORMS)
+def test_conversions_change_the_values_only(form, convert):
+    delta = _delta(form)
+    dtypes = {name: buffer.dtype for name, buffer in delta.named_buffers()}
+    convert(delta)
+    assert delta.weight.dtype != torch.float32
+    assert {name: buffer.dtype for name, buffer in delta.named_buffers()} == dtypes
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_copy_shares_nothing(form):
+    delta = _delta(form)
+    other = copy.deepcopy(delta)
+    other.indices.zero_()
+    other.weight.data.fill_(1)
+    other.transposed_entries.zero_()
+    fresh = _delta(form)
+    assert torch.equal(delta.indices, fresh.indices) and not delta.weight.any()
+    assert torch.equal(delta.transposed_entries, fresh.transposed_entries)
+
+
+def test_on_the_meta_device_it_has_shapes_only_and_comes_alive_when_loaded():
+    support = _support()
+    delta = SparseDelta(support.to("meta"), torch.float32, pending=True)
+    assert delta.weight.is_meta and delta.indices.is_meta
+    source = _delta(seed=1)
+    delta.load_state_dict(source.state_dict(), assign=True)
+    assert torch.equal(delta.indices, source.indices)
+    assert torch.equal(delta.transposed_entries, source.transposed_entries)
+    assert torch.equal(delta.transposed_offsets, source.transposed_offsets)
+
+
+@pytest.mark.parametrize(("form", "shape"), [("k2", "6x2"), ("ragged", "15")])
+def test_repr_tells_sizes_and_whether_it_is_pending(form, shape):
+    delta = SparseDelta(_support(form), torch.float32, pending=True)
+    assert repr(delta) == f"SparseDelta(values={shape}, fan_in=9, pending)"
+    assert "pending" not in repr(_delta(form))

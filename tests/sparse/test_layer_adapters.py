@@ -1,0 +1,143 @@
+"""How a layer takes an adapter: its options, the base it belongs to, a compiled forward."""
+
+import pytest
+import torch
+from torch import nn
+
+from peft_ext import NeuroAdaConfig
+from peft_ext.sparse.ops import BACKENDS
+from peft_ext.sparse.support import Support
+from peft_ext.tuners.neuroada import NeuroAdaLinear
+
+from ._asserts import assert_same_bits, bits
+from ._inputs import adapt, random_linear, random_support
+
+
+FAN_IN, ROWS = 9, 6
+KINDS = pytest.mark.parametrize("kind", ["linear", "conv1d"])
+EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def _config(**options):
+    return NeuroAdaConfig(target_modules=["unused"], **options)
+
+
+def _support(seed=0):
+    return random_support(ROWS, FAN_IN, 2, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("values_dtype", [None, "float32", "bfloat16", "float16"])
+def test_values_have_the_dtype_that_was_asked_for_or_that_of_the_base(base_dtype, values_dtype):
+    layer = NeuroAdaLinear(random_linear(FAN_IN, ROWS, dtype=base_dtype))
+    layer.update_layer("default", _config(values_dtype=values_dtype), _support())
+    expected = base_dtype if values_dtype is None else getattr(torch, values_dtype)
+    assert layer.deltas["default"].weight.dtype == expected
+    assert layer.deltas["default"].indices.dtype == torch.int32
+
+
+@pytest.mark.parametrize("init_weights", [True, False])
+def test_values_start_at_zero_unless_asked_otherwise(init_weights):
+    layer = NeuroAdaLinear(random_linear(FAN_IN, ROWS))
+    layer.update_layer("default", _config(init_weights=init_weights), _support())
+    zeros = layer.deltas["default"].weight == 0
+    assert bool(zeros.all()) if init_weights else not bool(zeros.any())
+
+
+@KINDS
+def test_the_fingerprint_is_that_of_the_base(kind):
+    layer = adapt(random_linear(FAN_IN, ROWS, kind))
+    delta = layer.deltas["default"]
+    assert torch.equal(delta.fingerprint, delta.support.fingerprint(layer.base_matrix()))
+    assert delta.fingerprint.any()
+
+
+def _with_loaded_support(layer):
+    """As after loading a checkpoint: the support was set anew."""
+    delta = layer.deltas["default"]
+    delta.load_state_dict(delta.state_dict())
+    assert not delta.checked
+    return layer
+
+
+@EVERY_BACKEND
+def test_a_loaded_adapter_is_compared_with_the_base_once(backend):
+    layer = _with_loaded_support(adapt(random_linear(FAN_IN, ROWS), backend=backend))
+    x = torch.randn(3, FAN_IN)
+    layer(x)
+    assert layer.deltas["default"].checked
+    layer.base_layer.weight.data.add_(1)
+    layer(x)  # a base that is changed later is the user's business
+
+
+@pytest.mark.parametrize("use", ["forward", "mixed batch", "merge", "get_delta_weight"])
+@KINDS
+def test_a_loaded_adapter_of_another_base_is_refused_on_first_use(kind, use):
+    layer = _with_loaded_support(adapt(random_linear(FAN_IN, ROWS, kind)))
+    layer.base_layer.weight.data.copy_(random_linear(FAN_IN, ROWS, kind, seed=1).weight)
+    original = bits(layer.base_layer.weight)
+    x = torch.randn(3, FAN_IN)
+    run = {
+        "forward": lambda: layer(x),
+        "mixed batch": lambda: layer(x, adapter_names=["default"] * 3),
+        "merge": layer.merge,
+        "get_delta_weight": lambda: layer.get_delta_weight("default"),
+    }[use]
+    for _ in range(2):  # not only the first time
+        with pytest.raises(ValueError, match="'default' was made for another base model: this 9->6 layer"):
+            run()
+    assert_same_bits(layer.base_layer.weight, original)
+
+
+def test_a_pending_adapter_says_that_it_is_to_be_loaded():
+    layer = NeuroAdaLinear(random_linear(FAN_IN, ROWS))
+    placeholder = Support(torch.arange(2, dtype=torch.int32).repeat(ROWS, 1), FAN_IN)
+    layer.update_layer("default", _config(), placeholder, pending=True)
+    layer.set_adapter(["default"])
+    x = torch.randn(3, FAN_IN)
+    for run in (lambda: layer(x), layer.merge):
+        with pytest.raises(RuntimeError, match="'default' are not known yet.* Load the checkpoint"):
+            run()
+    source = adapt(random_linear(FAN_IN, ROWS))
+    layer.deltas["default"].load_state_dict(source.deltas["default"].state_dict())
+    torch.testing.assert_close(layer(x), source(x))
+
+
+def test_a_support_that_changed_in_place_is_followed():
+    """transformers' loader writes into buffers without calling load_state_dict; it then sets them."""
+    layer, other = adapt(random_linear(FAN_IN, ROWS)), adapt(random_linear(FAN_IN, ROWS), adapters=("a", "default"),
+                                                            active=["default"])  # fmt: skip
+    mine, theirs = layer.deltas["default"], other.deltas["default"]
+    assert not torch.equal(mine.indices, theirs.indices)
+    for name in ("indices", "fingerprint"):
+        setattr(mine, name, getattr(theirs, name).clone())
+    mine.weight = nn.Parameter(theirs.weight.detach().clone())
+    x = torch.randn(20, FAN_IN, requires_grad=True)
+    for backend in BACKENDS:
+        layer.backends["default"] = other.backends["default"] = backend
+        gradients = [torch.autograd.grad(each(x).square().sum(), x)[0] for each in (layer, other)]
+        assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend"), [*(("linear", backend) for backend in BACKENDS), ("conv1d", "bypass"), ("conv1d", "folded")]
+)
+def test_a_compiled_layer_is_one_graph_and_gives_the_same(kind, backend):
+    torch.compiler.reset()
+    layer = adapt(random_linear(FAN_IN, ROWS, kind), backend=backend)
+    original = bits(layer.base_layer.weight)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    values = layer.deltas["default"].weight
+    for tokens in (5, 12):
+        x = torch.randn(2, tokens, FAN_IN, requires_grad=True)
+        expected, result = layer(x), compiled(x)
+        torch.testing.assert_close(result, expected)
+        gradients = [torch.autograd.grad(y.square().sum(), (x, values)) for y in (expected, result)]
+        torch.testing.assert_close(*gradients)
+    assert_same_bits(layer.base_layer.weight, original)
+
+
+def test_repr_names_the_method_and_the_adapter():
+    text = repr(adapt(random_linear(FAN_IN, ROWS)))
+    assert text.startswith("neuroada.NeuroAdaLinear(")
+    assert "(default): SparseDelta(values=6x2, fan_in=9)" in text

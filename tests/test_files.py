@@ -1,0 +1,211 @@
+"""Saving is atomic: whatever interrupts it, the old files are whole and nothing else is left behind."""
+
+import os
+
+import peft.peft_model
+import pytest
+import safetensors.torch
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+
+import peft_ext.files
+from peft_ext import NeuroAdaConfig
+from tests.tuners.neuroada._common import adapted, fill, logits
+
+
+WEIGHTS, CONFIG, README = "adapter_model.safetensors", "adapter_config.json", "README.md"
+
+
+class Interrupted(BaseException):
+    """Not an `Exception`, as `KeyboardInterrupt` is not: what ends a run is seldom one."""
+
+
+def _write_half_of_the_weights(monkeypatch):
+    serialize = safetensors.torch.serialize_file
+
+    def write_half(tensors, filename, *args, **kwargs):
+        serialize(tensors, filename, *args, **kwargs)
+        os.truncate(filename, os.path.getsize(filename) // 2)
+        raise Interrupted
+
+    monkeypatch.setattr(safetensors.torch, "serialize_file", write_half)
+
+
+def _write_half_of_a_pickle(monkeypatch):
+    whole = torch.save
+
+    def write_half(content, filename, *args, **kwargs):
+        whole(content, filename, *args, **kwargs)
+        os.truncate(filename, os.path.getsize(filename) // 2)
+        raise Interrupted
+
+    monkeypatch.setattr(torch, "save", write_half)
+
+
+def _write_half_of_a_text(monkeypatch, part):
+    """Interrupt the writing of a text that contains `part`."""
+    whole = peft_ext.files._write_text
+
+    def write_half(path, text):
+        if part not in text:
+            return whole(path, text)
+        whole(path, text[: len(text) // 2])
+        raise Interrupted
+
+    monkeypatch.setattr(peft_ext.files, "_write_text", write_half)
+
+
+def _content(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def _through_peft(base, folder, seed, **kwargs):
+    adapted(base, k=seed, seed=seed, task_type="CAUSAL_LM").save_pretrained(folder, **kwargs)
+
+
+def _through_transformers(base, folder, seed):
+    base.add_adapter(NeuroAdaConfig(k=seed))
+    fill(base, seed=seed).save_pretrained(folder)
+
+
+SAVERS = pytest.mark.parametrize("save", [_through_peft, _through_transformers])
+
+
+@SAVERS
+@pytest.mark.parametrize("first", [True, False], ids=["new folder", "old files"])
+def test_interrupted_weights(tiny, tmp_path, monkeypatch, save, first):
+    if not first:
+        save(tiny("llama"), tmp_path, seed=1)
+    before = _content(tmp_path)
+    _write_half_of_the_weights(monkeypatch)
+    with pytest.raises(Interrupted):
+        save(tiny("llama"), tmp_path, seed=2)
+    after = _content(tmp_path)
+    assert after.get(WEIGHTS) == before.get(WEIGHTS)
+    assert {name.lstrip(".").partition(".")[0] for name in after} <= {"README", "adapter_config", "generation_config"} | {
+        name.partition(".")[0] for name in before
+    }
+
+
+@SAVERS
+def test_interrupted_config(tiny, tmp_path, monkeypatch, save):
+    save(tiny("llama"), tmp_path, seed=1)
+    before = _content(tmp_path)
+    _write_half_of_a_text(monkeypatch, '"peft_type": "NEUROADA"')
+    with pytest.raises(Interrupted):
+        save(tiny("llama"), tmp_path, seed=2)
+    after = _content(tmp_path)
+    assert after[CONFIG] == before[CONFIG]
+    assert after.keys() == before.keys()
+
+
+def test_interrupted_pickle(tiny, tmp_path, monkeypatch):
+    _through_peft(tiny("llama"), tmp_path, seed=1, safe_serialization=False)
+    before = _content(tmp_path)
+    _write_half_of_a_pickle(monkeypatch)
+    with pytest.raises(Interrupted):
+        _through_peft(tiny("llama"), tmp_path, seed=2, safe_serialization=False)
+    after = _content(tmp_path)
+    assert after["adapter_model.bin"] == before["adapter_model.bin"]
+    assert after.keys() == before.keys()
+
+
+def test_interrupted_explanation_in_the_readme(llama, tmp_path, monkeypatch):
+    model = adapted(llama)
+    _write_half_of_a_text(monkeypatch, "## Loading this adapter")
+    with pytest.raises(Interrupted):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / README).read_text().startswith("---")
+    assert "## Loading this adapter" not in (tmp_path / README).read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {README, WEIGHTS, CONFIG}
+
+
+def test_full_disk_leaves_the_old_adapter_loadable(tiny, ids, tmp_path, monkeypatch):
+    model = adapted(tiny("llama"), k=2)
+    model.save_pretrained(tmp_path)
+    expected = logits(model, ids)
+
+    def refuse(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        fill(model, seed=9).save_pretrained(tmp_path)
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny("llama"), tmp_path), ids), expected)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+@SAVERS
+def test_permissions_are_those_of_any_new_file(llama, tmp_path, save, mask):
+    before = os.umask(mask)
+    try:
+        save(llama, tmp_path / "adapter", seed=1)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "adapter").iterdir()}
+    assert set(modes.values()) == {0o666 & ~mask}, modes
+
+
+@SAVERS
+def test_nothing_but_the_adapter_is_written(llama, tmp_path, save):
+    save(llama, tmp_path, seed=1)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {WEIGHTS, CONFIG} <= names <= {WEIGHTS, CONFIG, README, "generation_config.json"}
+
+
+@SAVERS
+def test_saving_the_same_adapter_twice_gives_the_same_bytes(tiny, tmp_path, save):
+    for name in ("first", "second"):
+        save(tiny("llama"), tmp_path / name, seed=1)
+    first, second = _content(tmp_path / "first"), _content(tmp_path / "second")
+    assert first[WEIGHTS] == second[WEIGHTS] and first[CONFIG] == second[CONFIG]
+
+
+def test_same_file_from_peft_and_transformers(tiny, tmp_path):
+    """One is loaded by the other's users, so the content must be that of one format."""
+    for save in (_through_peft, _through_transformers):
+        save(tiny("llama"), tmp_path / save.__name__, seed=1)
+    files = []
+    for save in (_through_peft, _through_transformers):
+        with safe_open(tmp_path / save.__name__ / WEIGHTS, "pt") as file:
+            files.append({key: (file.get_tensor(key).dtype, file.get_tensor(key).shape) for key in file.keys()})  # noqa: SIM118
+            assert peft_ext.files.CHECKSUM_KEY in file.metadata()
+    assert files[0] == files[1]
+
+
+def test_checksum_covers_names_types_shapes_and_content():
+    tensors = {"a.fingerprint": torch.arange(6), "b": torch.ones(2, 3)}
+    changed = [
+        {"a.fingerprint": torch.arange(6), "c": torch.ones(2, 3)},
+        {"a.fingerprint": torch.arange(6), "b": torch.ones(3, 2)},
+        {"a.fingerprint": torch.arange(6), "b": torch.ones(2, 3).view(torch.int32)},
+        {"a.fingerprint": torch.arange(6), "b": torch.ones(2, 3) + torch.eye(2, 3) * 1e-7},
+        {"a.fingerprint": torch.arange(6)},
+    ]
+    sums = [peft_ext.files._checksum(content) for content in [tensors, *changed]]
+    assert len(set(sums)) == len(sums)
+    assert peft_ext.files._checksum(dict(reversed(tensors.items()))) == sums[0]
+
+
+def test_files_of_other_methods_are_as_without_us(llama, tmp_path, monkeypatch):
+    model = get_peft_model(llama, LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "with")
+    monkeypatch.setattr(peft.peft_model, "safe_save_file", safetensors.torch.save_file)
+    model.save_pretrained(tmp_path / "without")
+    assert _content(tmp_path / "with") == _content(tmp_path / "without")
+
+
+def test_ordinary_models_are_saved_as_without_us(llama, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(peft_ext.files, "_replace", lambda *args: calls.append(args))
+    llama.save_pretrained(tmp_path)
+    assert not calls
+    assert (tmp_path / "model.safetensors").stat().st_size > 0
+
+
+def test_relative_path(llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    adapted(llama).save_pretrained("adapter")
+    assert (tmp_path / "adapter" / WEIGHTS).is_file()

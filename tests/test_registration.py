@@ -1,0 +1,213 @@
+"""Registration: what importing the package changes in PEFT and transformers, how often, and when PEFT has the name."""
+
+import copy
+import dataclasses
+import importlib
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import sysconfig
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+from peft import PeftConfig, PeftType, get_peft_model
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+
+import peft_ext
+import peft_ext.tuners.neuroada
+from peft_ext.registration import peft_type, register
+
+
+MEMBER = PeftType["NEUROADA"]
+
+
+def _tables():
+    tables = (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING)
+    return [dict(table) for table in tables] + [list(PeftType), len(PeftType)]
+
+
+def test_importing_makes_the_method_known():
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[MEMBER] is peft_ext.NeuroAdaConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING[MEMBER] is peft_ext.NeuroAdaModel
+    assert PEFT_TYPE_TO_PREFIX_MAPPING[MEMBER] == "neuroada_" == peft_ext.NeuroAdaModel.prefix
+    assert MEMBER not in PEFT_TYPE_TO_MIXED_MODEL_MAPPING
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        lambda: importlib.import_module("peft_ext"),
+        lambda: importlib.reload(peft_ext),
+        lambda: importlib.reload(peft_ext.tuners.neuroada),
+        lambda: register("neuroada", peft_ext.NeuroAdaConfig, peft_ext.NeuroAdaModel),
+        lambda: peft_type("NeuroAda"),
+    ],
+    ids=["import", "reload", "reload of the method", "register", "member"],
+)
+def test_doing_it_again_changes_nothing(again):
+    before, savers = _tables(), peft.peft_model.safe_save_file
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again()
+        again()
+    assert _tables() == before
+    assert peft.peft_model.safe_save_file is savers  # not wrapped once more
+    assert PeftType["NEUROADA"] is MEMBER
+
+
+# ------------------------------------------------------------------ a member like the others
+
+
+@pytest.mark.parametrize("name", ["NEUROADA", "LORA"])
+def test_member_behaves_like_peft_s_own(name):
+    member = PeftType[name]
+    assert PeftType(name) is member is getattr(PeftType, name)
+    assert member.name == member.value == name and member == name and hash(member) == hash(name)
+    assert isinstance(member, PeftType) and isinstance(member, str)
+    assert member in PeftType and member in list(PeftType) and PeftType.__members__[name] is member
+    assert str(member) == f"PeftType.{name}" and repr(member) == f"<PeftType.{name}: '{name}'>"
+    assert f"{member:>12}" == f"{str(member) if f'{member}' != name else name:>12}"
+    assert json.loads(json.dumps({"type": member})) == {"type": name}
+    assert {member: 1}[name] == 1
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_member_is_one_object_after_pickling(protocol):
+    assert pickle.loads(pickle.dumps(MEMBER, protocol)) is MEMBER
+
+
+def test_member_is_one_object_after_copying():
+    assert copy.copy(MEMBER) is MEMBER and copy.deepcopy({"type": [MEMBER]})["type"][0] is MEMBER
+    config = peft_ext.NeuroAdaConfig()
+    assert dataclasses.replace(config).peft_type is MEMBER and dataclasses.asdict(config)["peft_type"] is MEMBER
+
+
+def test_members_are_still_protected_and_counted():
+    assert len(PeftType) == len(list(PeftType)) == len(set(PeftType)) == len(PeftType.__members__)
+    with pytest.raises(AttributeError):
+        PeftType.NEUROADA = "other"
+    with pytest.raises(ValueError, match="is not a valid PeftType"):
+        PeftType("NEUROADAM")
+
+
+def test_every_type_that_peft_knows_still_makes_a_config():
+    for member in PEFT_TYPE_TO_CONFIG_MAPPING:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert PeftConfig.from_peft_type(peft_type=member).peft_type == member
+
+
+# ------------------------------------------------------------------ PEFT has a method of this name
+
+
+@pytest.fixture
+def foreign():
+    """A method named `somebody`, as if PEFT had it: its config and model classes come from elsewhere."""
+    member = peft_type("somebody")
+
+    class SomebodyConfig(PeftConfig):
+        __module__ = "peft.tuners.somebody"
+
+    class SomebodyModel:
+        __module__ = "peft.tuners.somebody"
+
+    PEFT_TYPE_TO_CONFIG_MAPPING[member] = SomebodyConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[member] = SomebodyModel
+    PEFT_TYPE_TO_PREFIX_MAPPING[member] = "somebody_"
+    yield member, SomebodyConfig, SomebodyModel
+    for table in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
+        del table[member]
+    PeftType._member_names_.remove("SOMEBODY")
+    for table in (PeftType._member_map_, PeftType._value2member_map_):
+        del table["SOMEBODY"]
+    type.__delattr__(PeftType, "SOMEBODY")
+
+
+def test_method_of_peft_s_own_wins_with_a_warning(foreign):
+    member, config_cls, model_cls = foreign
+    before = _tables()
+    with pytest.warns(UserWarning, match=r"PEFT has a method named SOMEBODY of its own \(peft\.tuners\.somebody\."):
+        assert register("somebody", peft_ext.NeuroAdaConfig, peft_ext.NeuroAdaModel) is False
+    assert _tables() == before
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[member] is config_cls and PEFT_TYPE_TO_TUNER_MAPPING[member] is model_cls
+
+
+# ------------------------------------------------------------------ another interpreter
+
+PACKAGES = [str(Path(peft_ext.__file__).parents[1]), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+
+
+def _run(code):
+    """A new interpreter without `.pth` files, so that a developer's own auto-import takes no part."""
+    start = f"import sys; sys.path[:0] = {PACKAGES!r}\n"
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", start + code], capture_output=True, text=True, timeout=300, env=env
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_folder_explains_the_key_error_of_a_missing_import(llama, tmp_path):
+    get_peft_model(llama, peft_ext.NeuroAdaConfig(k=1, task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    code = f"""
+from peft import PeftConfig
+try:
+    PeftConfig.from_pretrained({str(tmp_path)!r})
+except KeyError as error:
+    print(error)
+"""
+    assert _run(code).strip() == "'NEUROADA'"
+    readme = (tmp_path / "README.md").read_text()
+    assert "KeyError: 'NEUROADA'" in readme  # found by a search for what the user sees
+    assert "pip install peft-ext" in readme and "import peft_ext" in readme
+    requires = json.loads((tmp_path / "adapter_config.json").read_text())["requires"]
+    assert "pip install peft-ext" in requires and "import peft_ext" in requires
+    # The snippet in the README works as it is printed, with the user's own paths in it.
+    snippet = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)[-1]
+    assert snippet.index("import peft_ext") < snippet.index("from_pretrained")
+    snippet = snippet.replace('"path/or/hub-id/of/this/adapter"', repr(str(tmp_path)))
+    start = "from transformers import AutoModelForCausalLM\n"
+    start += f"base_model = AutoModelForCausalLM.from_pretrained({llama.name_or_path!r})\n"
+    assert _run(f"{start}{snippet}\nprint(model.active_peft_config.peft_type.value)").strip() == "NEUROADA"
+
+
+def test_readme_is_explained_once_and_keeps_what_the_user_wrote(llama, tmp_path):
+    model = get_peft_model(llama, peft_ext.NeuroAdaConfig(k=1))
+    model.save_pretrained(tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text(readme.read_text() + "\nMy results.\n")
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+    assert readme.read_text().count("## Loading this adapter") == 1
+    assert "My results." in readme.read_text()
+
+
+def test_reloading_every_module_registers_the_new_classes():
+    code = """
+import importlib, sys, warnings
+warnings.simplefilter("error", UserWarning)
+import peft, peft_ext
+members = list(peft.PeftType)
+for name in [name for name in sys.modules if name.split(".")[0] == "peft_ext"]:
+    del sys.modules[name]
+second = importlib.import_module("peft_ext")
+assert second is not peft_ext and second.NeuroAdaConfig is not peft_ext.NeuroAdaConfig
+assert list(peft.PeftType) == members
+assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING["NEUROADA"] is second.NeuroAdaConfig
+assert peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING["NEUROADA"] is second.NeuroAdaModel
+import torch
+model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(3, 2)), second.NeuroAdaConfig(target_modules=["0"]))
+print(model(torch.ones(1, 3)).shape[1])
+"""
+    assert _run(code).strip() == "2"

@@ -1,0 +1,237 @@
+"""Replacing a loaded adapter in place: exact, without recompilation, or an error that leaves the loaded one."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+from peft_ext import NeuroAdaConfig, hotswap_adapter
+from tests.tuners.neuroada._common import Untouched, adapted, add, fill, logits, wrapped
+
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def save(tiny, ids, tmp_path):
+    """Function: options to a folder with such an adapter, and the logits that it must give."""
+
+    def saved(name, seed=1, **options):
+        model = adapted(tiny("llama"), seed=seed, **options)
+        model.save_pretrained(tmp_path / name)
+        return tmp_path / name, logits(model, ids)
+
+    return saved
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("origin", ["created", "loaded"])
+@pytest.mark.parametrize("backend", ["auto", "bypass", "folded", "dense", "reference"])
+def test_swapped_adapter_gives_the_output_of_the_other(tiny, save, ids, backend, origin, low_cpu_mem_usage):
+    first, expected_first = save("first", k=2, backend=backend)
+    second, expected_second = save("second", k=2, seed=2, selection="random", backend=backend)
+    if origin == "loaded":
+        model = PeftModel.from_pretrained(tiny("llama"), first, low_cpu_mem_usage=low_cpu_mem_usage)
+    else:
+        model = adapted(tiny("llama"), k=2, backend=backend)
+    for folder, expected in [(second, expected_second), (first, expected_first)] * 2:
+        hotswap_adapter(model, str(folder))
+        assert torch.equal(logits(model, ids), expected)
+
+
+def test_no_tensor_is_replaced(tiny, save):
+    folder, _ = save("other", k=2, seed=2, selection="random")
+    model = adapted(tiny("llama"), k=2)
+    before = {n: (t.data_ptr(), t._version) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    hotswap_adapter(model, str(folder))
+    after = {n: (t.data_ptr(), t._version) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    assert {n: pointer for n, (pointer, _) in after.items()} == {n: pointer for n, (pointer, _) in before.items()}
+    changed = {n for n in after if after[n] != before[n]}
+    assert changed and all("neuroada_delta.default" in name for name in changed)
+
+
+def test_only_the_named_adapter_changes(tiny, save, ids):
+    folder, expected = save("other", k=3, seed=2)
+    model = add(adapted(tiny("llama"), k=2), "second", k=3, seed=4)
+    first = logits(model, ids)
+    hotswap_adapter(model, str(folder), adapter_name="second")
+    assert torch.equal(logits(model, ids), first)
+    model.set_adapter("second")
+    assert torch.equal(logits(model, ids), expected)
+
+
+def test_training_goes_on_after_a_swap(tiny, save, ids):
+    folder, expected = save("other", k=2, seed=2, selection="random")
+    model = adapted(tiny("llama"), k=2)
+    hotswap_adapter(model, str(folder))
+    model(ids, labels=ids).loss.backward()  # the input gradient runs over the transposed table
+    reference = PeftModel.from_pretrained(tiny("llama"), folder, is_trainable=True)
+    reference(ids, labels=ids).loss.backward()
+    for (name, layer), other in zip(wrapped(model).items(), wrapped(reference).values(), strict=True):
+        assert torch.equal(layer.deltas["default"].weight.grad, other.deltas["default"].weight.grad), name
+
+
+def test_model_with_an_injected_adapter(llama, save, ids):
+    folder, expected = save("other", k=2, seed=2)
+    llama.add_adapter(NeuroAdaConfig(k=2))
+    hotswap_adapter(llama, str(folder))
+    assert torch.equal(logits(llama, ids), expected)
+
+
+@pytest.mark.parametrize("options", [{"neuron_ratio": 0.5, "seed": 3}, {"selection": "random_layer"}], ids=str)
+def test_ragged_adapters_of_equal_size(tiny, save, ids, options):
+    folder, expected = save("other", k=2, **{**options, "seed": 8})
+    model = adapted(tiny("llama"), k=2, **options)
+    hotswap_adapter(model, str(folder))
+    assert torch.equal(logits(model, ids), expected)
+
+
+# ------------------------------------------------------------------ compiled
+
+
+@pytest.fixture
+def compiler():
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch._dynamo.reset()
+
+
+def _compile(model, fullgraph):
+    return torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
+
+
+@pytest.mark.parametrize("origin", ["created", "loaded", "loaded and run"])
+@pytest.mark.parametrize("backend", ["auto", "bypass", "folded"])
+def test_compiled_model_is_not_compiled_again(tiny, save, ids, compiler, backend, origin):
+    first, expected_first = save("first", k=2, backend=backend)
+    second, expected_second = save("second", k=2, seed=2, selection="random", backend=backend)
+    if origin == "created":
+        model = adapted(tiny("llama"), k=2, backend=backend)
+    else:
+        model = PeftModel.from_pretrained(tiny("llama"), first)
+    if origin == "loaded and run":
+        logits(model, ids)
+    compiled = _compile(model, fullgraph=backend == "bypass")
+    torch.testing.assert_close(logits(compiled, ids), expected_first, atol=1e-5, rtol=1e-5)
+    for folder, expected in [(second, expected_second), (first, expected_first)]:
+        hotswap_adapter(compiled, str(folder))
+        torch.testing.assert_close(logits(compiled, ids), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_compiled_training_step_is_not_compiled_again(tiny, save, ids, compiler):
+    folder, _ = save("second", k=2, seed=2, selection="random", backend="bypass")
+    model = adapted(tiny("llama"), k=2, backend="bypass")
+    compiled = _compile(model, fullgraph=True)
+    compiled(ids, labels=ids).loss.backward()
+    model.zero_grad()
+    hotswap_adapter(compiled, str(folder))
+    compiled(ids, labels=ids).loss.backward()
+    reference = PeftModel.from_pretrained(tiny("llama"), folder, is_trainable=True)
+    reference(ids, labels=ids).loss.backward()
+    for layer, other in zip(wrapped(model).values(), wrapped(reference).values(), strict=True):
+        gradients = layer.deltas["default"].weight.grad, other.deltas["default"].weight.grad
+        torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+
+
+# ------------------------------------------------------------------ refused
+
+
+def _refused(model, ids, match, *args, error=ValueError, **kwargs):
+    expected = logits(model, ids)
+    with Untouched(model), pytest.raises(error, match=match):
+        hotswap_adapter(model, *args, **kwargs)
+    assert torch.equal(logits(model, ids), expected)
+
+
+@pytest.fixture
+def model(tiny, save):
+    """An adapter that was itself loaded, as it is in a server."""
+    folder, _ = save("loaded", k=2, seed=6)
+    return PeftModel.from_pretrained(tiny("llama"), folder)
+
+
+def test_unknown_name(model, save, ids):
+    folder, _ = save("good", k=2)
+    _refused(model, ids, r"adapter_name='missing' is not loaded.*default", str(folder), adapter_name="missing")
+
+
+def test_missing_folder(model, ids, tmp_path):
+    _refused(model, ids, "", str(tmp_path / "nowhere"), error=(ValueError, OSError))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"k": 3}, r"shape \(32, 3\).*\(32, 2\)"),
+        ({"k": 2, "neuron_ratio": 0.5}, "q_proj"),
+        ({"k": 2, "target_modules": ["q_proj"]}, "lacks"),
+        ({"k": 2, "target_modules": r".*(_proj|lm_head)"}, "lm_head"),
+        ({"k": 2, "bias": "all"}, "bias"),
+        ({"k": 2, "modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"k": 2, "trainable_token_indices": [3]}, "embed_tokens|trainable_token"),
+    ],
+    ids=str,
+)
+def test_other_options(model, save, ids, options, match):
+    folder, _ = save("other", **options)
+    _refused(model, ids, match, str(folder))
+
+
+def test_another_method(model, tiny, ids, tmp_path):
+    get_peft_model(tiny("llama"), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    _refused(model, ids, "LORA.*NEUROADA", str(tmp_path / "lora"))
+
+
+def test_loaded_adapter_of_another_method(tiny, save, ids):
+    folder, _ = save("good", k=2)
+    model = get_peft_model(tiny("llama"), LoraConfig(target_modules=["q_proj"])).eval()
+    _refused(model, ids, "LORA.*peft.utils.hotswap", str(folder))
+
+
+def test_model_without_adapters(llama, save, ids):
+    folder, _ = save("good", k=2)
+    _refused(llama, ids, "not loaded", str(folder))
+
+
+def test_merged_adapter(model, save, ids):
+    folder, _ = save("good", k=2)
+    model.merge_adapter()
+    _refused(model, ids, "merged.*unmerge", str(folder))
+
+
+def test_adapter_of_another_base(model, ids, tmp_path):
+    torch.manual_seed(1)
+    other = LlamaForCausalLM(model.config)
+    fill(get_peft_model(other, NeuroAdaConfig(k=2))).save_pretrained(tmp_path / "other")
+    _refused(model, ids, "another base", str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped byte", "partial", "unsorted"])
+def test_damaged_file(model, save, ids, damage):
+    folder, _ = save("bad", k=2)
+    path = folder / WEIGHTS
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        path.write_bytes(content[:-500])
+    elif damage == "flipped byte":
+        content[-1000] ^= 1
+        path.write_bytes(content)
+    else:
+        tensors = load_file(path)
+        last = sorted(tensors)[-1].rpartition(".")[0]
+        if damage == "partial":
+            del tensors[f"{last}.weight"]
+        else:
+            tensors[f"{last}.indices"] = tensors[f"{last}.indices"].flip(1).contiguous()
+        save_file(tensors, path)
+    _refused(model, ids, "", str(folder))
+
+
+def test_good_adapter_is_swapped_in_after_a_refused_one(model, save, ids):
+    bad, _ = save("bad", k=3)
+    good, expected = save("good", k=2)
+    _refused(model, ids, "shape", str(bad))
+    hotswap_adapter(model, str(good))
+    assert torch.equal(logits(model, ids), expected)

@@ -1,0 +1,233 @@
+"""Putting adapters into a model: which modules, what stays as it was, and what is refused before anything is touched."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+from peft_ext import NeuroAdaConfig
+from tests.tuners.neuroada._common import HALF_TYPES, SEVEN, Untouched, fill, logits, wrapped
+
+
+BACKENDS = ["auto", "bypass", "folded", "dense", "reference"]
+
+
+# ------------------------------------------------------------------ identity at the start
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_TYPES], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
+def test_new_adapter_changes_no_bit_of_the_output(tiny, inputs_of, name, backend, dtype):
+    model, inputs = tiny(name, dtype), inputs_of(name, dtype)
+    expected = model(**inputs).logits
+    model = get_peft_model(model, NeuroAdaConfig(k=2, backend=backend)).eval()
+    assert wrapped(model)
+    with_gradients = model(**inputs).logits
+    assert with_gradients.requires_grad
+    assert torch.equal(with_gradients, expected)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_random_start_changes_the_output(llama, ids):
+    expected = logits(llama, ids)
+    assert not torch.equal(logits(get_peft_model(llama, NeuroAdaConfig(init_weights=False)).eval(), ids), expected)
+
+
+def test_one_forward_trains_every_value_and_nothing_else(llama, ids):
+    model = get_peft_model(llama, NeuroAdaConfig(k=2))
+    model(ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        if "neuroada_delta" in name:
+            assert parameter.grad is not None and parameter.grad.any(), name
+        else:
+            assert not parameter.requires_grad and parameter.grad is None, name
+
+
+# ------------------------------------------------------------------ which modules
+
+
+def _targets(base, **options):
+    model = get_peft_model(base, NeuroAdaConfig(**options))
+    return {name.removeprefix("base_model.model.") for name in wrapped(model)}
+
+
+def _linears(*suffixes, blocks=(0, 1)):
+    parts = {"q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn"}
+    return {f"model.layers.{block}.{parts.get(name, 'mlp')}.{name}" for block in blocks for name in suffixes}
+
+
+def test_default_is_every_linear_layer_but_the_output(llama):
+    assert _targets(llama) == _linears(*SEVEN)
+
+
+def test_all_linear(llama):
+    assert _targets(llama, target_modules="all-linear") == _linears(*SEVEN)
+
+
+def test_default_of_a_classifier_leaves_its_head(tiny):
+    assert not [name for name in _targets(tiny("bert"), task_type="SEQ_CLS") if name.startswith("classifier")]
+
+
+def test_default_covers_conv1d(tiny):
+    targets = _targets(tiny("gpt2"))
+    assert {name.rpartition(".")[2] for name in targets} == {"c_attn", "c_proj", "c_fc"}
+    assert len(targets) == 8
+
+
+def test_suffixes(llama):
+    assert _targets(llama, target_modules=["q_proj", "down_proj"]) == _linears("q_proj", "down_proj")
+
+
+def test_regular_expression(llama):
+    assert _targets(llama, target_modules=r".*\.1\..*\.(k|up)_proj") == _linears("k_proj", "up_proj", blocks=[1])
+
+
+@pytest.mark.parametrize("excluded", [["gate_proj", "up_proj", "down_proj"], r".*mlp\..*"], ids=["list", "regex"])
+def test_exclude_modules(llama, excluded):
+    targets = _targets(llama, target_modules="all-linear", exclude_modules=excluded)
+    assert targets == _linears("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@pytest.mark.parametrize("pattern", [None, "layers", ["layers"]])
+def test_layers_to_transform(llama, pattern):
+    targets = _targets(llama, target_modules=["q_proj"], layers_to_transform=[1], layers_pattern=pattern)
+    assert targets == _linears("q_proj", blocks=[1])
+
+
+def test_k_larger_than_the_fan_in_is_capped(llama):
+    for layer in wrapped(get_peft_model(llama, NeuroAdaConfig(k=100))).values():
+        k = min(100, layer.in_features)
+        assert layer.neuroada_delta["default"].weight.shape == (layer.out_features, k)
+
+
+def test_unknown_names_are_an_error(llama):
+    with Untouched(llama), pytest.raises(ValueError, match="Target modules .*nonsense.* not found"):
+        get_peft_model(llama, NeuroAdaConfig(target_modules=["nonsense"]))
+
+
+def test_a_model_that_is_not_of_transformers_must_name_its_targets():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    with Untouched(model), pytest.raises(ValueError, match="specify `target_modules`"):
+        get_peft_model(model, NeuroAdaConfig())
+
+
+# ------------------------------------------------------------------ what else is trained
+
+
+def _trainable(model):
+    return {name.removeprefix("base_model.model.") for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(("bias", "layer_norm_too"), [("all", True), ("neuroada_only", False)])
+def test_biases(tiny, bias, layer_norm_too):
+    base = tiny("bert")
+    assert not [n for n in _trainable(get_peft_model(tiny("bert"), NeuroAdaConfig(k=1))) if n.endswith("bias")]
+    config = NeuroAdaConfig(k=1, target_modules=["query"], bias=bias)
+    biases = {name for name in _trainable(get_peft_model(base, config)) if name.endswith(".bias")}
+    assert "bert.encoder.layer.0.attention.self.query.base_layer.bias" in biases
+    assert ("bert.encoder.layer.0.output.LayerNorm.bias" in biases) == layer_norm_too
+
+
+def test_modules_to_save(tiny):
+    model = get_peft_model(tiny("bert"), NeuroAdaConfig(k=1, target_modules=["query"], modules_to_save=["classifier"]))
+    assert isinstance(model.base_model.model.classifier, ModulesToSaveWrapper)
+    assert {n for n in _trainable(model) if "neuroada" not in n} == {
+        "classifier.modules_to_save.default.weight",
+        "classifier.modules_to_save.default.bias",
+    }
+
+
+def test_trainable_tokens(llama, ids):
+    token = int(ids[0, 0])
+    config = NeuroAdaConfig(k=1, target_modules=["q_proj"], trainable_token_indices=[token])
+    model = get_peft_model(llama, config)
+    assert any("trainable_tokens_delta" in name for name in _trainable(model))
+    expected = logits(model, ids)
+    delta = next(p for n, p in model.named_parameters() if "trainable_tokens_delta" in n)
+    delta.data.add_(1.0)
+    assert not torch.equal(logits(model, ids)[0], expected[0])
+
+
+# ------------------------------------------------------------------ refused, and the model as before
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(10, 8)
+        self.conv = nn.Conv2d(1, 2, 3)
+        self.norm = nn.LayerNorm(8)
+        self.linear = nn.Linear(8, 4)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("embed", "Embedding"), ("conv", "Conv2d"), ("norm", "LayerNorm")])
+def test_unsupported_type(name, kind):
+    model = Mixed()
+    with Untouched(model), pytest.raises(TypeError) as error:
+        get_peft_model(model, NeuroAdaConfig(target_modules=["linear", name]))
+    for word in (f"'{name}'", kind, "torch.nn.Linear", "exclude_modules"):
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("selection", ["magnitude", "reverse", "random", "magnitude_network"])
+def test_weight_that_is_not_finite(llama, selection, value):
+    broken = "model.layers.1.mlp.down_proj"
+    llama.get_submodule(broken).weight.data[3, 5] = value
+    with Untouched(llama), pytest.raises(ValueError) as error:
+        get_peft_model(llama, NeuroAdaConfig(selection=selection))
+    for word in (broken, "NaN or infinity", "exclude_modules"):
+        assert word in str(error.value)
+    get_peft_model(llama, NeuroAdaConfig(selection=selection, exclude_modules=[broken]))  # the remedy works
+
+
+def _scores(model):
+    return {name: module.weight.detach().clone() for name, module in model.named_modules() if name.endswith("_proj")}
+
+
+def test_gradient_selection_without_scores(llama):
+    with Untouched(llama), pytest.raises(ValueError, match=r"selection='gradient' needs scores(.|\n)*with_scores"):
+        get_peft_model(llama, NeuroAdaConfig(selection="gradient"))
+
+
+def test_scores_that_lack_a_module(llama):
+    scores = _scores(llama)
+    missing = "model.layers.1.mlp.up_proj"
+    del scores[missing]
+    with Untouched(llama), pytest.raises(ValueError, match=f"'{missing}'; add them, or leave it out"):
+        get_peft_model(llama, NeuroAdaConfig(selection="gradient").with_scores(scores))
+
+
+def test_scores_of_another_shape(llama):
+    scores = _scores(llama)
+    scores["model.layers.0.mlp.up_proj"] = scores["model.layers.0.mlp.up_proj"].t().contiguous()
+    with Untouched(llama), pytest.raises(ValueError, match=r"model.layers.0.mlp.up_proj'\] has shape \(32, 272\)"):
+        get_peft_model(llama, NeuroAdaConfig(selection="gradient").with_scores(scores))
+
+
+def test_scores_that_are_not_finite(llama):
+    scores = _scores(llama)
+    scores["model.layers.0.mlp.up_proj"][0, 0] = float("nan")
+    with Untouched(llama), pytest.raises(ValueError, match=r"scores of module 'model.layers.0.mlp.up_proj'"):
+        get_peft_model(llama, NeuroAdaConfig(selection="gradient").with_scores(scores))
+
+
+def test_second_adapter_refused_leaves_the_first(llama, ids):
+    model = fill(get_peft_model(llama, NeuroAdaConfig(target_modules=["q_proj"]))).eval()
+    expected = logits(model, ids)
+    with Untouched(model), pytest.raises(TypeError, match="Embedding"):
+        model.add_adapter("second", NeuroAdaConfig(target_modules=["q_proj", "embed_tokens"]))
+    assert set(model.peft_config) == {"default"}
+    assert torch.equal(logits(model, ids), expected)
+    model.add_adapter("second", NeuroAdaConfig(target_modules=["q_proj"]))  # the name is free
+
+
+def test_refused_first_adapter_can_be_repeated_without_a_warning(llama, recwarn):
+    for _ in range(2):
+        with pytest.raises(TypeError):
+            get_peft_model(llama, NeuroAdaConfig(target_modules=["embed_tokens"]))
+    get_peft_model(llama, NeuroAdaConfig())
+    assert not [str(w.message) for w in recwarn if "second time" in str(w.message) or "multiple" in str(w.message)]

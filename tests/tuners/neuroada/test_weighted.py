@@ -1,0 +1,269 @@
+"""Combining adapters: compared with the same combination of their dense updates."""
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.utils.merge_utils import prune, task_arithmetic, ties
+from transformers import AutoModelForCausalLM
+
+from peft_ext import NeuroAdaConfig
+from tests.tuners.neuroada._common import Untouched, adapted, add, logits, wrapped
+
+
+# Options of two adapters: supports that are equal, overlap, are disjoint in modules, or ragged.
+PAIRS = {
+    "same": ({"k": 3}, {"k": 3}),
+    "nested": ({"k": 2}, {"k": 4}),
+    "apart": ({"k": 2}, {"k": 2, "selection": "reverse"}),
+    "random": ({"k": 2, "selection": "random"}, {"k": 3, "selection": "random", "seed": 4}),
+    "ratio": ({"k": 3, "neuron_ratio": 0.5}, {"k": 2, "neuron_ratio": 0.7, "seed": 3}),
+    "network": ({"selection": "magnitude_network"}, {"selection": "random_network", "k": 2}),
+    "table and ragged": ({"k": 2}, {"selection": "magnitude_layer"}),
+    "modules": ({"k": 2, "target_modules": ["q_proj", "up_proj"]}, {"k": 2, "target_modules": ["up_proj", "v_proj"]}),
+    "regex": ({"k": 2, "target_modules": r".*\.(q|up)_proj"}, {"k": 1, "target_modules": r".*\.0\..*v_proj"}),
+    "capped": ({"k": 40}, {"k": 300}),
+}
+
+
+def two(base, pair="random"):
+    first, second = PAIRS[pair]
+    return add(adapted(base, **first), "b", **second)
+
+
+def dense(layer, adapter_name):
+    if adapter_name in layer.deltas:
+        return layer.get_delta_weight(adapter_name)
+    return torch.zeros_like(layer.base_layer.weight)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair not in ("modules", "regex")])
+def test_linear_is_the_weighted_sum(tiny, name, pair):
+    model = two(tiny(name), pair)
+    model.add_weighted_adapter(["default", "b"], [0.3, -1.5], "c")
+    for path, layer in wrapped(model).items():
+        # the same two products and one sum in fp32 for each entry: equal in every bit
+        expected = task_arithmetic([dense(layer, "default"), dense(layer, "b")], torch.tensor([0.3, -1.5]))
+        assert torch.equal(dense(layer, "c"), expected), path
+
+
+@pytest.mark.parametrize("pair", ["modules", "regex"])
+def test_linear_over_different_modules(llama, pair):
+    model = two(llama, pair)
+    model.add_weighted_adapter(["default", "b"], [2.0, 0.5], "c")
+    targeted = {path for path, layer in wrapped(model).items() if "c" in layer.deltas}
+    assert targeted == wrapped(model).keys()
+    for path, layer in wrapped(model).items():
+        torch.testing.assert_close(dense(layer, "c"), 2 * dense(layer, "default") + 0.5 * dense(layer, "b"), msg=path)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_support_is_the_union(llama, pair):
+    model = two(llama, pair)
+    for layer in wrapped(model).values():
+        for delta in layer.deltas.values():
+            delta.weight.data.fill_(1.0)
+    model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "c")
+    for layer in wrapped(model).values():
+        union = (dense(layer, "default") != 0) | (dense(layer, "b") != 0)
+        assert layer.deltas["c"].support.entries == int(union.sum())
+        assert torch.equal(dense(layer, "c") != 0, union)
+
+
+def test_one_adapter_with_weight_one_is_a_copy(llama, ids):
+    model = adapted(llama, k=3)
+    expected = logits(model, ids)
+    model.add_weighted_adapter(["default"], [1.0], "copy")
+    model.set_adapter("copy")
+    assert torch.equal(logits(model, ids), expected)
+
+
+def test_three_adapters(llama):
+    model = add(two(llama), "d", k=1, selection="reverse", seed=5)
+    model.add_weighted_adapter(["default", "b", "d"], [0.5, 0.25, 2.0], "c")
+    for layer in wrapped(model).values():
+        expected = 0.5 * dense(layer, "default") + 0.25 * dense(layer, "b") + 2.0 * dense(layer, "d")
+        torch.testing.assert_close(dense(layer, "c"), expected)
+
+
+# ------------------------------------------------------------------ TIES and DARE
+
+
+def _pruned(layer, adapter_name, density, method, rescale):
+    """An adapter's update, pruned among its own entries as TIES and DARE would, and made dense."""
+    delta = layer.deltas[adapter_name]
+    values = prune(delta.weight.detach().reshape(-1), density, method, rescale=rescale)
+    result = torch.zeros(layer.out_features, layer.in_features)
+    result[delta.support.row_of_entry(), delta.indices.reshape(-1).long()] = values
+    return result
+
+
+@pytest.mark.parametrize("sign", ["total", "frequency"])
+@pytest.mark.parametrize("pair", ["same", "random", "ratio", "network"])
+@pytest.mark.parametrize("density", [0.5, 0.9])
+def test_ties_is_that_of_the_dense_updates(llama, pair, density, sign):
+    model = two(llama, pair)
+    weights = [0.7, 0.4]
+    model.add_weighted_adapter(["default", "b"], weights, "c", "ties", density=density, majority_sign_method=sign)
+    for path, layer in wrapped(model).items():
+        updates = [_pruned(layer, name, density, "magnitude", False) for name in ("default", "b")]
+        expected = ties(updates, torch.tensor(weights), 1.0, sign)
+        torch.testing.assert_close(dense(layer, "c"), expected, msg=path)
+
+
+@pytest.mark.parametrize("pair", ["same", "random", "ratio"])
+def test_magnitude_prune_is_that_of_the_dense_updates(llama, pair):
+    model = two(llama, pair)
+    model.add_weighted_adapter(["default", "b"], [0.7, 0.4], "c", "magnitude_prune", density=0.5)
+    for layer in wrapped(model).values():
+        updates = [_pruned(layer, name, 0.5, "magnitude", False) for name in ("default", "b")]
+        torch.testing.assert_close(dense(layer, "c"), task_arithmetic(updates, torch.tensor([0.7, 0.4])))
+
+
+def test_dare_linear_keeps_a_rescaled_share(llama):
+    """One adapter: each of its entries is dropped, or kept and divided by the density."""
+    model = adapted(llama, k=8)
+    torch.manual_seed(0)
+    model.add_weighted_adapter(["default"], [1.0], "c", "dare_linear", density=0.25)
+    kept = total = 0
+    for layer in wrapped(model).values():
+        before, after = dense(layer, "default"), dense(layer, "c")
+        assert torch.all((after == 0) | torch.isclose(after, before / 0.25))
+        kept, total = kept + int((after != 0).sum()), total + int((before != 0).sum())
+    assert 0.2 < kept / total < 0.3
+
+
+def test_dare_is_repeatable_with_a_seed(tiny):
+    results = []
+    for seed in (0, 0, 1):
+        model = two(tiny("llama"))
+        torch.manual_seed(seed)
+        model.add_weighted_adapter(["default", "b"], [1.0, 0.5], "c", "dare_ties", density=0.5)
+        results.append(torch.cat([layer.deltas["c"].weight.detach().reshape(-1) for layer in wrapped(model).values()]))
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("combination", ["dare_linear", "dare_ties"])
+def test_dare_of_everything_is_the_combination_without_dropping(llama, combination):
+    model = two(llama)
+    model.add_weighted_adapter(["default", "b"], [0.7, 0.4], "c", combination, density=1.0)
+    for layer in wrapped(model).values():
+        updates = [dense(layer, "default"), dense(layer, "b")]
+        weights = torch.tensor([0.7, 0.4])
+        expected = ties(updates, weights, 1.0) if combination == "dare_ties" else task_arithmetic(updates, weights)
+        torch.testing.assert_close(dense(layer, "c"), expected)
+
+
+# ------------------------------------------------------------------ the new adapter is one like the others
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_saved_and_loaded_by_peft_and_by_transformers(tiny, ids, tmp_path, pair):
+    model = two(tiny("llama"), pair)
+    model.add_weighted_adapter(["default", "b"], [0.3, 0.7], "c")
+    model.set_adapter("c")
+    expected = logits(model, ids)
+    model.save_pretrained(tmp_path, selected_adapters=["c"])
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(
+            tiny("llama"), tmp_path / "c", low_cpu_mem_usage=low_cpu_mem_usage, is_trainable=True
+        ).eval()
+        assert torch.equal(logits(loaded, ids), expected)
+    base = tiny("llama")
+    base.load_adapter(str(tmp_path / "c"))
+    assert torch.equal(logits(base, ids), expected)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "c"), ids), expected)
+
+
+def test_others_stay_active_and_as_they_were(llama, ids):
+    model = two(llama)
+    expected = logits(model, ids)
+    model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "c")
+    assert model.active_adapters == ["default"]
+    assert torch.equal(logits(model, ids), expected)
+    assert not [n for n, p in model.named_parameters() if p.requires_grad and ".c." in n]
+
+
+def test_it_can_be_trained_merged_combined_and_deleted(llama, ids):
+    model = two(llama, "ratio")
+    model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "c")
+    model.set_adapter("c")
+    model(ids, labels=ids).loss.backward()
+    assert all(layer.deltas["c"].weight.grad.any() for layer in wrapped(model).values())
+    expected = logits(model, ids)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, ids), expected, atol=1e-5, rtol=1e-5)
+    model.unmerge_adapter()
+    model.add_weighted_adapter(["c", "default"], [1.0, 0.0], "e")
+    model.set_adapter("e")
+    torch.testing.assert_close(logits(model, ids), expected, atol=1e-5, rtol=1e-5)
+    model.delete_adapter("c")
+    assert set(model.peft_config) == {"default", "b", "e"}
+
+
+def test_adapters_selected_by_gradient_can_be_combined(llama, tiny, ids, tmp_path):
+    scores = {name: torch.randn_like(m.weight) for name, m in llama.named_modules() if name.endswith("_proj")}
+    from peft import get_peft_model
+
+    config = NeuroAdaConfig(k=2, selection="gradient", neuron_ratio=0.5).with_scores(scores)
+    model = add(get_peft_model(llama, config).eval(), "b", k=1)
+    model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "c")
+    model.set_adapter("c")
+    expected = logits(model, ids)
+    model.save_pretrained(tmp_path, selected_adapters=["c"])
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny("llama"), tmp_path / "c"), ids), expected)
+
+
+def test_values_in_half_precision(llama):
+    model = add(adapted(llama, k=2, values_dtype="bfloat16"), "b", k=2, values_dtype="bfloat16", selection="random")
+    model.add_weighted_adapter(["default", "b"], [0.5, 0.5], "c")
+    for layer in wrapped(model).values():
+        assert layer.deltas["c"].weight.dtype == torch.bfloat16
+        expected = 0.5 * dense(layer, "default").float() + 0.5 * dense(layer, "b").float()
+        assert torch.equal(dense(layer, "c"), expected.bfloat16())
+
+
+# ------------------------------------------------------------------ refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((["default", "x"], [1.0, 1.0], "c"), ["adapters=", "'x'", "choose from", "'b'"]),
+        (([], [], "c"), ["adapters=[]", "choose from"]),
+        ((["default", "b"], [1.0], "c"), ["weights=[1.0]", "one number for each of the 2"]),
+        ((["default", "b"], [1.0, 1.0], "b"), ["adapter_name='b'", "exists already", "another name"]),
+        ((["default", "b"], [1.0, 1.0], "c", "svd"), ["combination_type='svd'", "linear", "ties", "dare_linear"]),
+        ((["default", "b"], [1.0, 1.0], "c", "ties"), ["density=None", "(0, 1]", "'ties'"]),
+        ((["default", "b"], [1.0, 1.0], "c", "dare_ties", 0.0), ["density=0.0", "(0, 1]"]),
+        ((["default", "b"], [1.0, 1.0], "c", "dare_linear", 1.5), ["density=1.5", "(0, 1]"]),
+        ((["default", "b"], [1.0, 1.0], "c", "ties", 0.5, "median"), ["majority_sign_method='median'", "total"]),
+    ],
+)
+def test_error_names_argument_value_and_remedy(llama, arguments, words):
+    model = two(llama)
+    with Untouched(model), pytest.raises(ValueError) as error:
+        model.add_weighted_adapter(*arguments)
+    assert not [word for word in words if word not in str(error.value)], str(error.value)
+
+
+def test_regular_expression_and_list_can_not_be_combined(llama):
+    model = add(adapted(llama, target_modules=["q_proj"]), "b", target_modules=r".*q_proj")
+    with Untouched(model), pytest.raises(ValueError, match="target_modules.*regular expressions"):
+        model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "c")
+
+
+def test_two_adapters_with_heads_can_not_be_combined(tiny):
+    options = {"target_modules": ["query"], "modules_to_save": ["classifier"], "task_type": "SEQ_CLS"}
+    model = add(adapted(tiny("bert"), **options), "b", **options)
+    with Untouched(model), pytest.raises(ValueError, match="modules_to_save"):
+        model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "c")
+
+
+def test_merged_adapters_combine_from_their_values(llama):
+    model = two(llama)
+    model.merge_adapter(["default"])
+    model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "c")
+    model.unmerge_adapter()
+    for layer in wrapped(model).values():
+        torch.testing.assert_close(dense(layer, "c"), dense(layer, "default") + dense(layer, "b"))
