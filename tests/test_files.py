@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 import peft_ext.files
 from peft_ext import NeuroAdaConfig
-from tests.tuners.neuroada._common import adapted, fill, logits
+from tests.tuners.neuroada._common import adapted, assert_equal_bits, fill, logits
 
 
 WEIGHTS, CONFIG, README = "adapter_model.safetensors", "adapter_config.json", "README.md"
@@ -83,9 +83,11 @@ def test_interrupted_weights(tiny, tmp_path, monkeypatch, save, first):
         save(tiny("llama"), tmp_path, seed=2)
     after = _content(tmp_path)
     assert after.get(WEIGHTS) == before.get(WEIGHTS)
-    assert {name.lstrip(".").partition(".")[0] for name in after} <= {"README", "adapter_config", "generation_config"} | {
-        name.partition(".")[0] for name in before
-    }
+    assert {name.lstrip(".").partition(".")[0] for name in after} <= {
+        "README",
+        "adapter_config",
+        "generation_config",
+    } | {name.partition(".")[0] for name in before}
 
 
 @SAVERS
@@ -155,24 +157,25 @@ def test_nothing_but_the_adapter_is_written(llama, tmp_path, save):
     assert {WEIGHTS, CONFIG} <= names <= {WEIGHTS, CONFIG, README, "generation_config.json"}
 
 
-@SAVERS
-def test_saving_the_same_adapter_twice_gives_the_same_bytes(tiny, tmp_path, save):
-    for name in ("first", "second"):
-        save(tiny("llama"), tmp_path / name, seed=1)
-    first, second = _content(tmp_path / "first"), _content(tmp_path / "second")
-    assert first[WEIGHTS] == second[WEIGHTS] and first[CONFIG] == second[CONFIG]
+def _tensors(folder):
+    """Metadata and tensors of a file; safetensors writes the former in any order."""
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        return file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
-def test_same_file_from_peft_and_transformers(tiny, tmp_path):
-    """One is loaded by the other's users, so the content must be that of one format."""
-    for save in (_through_peft, _through_transformers):
-        save(tiny("llama"), tmp_path / save.__name__, seed=1)
-    files = []
-    for save in (_through_peft, _through_transformers):
-        with safe_open(tmp_path / save.__name__ / WEIGHTS, "pt") as file:
-            files.append({key: (file.get_tensor(key).dtype, file.get_tensor(key).shape) for key in file.keys()})  # noqa: SIM118
-            assert peft_ext.files.CHECKSUM_KEY in file.metadata()
-    assert files[0] == files[1]
+def test_same_adapter_gives_the_same_files_through_peft_and_transformers(tiny, tmp_path):
+    """Each is read by the other's users: one format, one checksum."""
+    folders = [tmp_path / name for name in ("peft", "peft again", "transformers", "transformers again")]
+    for folder, save in zip(folders, [_through_peft, _through_peft, *[_through_transformers] * 2], strict=True):
+        save(tiny("llama"), folder, seed=1)
+    metadata, tensors = _tensors(folders[0])
+    assert metadata.keys() == {"format", peft_ext.files.CHECKSUM_KEY}
+    for folder in folders[1:]:
+        other_metadata, other_tensors = _tensors(folder)
+        assert other_metadata == metadata
+        assert_equal_bits(other_tensors, tensors)
+    configs = [(folder / CONFIG).read_bytes() for folder in folders]
+    assert configs[0] == configs[1] and configs[2] == configs[3]
 
 
 def test_checksum_covers_names_types_shapes_and_content():

@@ -46,7 +46,7 @@ QUICK = Settings(
     adaptation=Recipe(epochs=6, batch_size=32),
     trials=4,
     seeds=3,
-    timing_rounds=20,
+    timing_rounds=30,
     timing_warmup=3,
 )
 SMOKE = Settings(

@@ -95,25 +95,34 @@ class SparseConfig(PeftConfig):
         self.requires = REQUIRES
         # A config read from a file names what wrote it; its entries are in the checkpoint beside it.
         self.from_checkpoint = self.peft_ext_version is not None
+        self._check()
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
-        self._check()
 
     def _check(self) -> None:
         if type(self.k) is not int or self.k < 1:
             raise ValueError(f"k={self.k!r} must be a whole number of at least 1: entries trained per neuron.")
         if self.target_modules is not None and not self.target_modules:
             raise ValueError(
-                "target_modules=[] adapts nothing; name modules, or leave it out to adapt all linear layers."
+                f"target_modules={self.target_modules!r} adapts nothing; name modules, or leave it out to adapt all "
+                "linear layers."
             )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError("layers_to_transform works with a list of target_modules; with a regex, put it there.")
+            raise ValueError(
+                f"layers_to_transform={self.layers_to_transform!r} works with a list of target_modules, not with "
+                f"{self.target_modules!r}; put the layers' numbers into the regex."
+            )
         if isinstance(self.target_modules, str) and self.layers_pattern is not None:
-            raise ValueError("layers_pattern works with a list of target_modules; with a regex, put it there.")
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} works with a list of target_modules, not with "
+                f"{self.target_modules!r}; put the layers' name into the regex."
+            )
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern is set but layers_to_transform is not; set both or neither.")
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} is set but layers_to_transform is not; set both or neither."
+            )
         _, scope = parse_selection(self.selection)
         if not 0.0 < self.neuron_ratio <= 1.0:
             raise ValueError(f"neuron_ratio={self.neuron_ratio!r} must lie in (0, 1].")

@@ -54,7 +54,6 @@ class SparseLinear(nn.Module, BaseTunerLayer):
     get_base_layer: Callable[[], Any]
     get_base_weight: Callable[[], Tensor]
     set_adapter: Callable[..., None]
-    _move_adapter_to_device_of_base_layer: Callable[[str], None]
     merged: bool
     disable_adapters: bool
     active_adapters: list[str]
@@ -105,9 +104,13 @@ class SparseLinear(nn.Module, BaseTunerLayer):
         self.deltas[adapter_name] = delta
         self.backends[adapter_name] = config.backend
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        if config.values_dtype:
-            delta.to(getattr(torch, config.values_dtype))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Called by PEFT after loading. PEFT's own version also casts to the base's dtype, which would round fp32
+        values loaded onto a bf16 base with `low_cpu_mem_usage=True`."""
+        if adapter_name in self.deltas and not self.deltas[adapter_name].weight.is_meta:
+            self.deltas[adapter_name].to(device or self.get_base_layer().weight.device)
 
     # ------------------------------------------------------------------ forward
 
@@ -181,10 +184,11 @@ class SparseLinear(nn.Module, BaseTunerLayer):
                 f"The entries of adapter '{adapter_name}' are not known yet: it was created empty, to be loaded "
                 "from a checkpoint. Load the checkpoint, or create the adapter without `low_cpu_mem_usage`."
             )
-        if delta.stale:
-            delta.refresh()
-        if not delta.checked and not torch.compiler.is_compiling():
-            self.check_base(adapter_name)
+        if not torch.compiler.is_compiling():  # asked first: a compiled model must not depend on the flags
+            if delta.stale:
+                delta.refresh()
+            if not delta.checked:
+                self.check_base(adapter_name)
         return delta
 
     def check_base(self, adapter_name: str) -> None:

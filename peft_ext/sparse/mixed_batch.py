@@ -44,7 +44,8 @@ class MixedBatchMixin:
                 f"{len(adapter_names)} and {samples} respectively."
             )
         wrappers = [m for m in self.modules() if isinstance(m, AuxiliaryTrainingWrapper)]  # type: ignore[attr-defined]
-        hook = partial(_pass_adapter_names, adapter_names, _number_of_beams(kwargs))
+        model_config = getattr(self.model, "generation_config", None)  # type: ignore[attr-defined]
+        hook = partial(_pass_adapter_names, adapter_names, _number_of_beams(kwargs, model_config))
         handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in (*layers, *wrappers)]
         try:
             yield
@@ -58,9 +59,11 @@ def _number_of_samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | N
     return next((len(x) for x in (*args[:1], *named) if isinstance(x, Tensor) and x.dim()), None)
 
 
-def _number_of_beams(kwargs: dict[str, Any]) -> int:
-    beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None)
-    return beams or 1
+def _number_of_beams(kwargs: dict[str, Any], model_config: Any) -> int:
+    """As generate() finds it: its argument, the config passed to it, the model's own."""
+    configs = (kwargs.get("generation_config"), model_config)
+    found = (kwargs.get("num_beams"), *(getattr(config, "num_beams", None) for config in configs))
+    return next((beams for beams in found if beams), 1)
 
 
 def _pass_adapter_names(

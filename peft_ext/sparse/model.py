@@ -75,6 +75,11 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict,
             )
+        except BaseException:
+            # transformers marks the model as adapted before it calls us, and then expects a `peft_config` on it.
+            if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, "peft_config"):
+                model.__dict__.pop("_hf_peft_config_loaded", None)
+            raise
         finally:
             self._plan = {}
         self.peft_config[adapter_name].scores = None  # dense, and of no use once the entries are chosen

@@ -103,8 +103,8 @@ def test_a_pending_adapter_says_that_it_is_to_be_loaded():
     torch.testing.assert_close(layer(x), source(x))
 
 
-def test_a_support_that_changed_in_place_is_followed():
-    """transformers' loader writes into buffers without calling load_state_dict; it then sets them."""
+def test_a_support_that_was_set_is_followed():
+    """transformers' loader sets parameters and buffers one by one, without load_state_dict."""
     layer, other = adapt(random_linear(FAN_IN, ROWS)), adapt(random_linear(FAN_IN, ROWS), adapters=("a", "default"),
                                                             active=["default"])  # fmt: skip
     mine, theirs = layer.deltas["default"], other.deltas["default"]
@@ -117,6 +117,26 @@ def test_a_support_that_changed_in_place_is_followed():
         layer.backends["default"] = other.backends["default"] = backend
         gradients = [torch.autograd.grad(each(x).square().sum(), x)[0] for each in (layer, other)]
         assert torch.equal(*gradients)
+
+
+def test_a_ragged_support_that_was_set_is_followed():
+    """Its two tensors arrive one after the other, so the transposed table waits for the first use."""
+    counts = [(0, 3, 1, 9, 0, 2), (2, 0, 4, 0, 8, 1)]
+    layers = []
+    for seed, entries in enumerate(counts):
+        layer = NeuroAdaLinear(random_linear(FAN_IN, ROWS))
+        support = random_support(ROWS, FAN_IN, entries, torch.Generator().manual_seed(seed))
+        layer.update_layer("default", _config(init_weights=False, backend="bypass"), support)
+        layer.set_adapter(["default"])
+        layers.append(layer)
+    layer, other = layers
+    for name in ("indices", "offsets", "fingerprint"):
+        setattr(layer.deltas["default"], name, getattr(other.deltas["default"], name))
+    layer.deltas["default"].weight = other.deltas["default"].weight
+    x = torch.randn(20, FAN_IN, requires_grad=True)
+    outputs = [each(x) for each in layers]
+    assert torch.equal(*outputs)
+    assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in outputs))
 
 
 @pytest.mark.parametrize(

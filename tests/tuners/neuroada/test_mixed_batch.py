@@ -165,5 +165,3 @@ def test_names_for_one_call_do_not_depend_on_the_active_adapter(model, ids):
     expected = logits(model, ids, adapter_names=NAMES)
     model.set_adapter("other")
     assert torch.equal(logits(model, ids, adapter_names=NAMES), expected)
-
-

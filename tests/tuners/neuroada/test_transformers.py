@@ -6,7 +6,16 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from peft_ext import NeuroAdaConfig
-from tests.tuners.neuroada._common import adapted, adapter_bits, assert_equal_bits, base_bits, fill, logits, wrapped
+from tests.tuners.neuroada._common import (
+    Untouched,
+    adapted,
+    adapter_bits,
+    assert_equal_bits,
+    base_bits,
+    fill,
+    logits,
+    wrapped,
+)
 
 
 OPTIONS = [
@@ -138,16 +147,20 @@ def test_name_that_exists_is_refused(saved, llama):
         llama.load_adapter(folder)
 
 
-def test_refused_adapter_leaves_the_model_usable(llama, ids):
-    expected = logits(llama, ids)
-    for _ in range(2):
-        with pytest.raises(TypeError, match="embed_tokens"):
-            llama.add_adapter(NeuroAdaConfig(target_modules=["embed_tokens"]), adapter_name="bad")
-    assert not wrapped(llama) and torch.equal(logits(llama, ids), expected)
+def test_refused_adapter_leaves_the_others(llama, ids):
     llama.add_adapter(NeuroAdaConfig(k=1), adapter_name="good")
-    with pytest.raises(TypeError, match="embed_tokens"):
+    expected = logits(fill(llama, "good"), ids)
+    with Untouched(llama), pytest.raises(TypeError, match="embed_tokens"):
         llama.add_adapter(NeuroAdaConfig(target_modules=["embed_tokens"]), adapter_name="bad")
     assert set(llama.peft_config) == {"good"}
+    assert torch.equal(logits(llama, ids), expected)
+
+
+def test_refused_first_adapter_can_be_put_right(llama, ids):
+    with Untouched(llama), pytest.raises(TypeError, match="embed_tokens"):
+        llama.add_adapter(NeuroAdaConfig(target_modules=["embed_tokens"]))
+    llama.add_adapter(NeuroAdaConfig(k=1))
+    assert wrapped(llama)
 
 
 def test_generation_through_a_pipeline_of_the_folder(saved, llama, ids):
