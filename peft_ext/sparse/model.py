@@ -64,7 +64,7 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        self._low_cpu_mem_usage = low_cpu_mem_usage
+        self._low_cpu_mem_usage = low_cpu_mem_usage or _parameters_go_to_meta()
         self._plan: dict[str, Planned] = {}
         self._inject_by_state_dict = state_dict is not None
         try:
@@ -76,6 +76,7 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
                 state_dict=state_dict,
             )
         except BaseException:
+            self.peft_config.pop(adapter_name, None)  # transformers shares this table with the adapters before
             # transformers marks the model as adapted before it calls us, and then expects a `peft_config` on it.
             if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, "peft_config"):
                 model.__dict__.pop("_hf_peft_config_loaded", None)
@@ -256,6 +257,13 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
     def sparse_layers(cls, model: nn.Module) -> Iterator[SparseLinear]:
         """The adapted layers of a model."""
         return (module for module in model.modules() if isinstance(module, cls.tuner_layer_cls))
+
+
+def _parameters_go_to_meta() -> bool:
+    """Whether PEFT makes an empty adapter: it doesn't say so to the first one, but changes what new parameters are."""
+    probe = nn.Module()
+    probe.register_parameter("probe", nn.Parameter(torch.empty(0)))
+    return next(probe.parameters()).is_meta
 
 
 def _base_of(module: nn.Module) -> Any:

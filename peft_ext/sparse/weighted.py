@@ -116,7 +116,7 @@ class WeightedAdapterMixin:
         try:
             self.inject_adapter(self.model, adapter_name)  # type: ignore[attr-defined]
         except BaseException:
-            del self.peft_config[adapter_name]
+            self.peft_config.pop(adapter_name, None)
             raise
         finally:
             self._given_supports = None
