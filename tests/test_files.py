@@ -83,11 +83,9 @@ def test_interrupted_weights(tiny, tmp_path, monkeypatch, save, first):
         save(tiny("llama"), tmp_path, seed=2)
     after = _content(tmp_path)
     assert after.get(WEIGHTS) == before.get(WEIGHTS)
-    assert {name.lstrip(".").partition(".")[0] for name in after} <= {
-        "README",
-        "adapter_config",
-        "generation_config",
-    } | {name.partition(".")[0] for name in before}
+    assert not [name for name in after if name.startswith(".")]  # no half of a file under a temporary name
+    if not first:
+        assert after.keys() == before.keys()
 
 
 @SAVERS

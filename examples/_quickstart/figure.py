@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -17,16 +16,16 @@ from .report import Row
 
 
 MARKERS = "osD^vPX*"
-CLOSE = 1.25  # points whose parameter counts differ by less than this factor would cover each other
+BESIDE = 1.13  # factor between neighbours: the width of a marker
 
 
 def _spread(counts: Sequence[int]) -> list[float]:
-    """Where to draw each count: as it is, or next to its neighbours if several lie at about the same place."""
-    places = [float(count) for count in counts]
-    order = sorted(range(len(counts)), key=lambda index: counts[index])
-    for before, index in pairwise(order):
-        places[index] = max(places[index], places[before] * CLOSE)
-    return places
+    """Where to draw each count: equal ones next to each other around the place where they belong."""
+    shares = [
+        counts[:index].count(count) - (counts.count(count) - 1) / 2  # -1, 0, 1 for three of a kind
+        for index, count in enumerate(counts)
+    ]
+    return [count * BESIDE**share for count, share in zip(counts, shares, strict=True)]
 
 
 def draw(rows: Sequence[Row], path: Path, title: str) -> None:

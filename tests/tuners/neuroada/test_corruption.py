@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
+from peft import PeftModel, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from peft_ext import NeuroAdaConfig
 from tests.tuners.neuroada._common import Untouched, adapted, fill, logits
@@ -247,95 +247,12 @@ def test_pickle_cut_short(tiny, base, tmp_path):
         PeftModel.from_pretrained(base, tmp_path)
 
 
-# ------------------------------------------------------------------ another base
-
-
-@pytest.fixture
-def other_base(llama):
-    torch.manual_seed(1)
-    return LlamaForCausalLM(llama.config).eval().requires_grad_(False)
-
-
-@pytest.fixture
-def adapter(tiny, tmp_path):
-    adapted(tiny("llama"), k=2).save_pretrained(tmp_path)
-    return tmp_path
-
-
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_another_base(other_base, adapter, dtype, low_cpu_mem_usage):
-    base = other_base.to(dtype)
-    with Untouched(base), pytest.raises(ValueError, match="made for another base model.*q_proj.*trained on"):
-        PeftModel.from_pretrained(base, adapter, low_cpu_mem_usage=low_cpu_mem_usage)
-
-
-def test_another_base_with_an_adapter_of_its_own(other_base, adapter, ids):
-    model = adapted(other_base, k=2)
-    expected = logits(model, ids)
-    with Untouched(model), pytest.raises(ValueError, match="made for another base model"):
-        model.load_adapter(adapter, "second")
-    assert torch.equal(logits(model, ids), expected)
-
-
-def test_another_base_through_transformers(other_base, adapter, ids):
-    with Untouched(other_base), pytest.raises(ValueError, match="made for another base model"):
-        other_base.load_adapter(str(adapter))
-
-
-def test_base_that_was_trained_on(base, adapter):
-    """Full fine-tuning by a small step is enough to be another base."""
-    for parameter in base.parameters():
-        parameter.data.mul_(1 + 1e-6)
-    with Untouched(base), pytest.raises(ValueError, match="other values at the adapter's entries"):
-        PeftModel.from_pretrained(base, adapter)
-
-
-def _of_shape(llama, **shape):
-    """A model of another shape with the weights of `llama` as far as they fit."""
-    config = type(llama.config)(**{**llama.config.to_dict(), "layer_types": None, **shape})
-    base = LlamaForCausalLM(config).eval().requires_grad_(False)
-    state = base.state_dict()
-    base.load_state_dict(
-        {k: v for k, v in llama.state_dict().items() if k in state and state[k].shape == v.shape}, False
-    )
-    return base
-
-
-def test_another_width(llama, adapter):
-    base = _of_shape(llama, intermediate_size=64)
-    with Untouched(base), pytest.raises(ValueError, match=r"shape \(272, 2\).*\(64, 2\)"):
-        PeftModel.from_pretrained(base, adapter)
-
-
-@pytest.mark.parametrize("targets", [None, ["q_proj", "up_proj"]])
-def test_fewer_layers(tiny, llama, tmp_path, targets):
-    adapted(tiny("llama"), target_modules=targets).save_pretrained(tmp_path)
-    base = _of_shape(llama, num_hidden_layers=1)
-    with Untouched(base), pytest.raises(ValueError, match=r"layers\.1\."):
-        PeftModel.from_pretrained(base, tmp_path)
-
-
-def test_more_layers(tiny, llama, tmp_path):
-    adapted(tiny("llama"), target_modules=["q_proj", "up_proj"]).save_pretrained(tmp_path)
-    base = _of_shape(llama, num_hidden_layers=3)
-    with Untouched(base), pytest.raises(ValueError, match=r"layers\.2\."):
-        PeftModel.from_pretrained(base, tmp_path)
-
-
-def test_good_file_loads_after_a_bad_one(tiny, base, adapter, tmp_path_factory, ids):
-    bad = tmp_path_factory.mktemp("bad")
-    for name in (WEIGHTS, CONFIG):
-        (bad / name).write_bytes((adapter / name).read_bytes())
-    _drop(f"{Q}.weight")(bad)
+def test_good_file_loads_after_a_bad_one(tiny, base, tmp_path, ids):
+    for folder in (tmp_path / "good", tmp_path / "bad"):
+        model = adapted(tiny("llama"), k=2)
+        model.save_pretrained(folder)
+    _drop(f"{Q}.weight")(tmp_path / "bad")
     with pytest.raises(ValueError):
-        PeftModel.from_pretrained(base, bad)
-    expected = logits(PeftModel.from_pretrained(tiny("llama"), adapter), ids)
-    assert torch.equal(logits(PeftModel.from_pretrained(base, adapter), ids), expected)
-
-
-def test_adapter_of_another_method_is_peft_s_matter(tiny, tmp_path):
-    from peft import LoraConfig
-
-    get_peft_model(tiny("llama"), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
-    assert PeftModel.from_pretrained(tiny("llama"), tmp_path).active_peft_config.peft_type.value == "LORA"
+        PeftModel.from_pretrained(base, tmp_path / "bad")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "good")
+    assert torch.equal(logits(loaded, ids), logits(model, ids))

@@ -1,4 +1,4 @@
-"""Parameter counts of the thesis (chapter 5) and the size of a file, on the shapes of the real models, without weights."""
+"""Parameter counts of the thesis (chapter 5) and the size of a file, on the shapes of the real models."""
 
 import pytest
 import torch

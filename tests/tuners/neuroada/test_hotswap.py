@@ -63,7 +63,7 @@ def test_only_the_named_adapter_changes(tiny, save, ids):
 
 
 def test_training_goes_on_after_a_swap(tiny, save, ids):
-    folder, expected = save("other", k=2, seed=2, selection="random")
+    folder, _ = save("other", k=2, seed=2, selection="random")
     model = adapted(tiny("llama"), k=2)
     hotswap_adapter(model, str(folder))
     model(ids, labels=ids).loss.backward()  # the input gradient runs over the transposed table

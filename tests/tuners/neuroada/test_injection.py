@@ -1,4 +1,4 @@
-"""Putting adapters into a model: which modules, what stays as it was, and what is refused before anything is touched."""
+"""Putting adapters into a model: which modules, what stays as it was, what is refused before anything is touched."""
 
 import pytest
 import torch

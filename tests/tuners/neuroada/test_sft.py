@@ -11,7 +11,7 @@ from tests.tuners.neuroada._common import assert_equal_bits, base_bits, logits, 
 trl = pytest.importorskip("trl", reason="trl is not installed: pip install 'peft-ext[trl]'")
 datasets = pytest.importorskip("datasets", reason="datasets is not installed: pip install 'peft-ext[trl]'")
 
-WORDS = "the a cat dog bird sees hears likes small big house tree and".split()
+WORDS = ["the", "a", "cat", "dog", "bird", "sees", "hears", "likes", "small", "big", "house", "tree", "and"]
 
 
 @pytest.fixture
