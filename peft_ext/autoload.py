@@ -11,10 +11,11 @@ command lines such as `trl sft` work as they are. Programs that do not import `p
 from __future__ import annotations
 
 import argparse
-import os
 import sysconfig
 from importlib import resources
 from pathlib import Path
+
+from .files import write_atomically
 
 
 HOOK_FILE = "_peft_ext_autoload.py"
@@ -32,8 +33,8 @@ def enable(site_dir: Path) -> None:
 
     The hook comes first: an interpreter that starts in between must not meet a `.pth` file that imports nothing.
     """
-    _write_atomically(site_dir / HOOK_FILE, _hook_source())
-    _write_atomically(site_dir / PTH_FILE, PTH_LINE)
+    write_atomically(str(site_dir / HOOK_FILE), _hook_source())
+    write_atomically(str(site_dir / PTH_FILE), PTH_LINE)
 
 
 def disable(site_dir: Path) -> None:
@@ -55,16 +56,6 @@ def status(site_dir: Path) -> str:
 
 def _hook_source() -> str:
     return resources.files("peft_ext").joinpath("_autoload_hook.py").read_text(encoding="utf-8")
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    # Not a temporary file of mode 0600: other users of a shared environment read it at start.
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

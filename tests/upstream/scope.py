@@ -60,19 +60,19 @@ RULES = [
     Rule("custom_models", r"conv2d", _CONV),
     Rule("custom_models", r"plain_lora_and_dora.*(emb|conv2d)", "compares with DoRA, which LoRA has"),
     Rule("decoder_models", r"targeting_lora_to_embedding_layer|embed_scale|fixes_tie_word_embeddings", _EMBEDDING),
-    Rule("initialization", r"TestLoraInitialization::.*embedding|trainable_token_indices_targets_lora", _EMBEDDING),
+    Rule("initialization", r"test_lora_\w*embedding|trainable_token_indices_targets_lora", _EMBEDDING),
     Rule("initialization", r"conv2d|groups", _CONV),
     Rule("initialization", r"test_lora_with_bias_(argument|extra_params)", _CONV),
     Rule("initialization", r"mha", _MHA),
     Rule("lora_conversion", r"unsupported_layers_raises", _CONV),
     Rule("other", r"targeting_trainable_tokens_raises", _EMBEDDING),
-    Rule("other", r"self_targeting_is_ignored", _CONV),
+    Rule("other", r"self_targeting_is_ignored\[\w+-config_kwargs1\]", _CONV),
     Rule(
         "tuners_utils", r"TestModelAndLayerStatus::.*(large|enabled_irregular$|target_parameters|injected_layers)",
         "its model is adapted in an `nn.Embedding` and an `nn.Conv2d`",
     ),
     Rule(
-        "tuners_utils", r"TestModelAndLayerStatus::.*(requires_grad|active_adapters|merged_adapters).*_irregular$",
+        "tuners_utils", r"::test_(model_)?(requires_grad|active_adapters|merged_adapters)(_model)?_irregular$",
         "its model is adapted in an `nn.Embedding` and an `nn.Conv2d`",
     ),
     # What PEFT has for LoRA only
@@ -88,11 +88,7 @@ RULES = [
     Rule("helpers", r"TestDisableInputDtypeCasting", "the cast of inputs that LoRA makes: the method makes none"),
     Rule("integrations", r"lora_weight_conversion|qwen3_moe|mixtral_save_load", _EXPERTS),
     Rule("lora_conversion", r"converting_transformers|approximates|without_peft|multiple_adapters|float16", _RANK),
-    Rule("decoder_models", r"test_lora_conversion", _RANK),
-    Rule(
-        "decoder_models", r"mixed_adapter_batches\[.*OPT",
-        "OPT gives its MLP flattened tokens: on these layers, which the default adapts, LoRA raises the same error",
-    ),
+    Rule("decoder_models", r"test_lora_conversion\[\w+-config_kwargs0-.*(OPT|GPT2|GPTJ|Llama)", _RANK),
     Rule("lora_conversion", r"Miss|Kasa|lora_to_lora", "tests another method alone"),
     # Names, defaults and words
     Rule("custom_models", r"TestLayerRepr|preserves_custom_requires_grad", _NAMES),
@@ -115,7 +111,7 @@ RULES = [
     ),
     Rule("tuners_utils", r"module_matching_lora|realistic_example", _DEFAULTS),
     Rule("tuners_utils", r"second_adapter_with_all_linear|module_type_small|adapter_model_type", _NAMES),
-    Rule("tuners_utils", r"peft_types_small|model_status_with|prefixes_", _NAMES),
+    Rule("tuners_utils", r"peft_types_small|model_status_with|prefixes_(lora|select|model_with|multiple)", _NAMES),
     Rule("tuners_utils", r"nb_params_small|test_transformers_model$", "expects the number of LoRA's parameters"),
     Rule("tuners_utils", r"no_rank_nor_alpha", "reads LoRA's rank"),
     Rule("tuners_utils", r"matching_valid_(00_|02_foo|30_)", "`target_modules=[]`, which the method refuses"),
@@ -123,14 +119,14 @@ RULES = [
     Rule("config", r"cache_dir_remote", _HUB),
     Rule("decoder_models", r"gemma4|qwen3|prefix_tuning_mistral", _HUB),
     Rule("hub_features", r"TestBaseModelRevision", _HUB),
-    Rule("initialization", r"TestLoadAdapterOfflineMode|mamba|corda_conv1d_gpt2", _HUB),
+    Rule("initialization", r"test_load_checkpoint_offline|mamba|corda_conv1d_gpt2", _HUB),
     Rule("integrations", r"qwen2_5_vl", _HUB),
     Rule("other", r"get_no_split_modules_recursive", _HUB),
     Rule("tuners_utils", r"layers_diffusion", _PIPELINE),
     Rule("low_level_api", r"stable_diffusion", _PIPELINE),
     # `PeftMixedModel`
     Rule("custom_models", r"rejects_duplicate_name_without_mutation\[True\]", _MIXED),
-    Rule("initialization", r"infinite_recursion.*Mixed|mixed_model", _MIXED),
+    Rule("initialization", r"infinite_recursion.*Mixed|mixed_model_from_pretrained", _MIXED),
     Rule("tuners_utils", r"mixed_model_raises", _MIXED),
 ]  # fmt: skip
 
