@@ -77,16 +77,12 @@ _CLASSES: dict[str, type[AutoModel]] = {
 def model_dir(tmp_path_factory):
     """Function: name of a tiny model to the folder that it was saved in."""
     folder = tmp_path_factory.mktemp("models")
-
-    def path_of(name):
-        path = folder / name
-        if not path.exists():
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                _CLASSES[name].from_config(_CONFIGS[name]).save_pretrained(path)
-        return str(path)
-
-    return path_of
+    # All at once, before any test runs: some tests break the functions that save.
+    for name, config in _CONFIGS.items():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            _CLASSES[name].from_config(config).save_pretrained(folder / name)
+    return lambda name: str(folder / name)
 
 
 @pytest.fixture(scope="session")
