@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import wraps
 from typing import Any
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -86,9 +87,12 @@ def check_weights(folder: str) -> None:
         `ValueError`: if the file is cut short, is not a safetensors file, or differs from its checksum.
     """
     path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-    if not os.path.isfile(path):
-        return
+    pickled = os.path.join(folder, WEIGHTS_NAME)
     remedy = "Download or save the adapter again."
+    if not os.path.isfile(path):
+        if os.path.isfile(pickled) and not zipfile.is_zipfile(pickled):
+            raise ValueError(f"{pickled} is cut short. {remedy}")
+        return  # on the Hub, or pickled
     try:
         with safe_open(path, framework="pt") as file:
             expected = (file.metadata() or {}).get(CHECKSUM_KEY)

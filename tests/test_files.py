@@ -32,17 +32,6 @@ def _write_half_of_the_weights(monkeypatch):
     monkeypatch.setattr(safetensors.torch, "serialize_file", write_half)
 
 
-def _write_half_of_a_pickle(monkeypatch):
-    whole = torch.save
-
-    def write_half(content, filename, *args, **kwargs):
-        whole(content, filename, *args, **kwargs)
-        os.truncate(filename, os.path.getsize(filename) // 2)
-        raise Interrupted
-
-    monkeypatch.setattr(torch, "save", write_half)
-
-
 def _write_half_of_a_text(monkeypatch, part):
     """Interrupt the writing of a text that contains `part`."""
     whole = peft_ext.files._write_text
@@ -97,17 +86,6 @@ def test_interrupted_config(tiny, tmp_path, monkeypatch, save):
         save(tiny("llama"), tmp_path, seed=2)
     after = _content(tmp_path)
     assert after[CONFIG] == before[CONFIG]
-    assert after.keys() == before.keys()
-
-
-def test_interrupted_pickle(tiny, tmp_path, monkeypatch):
-    _through_peft(tiny("llama"), tmp_path, seed=1, safe_serialization=False)
-    before = _content(tmp_path)
-    _write_half_of_a_pickle(monkeypatch)
-    with pytest.raises(Interrupted):
-        _through_peft(tiny("llama"), tmp_path, seed=2, safe_serialization=False)
-    after = _content(tmp_path)
-    assert after["adapter_model.bin"] == before["adapter_model.bin"]
     assert after.keys() == before.keys()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -49,19 +49,23 @@ class CheckpointMixin:
         As PEFT maps it, after checking that the checkpoint is whole and belongs to this base model.
 
         Raises:
-            `ValueError`: if tensors are missing, do not fit, or were made for another base weight. Nothing has been
-                loaded then, and an adapter that was added only for this checkpoint is taken out again.
+            `ValueError`: if tensors are missing, have no place, do not fit, or were made for another base weight.
+                Nothing has been loaded then.
         """
         mapped = super()._remap_adapter_state_dict_for_load(  # type: ignore[misc]
             model, config, adapter_name, state_dict
         )
-        try:
-            for prefix, layer in cls._layers_with(model, adapter_name):
-                _check_entry(prefix, layer, adapter_name, mapped)
-        except ValueError:
-            if config.from_checkpoint:
-                _take_out(model, adapter_name)
-            raise
+        known = set()
+        for prefix, layer in cls._layers_with(model, adapter_name):
+            _check_entry(prefix, layer, adapter_name, mapped)
+            known |= {f"{prefix}.{name}" for name in layer.deltas[adapter_name].state_dict()}
+        container = f".{cls.tuner_layer_cls.adapter_layer_names[0]}."
+        unknown = sorted(key for key in mapped if container in key and key not in known)
+        if unknown:
+            raise ValueError(
+                f"The checkpoint has '{unknown[0]}', which has no place in this model. Nothing was loaded; use the "
+                "config and base model it was saved with."
+            )
         return mapped
 
     @classmethod
@@ -103,14 +107,3 @@ def _check_entry(prefix: str, layer: SparseLinear, adapter_name: str, mapped: di
             f"Adapter '{adapter_name}' was made for another base model: the base weight under '{prefix}' has "
             f"{reason}. Nothing was loaded; use the base model it was trained on."
         )
-
-
-def _take_out(model: Any, adapter_name: str) -> None:
-    """Undo the injection that PEFT did before it read the weights."""
-    tuner = getattr(model, "base_model", None)
-    if not isinstance(tuner, CheckpointMixin):
-        return
-    if len(model.peft_config) > 1:
-        model.delete_adapter(adapter_name)
-    else:
-        tuner.unload()  # type: ignore[attr-defined]

@@ -95,6 +95,9 @@ class SparseConfig(PeftConfig):
         self.requires = REQUIRES
         # A config read from a file names what wrote it; its entries are in the checkpoint beside it.
         self.from_checkpoint = self.peft_ext_version is not None
+        # While an adapter waits for a checkpoint: that it does, and what of the base model was trainable before it.
+        self.awaits_weights = False
+        self.trainable_before: dict[str, bool] = {}
         self._check()
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)

@@ -58,13 +58,7 @@ def hotswap_adapter(
         if adapter_name in layer.merged_adapters:
             raise ValueError(f"Adapter {adapter_name!r} is merged into the base; unmerge it before swapping.")
     weights = load_peft_weights(model_name_or_path, device=torch_device or "cpu", **kwargs)
-    # from_checkpoint is False on a live adapter's config, so that a bad file leaves the adapter where it is.
-    live = config.from_checkpoint
-    config.from_checkpoint = False
-    try:
-        mapped = tuner_cls._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
-    finally:
-        config.from_checkpoint = live
+    mapped = tuner_cls._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
     places = {
         f"{prefix}.{name}": (layer, name)
         for prefix, layer in tuner_cls._layers_with(model, adapter_name)

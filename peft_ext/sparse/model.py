@@ -65,6 +65,9 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         self._low_cpu_mem_usage = low_cpu_mem_usage or _parameters_go_to_meta()
+        config = self.peft_config[adapter_name]
+        config.awaits_weights = config.from_checkpoint
+        config.trainable_before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._plan: dict[str, Planned] = {}
         self._inject_by_state_dict = state_dict is not None
         try:

@@ -54,7 +54,9 @@ class WeightedAdapterMixin:
         Raises:
             `ValueError`: for unknown adapters, a wrong number of weights or a missing density.
         """
-        configs = self._check_combination(adapters, weights, adapter_name, combination_type, density)
+        configs = self._check_combination(
+            adapters, weights, adapter_name, combination_type, density, majority_sign_method
+        )
         factors = torch.tensor(weights, dtype=torch.float32)
         supports: dict[str, Support] = {}
         values: dict[str, Tensor] = {}
@@ -83,7 +85,13 @@ class WeightedAdapterMixin:
                 weight.data.copy_(values[name].view_as(weight))
 
     def _check_combination(
-        self, adapters: list[str], weights: list[float], adapter_name: str, combination: str, density: float | None
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination: str,
+        density: float | None,
+        sign_method: str,
     ) -> list[SparseConfig]:
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name={adapter_name!r} exists already; choose another name, or delete it first.")
@@ -98,6 +106,8 @@ class WeightedAdapterMixin:
             raise ValueError(f"combination_type={combination!r} must be 'linear' or one of {', '.join(_PRUNING)}.")
         if combination in _PRUNING and (density is None or not 0.0 < density <= 1.0):
             raise ValueError(f"density={density!r} must lie in (0, 1] for combination_type={combination!r}.")
+        if sign_method not in ("total", "frequency"):
+            raise ValueError(f"majority_sign_method={sign_method!r} must be 'total' or 'frequency'.")
         configs = [self.peft_config[name] for name in adapters]
         wrappers = (m for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper))  # type: ignore[attr-defined]
         shared = sum(sum(name in wrapper.modules_to_save for name in adapters) > 1 for wrapper in wrappers)

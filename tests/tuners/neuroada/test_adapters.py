@@ -158,7 +158,7 @@ def test_layer_status(model):
     status = by_name["model.model.layers.0.self_attn.q_proj"]
     assert status.module_type == "neuroada.NeuroAdaLinear"
     assert status.available_adapters == ["default", "other"]
-    assert by_name["model.layers.0.mlp.down_proj"].available_adapters == ["default"]
+    assert by_name["model.model.layers.0.mlp.down_proj"].available_adapters == ["default"]
     model.merge_adapter()
     assert {tuple(status.merged_adapters) for status in model.get_layer_status()} == {("default",)}
 

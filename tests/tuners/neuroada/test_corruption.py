@@ -190,10 +190,12 @@ def test_transformers_from_pretrained(damaged):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", [name for name in DAMAGES if "cut" not in name and name not in ("empty",)])
+# A state dict is not a file: what damages only the file, or only its checksum shows, does not apply.
+IN_A_STATE_DICT = [name for name in DAMAGES if name not in ("cut", "cut in the header", "empty", "flipped byte")]
+
+
+@pytest.mark.parametrize("name", IN_A_STATE_DICT)
 def test_state_dict_set_on_an_injected_adapter(name, tiny, tmp_path, ids):
-    if name == "flipped byte":
-        pytest.skip("a state dict carries no checksum")
     adapted(tiny("llama"), k=2, seed=3).save_pretrained(tmp_path)
     damage, word = DAMAGES[name]
     damage(tmp_path)
