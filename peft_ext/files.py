@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 import zipfile
@@ -12,7 +13,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -81,11 +82,13 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
 
 def check_weights(folder: str) -> None:
     """
-    Make sure that the adapter weights in a folder are those that were saved.
+    Make sure that the weights of an adapter of ours in a folder are those that were saved.
 
     Raises:
         `ValueError`: if the file is cut short, is not a safetensors file, or differs from its checksum.
     """
+    if not _is_ours(folder):
+        return
     path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
     pickled = os.path.join(folder, WEIGHTS_NAME)
     remedy = "Download or save the adapter again."
@@ -103,6 +106,14 @@ def check_weights(folder: str) -> None:
         raise ValueError(f"{path} is not a whole safetensors file ({error}). {remedy}") from error
     if actual != expected:
         raise ValueError(f"{path} is corrupted: its content does not have the checksum it was saved with. {remedy}")
+
+
+def _is_ours(folder: str) -> bool:
+    try:
+        with open(os.path.join(folder, CONFIG_NAME), encoding="utf-8") as file:
+            return json.load(file).get("requires") == REQUIRES
+    except (OSError, ValueError, AttributeError):  # PEFT's matter
+        return False
 
 
 def explain_requirement(folder: str, peft_type: Any) -> None:

@@ -66,7 +66,9 @@ def _check_arrived(model: nn.Module, adapter_name: str, result: Any) -> None:
     missing = [
         key
         for key in getattr(result, "missing_keys", ())
-        if f"_delta.{adapter_name}." in key or f".modules_to_save.{adapter_name}." in key
+        if f"_delta.{adapter_name}." in key
+        or f".modules_to_save.{adapter_name}." in key
+        or key.endswith(f".trainable_tokens_delta.{adapter_name}")
     ]
     if missing:
         raise ValueError(

@@ -76,7 +76,7 @@ def test_member_behaves_like_peft_s_own(name):
     assert isinstance(member, PeftType) and isinstance(member, str)
     assert member in PeftType and member in list(PeftType) and PeftType.__members__[name] is member
     assert str(member) == f"PeftType.{name}" and repr(member) == f"<PeftType.{name}: '{name}'>"
-    assert f"{member:>12}" == f"{str(member) if f'{member}' != name else name:>12}"
+    assert format(member) == format(PeftType.IA3).replace("IA3", name)
     assert json.loads(json.dumps({"type": member})) == {"type": name}
     assert {member: 1}[name] == 1
 
@@ -141,44 +141,21 @@ def test_method_of_peft_s_own_wins_with_a_warning(foreign):
     assert PEFT_TYPE_TO_CONFIG_MAPPING[member] is config_cls and PEFT_TYPE_TO_TUNER_MAPPING[member] is model_cls
 
 
-# ------------------------------------------------------------------ another interpreter
-
-PACKAGES = [str(Path(peft_ext.__file__).parents[1]), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+# ------------------------------------------------------------------ what a saved folder says
 
 
-def _run(code):
-    """A new interpreter without `.pth` files, so that a developer's own auto-import takes no part."""
-    start = f"import sys; sys.path[:0] = {PACKAGES!r}\n"
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        [sys.executable, "-S", "-c", start + code], capture_output=True, text=True, timeout=300, env=env
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def test_folder_explains_the_key_error_of_a_missing_import(llama, tmp_path):
+@pytest.fixture
+def folder(llama, tmp_path):
     get_peft_model(llama, peft_ext.NeuroAdaConfig(k=1, task_type="CAUSAL_LM")).save_pretrained(tmp_path)
-    readme = (tmp_path / "README.md").read_text()
+    return tmp_path
+
+
+def test_folder_says_which_package_loads_it(folder):
+    readme = (folder / "README.md").read_text()
     assert "KeyError: 'NEUROADA'" in readme  # found by a search for what the user sees
-    assert "pip install peft-ext" in readme
-    requires = json.loads((tmp_path / "adapter_config.json").read_text())["requires"]
-    assert "pip install peft-ext" in requires and "import peft_ext" in requires
-    # The snippet works as it is printed, with the user's own model and path in it.
-    snippet = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)[-1]
-    snippet = snippet.replace('"path/or/hub-id/of/this/adapter"', repr(str(tmp_path)))
-    code = f"""
-from peft import PeftConfig
-from transformers import AutoModelForCausalLM
-try:
-    PeftConfig.from_pretrained({str(tmp_path)!r})
-except KeyError as error:
-    print("KeyError", error)
-base_model = AutoModelForCausalLM.from_pretrained({llama.name_or_path!r})
-{snippet}
-print(model.active_peft_config.peft_type.value)
-"""
-    assert _run(code).split() == ["KeyError", "'NEUROADA'", "NEUROADA"]
+    requires = json.loads((folder / "adapter_config.json").read_text())["requires"]
+    for text in (readme, requires):
+        assert "pip install peft-ext" in text and "import peft_ext" in text
 
 
 def test_readme_is_explained_once_and_keeps_what_the_user_wrote(llama, tmp_path):
@@ -192,21 +169,45 @@ def test_readme_is_explained_once_and_keeps_what_the_user_wrote(llama, tmp_path)
     assert "My results." in readme.read_text()
 
 
-def test_reloading_every_module_registers_the_new_classes():
-    code = """
+# In another interpreter: without the import, with it as the README prints it, and after importing every file anew.
+STORY = """
 import importlib, sys, warnings
+sys.path[:0] = {packages!r}
+import torch
+from peft import PeftConfig, PeftType, get_peft_model, mapping
+from transformers import AutoModelForCausalLM
+try:
+    PeftConfig.from_pretrained({folder!r})
+except KeyError as error:
+    print("KeyError", error)
+
+base_model = AutoModelForCausalLM.from_pretrained({base!r})
+{snippet}
+print(model.active_peft_config.peft_type.value)
+
 warnings.simplefilter("error", UserWarning)
-import peft, peft_ext
-members = list(peft.PeftType)
+members = list(PeftType)
 for name in [name for name in sys.modules if name.split(".")[0] == "peft_ext"]:
     del sys.modules[name]
 second = importlib.import_module("peft_ext")
 assert second is not peft_ext and second.NeuroAdaConfig is not peft_ext.NeuroAdaConfig
-assert list(peft.PeftType) == members
-assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING["NEUROADA"] is second.NeuroAdaConfig
-assert peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING["NEUROADA"] is second.NeuroAdaModel
-import torch
-model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(3, 2)), second.NeuroAdaConfig(target_modules=["0"]))
-print(model(torch.ones(1, 3)).shape[1])
+assert list(PeftType) == members
+assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING["NEUROADA"] is second.NeuroAdaConfig
+assert mapping.PEFT_TYPE_TO_TUNER_MAPPING["NEUROADA"] is second.NeuroAdaModel
+model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(3, 2)), second.NeuroAdaConfig(target_modules=["0"]))
+print(tuple(model(torch.ones(1, 3)).shape))
 """
-    assert _run(code).strip() == "2"
+
+
+def test_key_error_then_the_readme_s_snippet_then_every_file_anew(llama, folder):
+    readme = (folder / "README.md").read_text()
+    snippet = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)[-1]
+    snippet = snippet.replace('"path/or/hub-id/of/this/adapter"', repr(str(folder)))
+    packages = [str(Path(peft_ext.__file__).parents[1]), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    code = STORY.format(packages=packages, folder=str(folder), base=llama.name_or_path, snippet=snippet)
+    # `-S`: no `.pth` files, so that a developer's own auto-import takes no part.
+    command = [sys.executable, "-S", "-c", code]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["KeyError 'NEUROADA'", "NEUROADA", "(1, 2)"]

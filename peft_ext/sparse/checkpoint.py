@@ -59,6 +59,13 @@ class CheckpointMixin:
         for prefix, layer in cls._layers_with(model, adapter_name):
             _check_entry(prefix, layer, adapter_name, mapped)
             known |= {f"{prefix}.{name}" for name in layer.deltas[adapter_name].state_dict()}
+        biases = cls._get_learnable_bias_state_dict(model, model.state_dict(), config)  # type: ignore[attr-defined]
+        lacking = sorted(biases.keys() - mapped.keys())
+        if lacking:
+            raise ValueError(
+                f"The checkpoint lacks '{lacking[0]}', which bias={config.bias!r} trains. Nothing was loaded; save "
+                "the whole adapter again."
+            )
         container = f".{cls.tuner_layer_cls.adapter_layer_names[0]}."
         unknown = sorted(key for key in mapped if container in key and key not in known)
         if unknown:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from .._peft_internals import ModulesToSaveWrapper, prune, task_arithmetic, ties
+from .._peft_internals import prune, task_arithmetic, ties
 from .support import Support, union
 
 
@@ -52,7 +52,8 @@ class WeightedAdapterMixin:
                 `"total"` or `"frequency"`, for TIES.
 
         Raises:
-            `ValueError`: for unknown adapters, a wrong number of weights or a missing density.
+            `ValueError`: for unknown adapters, a wrong number of weights, a missing density, or adapters that
+                train whole modules or tokens.
         """
         configs = self._check_combination(
             adapters, weights, adapter_name, combination_type, density, majority_sign_method
@@ -109,13 +110,12 @@ class WeightedAdapterMixin:
         if sign_method not in ("total", "frequency"):
             raise ValueError(f"majority_sign_method={sign_method!r} must be 'total' or 'frequency'.")
         configs = [self.peft_config[name] for name in adapters]
-        wrappers = (m for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper))  # type: ignore[attr-defined]
-        shared = sum(sum(name in wrapper.modules_to_save for name in adapters) > 1 for wrapper in wrappers)
-        if shared:  # whole modules have no weighted union
-            raise ValueError(
-                "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
-                f"{shared} such instance(s)."
-            )
+        for option in ("modules_to_save", "trainable_token_indices"):
+            having = [name for name, config in zip(adapters, configs, strict=True) if getattr(config, option)]
+            if having:  # whole modules have no weighted union, and leaving them out would go unnoticed
+                raise ValueError(
+                    f"Cannot add weighted adapters if they have {option}, but {having} do. Combine adapters without."
+                )
         if len({isinstance(config.target_modules, str) for config in configs}) > 1:
             raise ValueError("target_modules of the adapters must be all regular expressions or all lists.")
         return configs

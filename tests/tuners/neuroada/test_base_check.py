@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 from tests.tuners.neuroada._common import Untouched, adapted, logits
@@ -83,8 +83,3 @@ def test_more_layers(tiny, llama, tmp_path):
     base = _of_shape(llama, num_hidden_layers=3)
     with Untouched(base), pytest.raises(ValueError, match=r"layers\.2\."):
         PeftModel.from_pretrained(base, tmp_path)
-
-
-def test_adapter_of_another_method_is_peft_s_matter(tiny, tmp_path):
-    get_peft_model(tiny("llama"), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
-    assert PeftModel.from_pretrained(tiny("llama"), tmp_path).active_peft_config.peft_type.value == "LORA"

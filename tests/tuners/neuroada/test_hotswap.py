@@ -1,5 +1,7 @@
 """Replacing a loaded adapter in place: exact, without recompilation, or an error that leaves the loaded one."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -131,13 +133,18 @@ def test_compiled_model_is_not_compiled_again(tmp_path, compiler, backend, origi
             torch.testing.assert_close(compiled(x), expected[name], atol=1e-5, rtol=1e-5)
 
 
-def test_compiled_language_model_is_not_compiled_again(tiny, save, ids, compiler):
-    first, expected_first = save("first", k=2)
-    second, expected_second = save("second", k=2, seed=2, selection="random")
-    compiled = torch.compile(PeftModel.from_pretrained(tiny("llama"), first), backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(logits(compiled, ids), expected_first, atol=1e-5, rtol=1e-5)
-    hotswap_adapter(compiled, str(second))
-    torch.testing.assert_close(logits(compiled, ids), expected_second, atol=1e-5, rtol=1e-5)
+def test_compiled_language_model_is_not_compiled_again(tiny, ids, tmp_path, compiler):
+    base = tiny("llama")
+    del base.model.layers[1:]  # compiling takes seconds per layer
+    expected = {}
+    for name, selection in [("first", "magnitude"), ("second", "random")]:
+        model = adapted(copy.deepcopy(base), seed=len(name), k=2, selection=selection)
+        model.save_pretrained(tmp_path / name)
+        expected[name] = logits(model, ids)
+    compiled = torch.compile(PeftModel.from_pretrained(base, tmp_path / "first"), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(logits(compiled, ids), expected["first"], atol=1e-5, rtol=1e-5)
+    hotswap_adapter(compiled, str(tmp_path / "second"))
+    torch.testing.assert_close(logits(compiled, ids), expected["second"], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["bypass", "folded"])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -235,6 +235,15 @@ def test_auto_classes_find_the_base_model(tiny, ids, tmp_path, load):
     model = adapted(tiny("llama"), k=2, task_type="CAUSAL_LM")
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(load(tmp_path).eval(), ids), logits(model, ids))
+
+
+@LOW
+def test_config_that_was_read_before(tiny, ids, tmp_path, low_cpu_mem_usage):
+    model = adapted(tiny("llama"), k=2, selection="random_network")
+    model.save_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path, config=config, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
 
 
 def test_task_type_of_a_model_without_one_is_found_by_its_class(tiny, ids, tmp_path):

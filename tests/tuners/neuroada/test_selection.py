@@ -41,8 +41,7 @@ def _entries(model):
     return sum(layer.deltas["default"].support.entries for layer in wrapped(model).values())
 
 
-@LOW
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize(("name", "low_cpu_mem_usage"), [("llama", False), ("llama", True), ("gpt2", True)])
 @pytest.mark.parametrize("selection", WITHOUT_SCORES)
 def test_saved_and_loaded(tiny, ids, tmp_path, selection, name, low_cpu_mem_usage):
     model = fill(get_peft_model(tiny(name), NeuroAdaConfig(k=2, selection=selection))).eval()
@@ -58,8 +57,7 @@ def test_share_of_the_neurons_saved_and_loaded(tiny, ids, tmp_path, selection, l
     _round_trip(tiny, "llama", model, ids, tmp_path, low_cpu_mem_usage)
 
 
-@LOW
-@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize(("low_cpu_mem_usage", "trainable"), [(False, True), (True, False), (True, True)])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("selection", WITH_SCORES)
 def test_gradient_saved_and_loaded_without_scores(tiny, ids, tmp_path, selection, name, trainable, low_cpu_mem_usage):
