@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 
 WIDTH, HEADS, VOCABULARY = 16, 4, 256
-FORMAT = 3  # raise it when a model below changes, so that caches are rebuilt
+FORMAT = 4  # raise it when a model below changes, so that caches are rebuilt
 
 # Small random weights make logits that differ by less than the tolerances of the tests; these are ten times the
 # default of transformers.
@@ -70,9 +70,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Gemma3ForCausalLM", "Gemma3TextConfig", {**_LLAMA, "head_dim": 4},
     ),
     "hf-internal-testing/tiny-random-gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT2),
-    # Tests count on its twelve layers, and on embeddings of 768 numbers.
+    # Tests count on its twelve layers, on embeddings of 768 numbers, and on those of the first tokens not being zero,
+    # which a new model's padding is.
     "peft-internal-testing/opt-125m": (
-        "OPTForCausalLM", "OPTConfig", {**_OPT, "num_hidden_layers": 12, "word_embed_proj_dim": 768},
+        "OPTForCausalLM", "OPTConfig",
+        {**_OPT, "num_hidden_layers": 12, "word_embed_proj_dim": 768, "pad_token_id": 8, "eos_token_id": 8},
     ),
     "peft-internal-testing/tiny-clip-text-2": (
         "CLIPTextModelWithProjection", "CLIPTextConfig",
