@@ -43,7 +43,7 @@ QUICK = Settings(
     hidden=128,
     layers=2,
     pretraining=Recipe(epochs=16, batch_size=32),
-    adaptation=Recipe(epochs=6, batch_size=32),
+    adaptation=Recipe(epochs=5, batch_size=32),
     trials=4,
     seeds=3,
     timing_rounds=30,
