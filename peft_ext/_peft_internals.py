@@ -21,7 +21,7 @@ from peft.utils import (
     resolve_quantization_backend,
 )
 from peft.utils.merge_utils import prune, task_arithmetic, ties
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.peft_types import PeftType, register_peft_method
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, QuantizationBackend
 
@@ -37,6 +37,7 @@ __all__ = [
     "BaseTuner",
     "BaseTunerLayer",
     "ForwardOnlyQuantizationBackend",
+    "ModulesToSaveWrapper",
     "PeftType",
     "QuantizationBackend",
     "adapter_key_prefixes",

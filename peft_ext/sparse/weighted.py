@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from .._peft_internals import prune, task_arithmetic, ties
+from .._peft_internals import ModulesToSaveWrapper, prune, task_arithmetic, ties
 from .support import Support, union
 
 
@@ -52,8 +53,8 @@ class WeightedAdapterMixin:
                 `"total"` or `"frequency"`, for TIES.
 
         Raises:
-            `ValueError`: for unknown adapters, a wrong number of weights, a missing density, or adapters that
-                train whole modules or tokens.
+            `ValueError`: for unknown adapters, a wrong number of weights, a missing density, or two
+                adapters that train the same module whole.
         """
         configs = self._check_combination(
             adapters, weights, adapter_name, combination_type, density, majority_sign_method
@@ -110,15 +111,28 @@ class WeightedAdapterMixin:
         if sign_method not in ("total", "frequency"):
             raise ValueError(f"majority_sign_method={sign_method!r} must be 'total' or 'frequency'.")
         configs = [self.peft_config[name] for name in adapters]
-        for option in ("modules_to_save", "trainable_token_indices"):
-            having = [name for name, config in zip(adapters, configs, strict=True) if getattr(config, option)]
-            if having:  # whole modules have no weighted union, and leaving them out would go unnoticed
-                raise ValueError(
-                    f"Cannot add weighted adapters if they have {option}, but {having} do. Combine adapters without."
-                )
+        self._check_whole_modules(adapters, configs)
         if len({isinstance(config.target_modules, str) for config in configs}) > 1:
             raise ValueError("target_modules of the adapters must be all regular expressions or all lists.")
         return configs
+
+    def _check_whole_modules(self, adapters: list[str], configs: list[SparseConfig]) -> None:
+        """Modules and tokens that are trained whole have no weighted union: as in PEFT, two of one module are refused,
+        and otherwise the new adapter has those of the base."""
+        wrappers = (m for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper))  # type: ignore[attr-defined]
+        shared = sum(sum(name in wrapper.modules_to_save for name in adapters) > 1 for wrapper in wrappers)
+        if shared:
+            raise ValueError(
+                "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+                f"{shared} such instance(s)."
+            )
+        for option in ("modules_to_save", "trainable_token_indices"):
+            having = [name for name, config in zip(adapters, configs, strict=True) if getattr(config, option)]
+            if having:
+                warnings.warn(
+                    f"{option} of {having} is not combined: there the new adapter starts from the base model.",
+                    stacklevel=3,
+                )
 
     def _inject_given(self, adapter_name: str, config: SparseConfig, supports: dict[str, Support]) -> None:
         self.peft_config[adapter_name] = config
