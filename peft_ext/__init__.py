@@ -3,7 +3,9 @@
 from ._version import __version__
 from .registration import make_loading_all_or_nothing, make_saving_atomic
 from .sparse.hotswap import hotswap_adapter
+from .tuners.gps import GPSConfig, GPSModel
 from .tuners.neuroada import NEUROADA_PRESETS, NEUROADA_SEARCH_SPACES, NeuroAdaConfig, NeuroAdaModel
+from .tuners.psn import PSNConfig, PSNModel
 
 
 make_loading_all_or_nothing()
@@ -12,8 +14,12 @@ make_saving_atomic()
 __all__ = [
     "NEUROADA_PRESETS",
     "NEUROADA_SEARCH_SPACES",
+    "GPSConfig",
+    "GPSModel",
     "NeuroAdaConfig",
     "NeuroAdaModel",
+    "PSNConfig",
+    "PSNModel",
     "__version__",
     "hotswap_adapter",
 ]

@@ -13,8 +13,8 @@ from .support import FINGERPRINT_LENGTH, Support
 
 class SparseDelta(nn.Module):
     """
-    Values and support of one adapter on one weight. A leaf module whose only parameter is `weight`, which is what
-    FSDP's wrapping policy in PEFT looks for.
+    Values and support of one adapter on one weight, and what it adds to the layer's bias. A leaf module with a
+    `weight`, which is what FSDP's wrapping policy in PEFT looks for.
 
     Args:
         support ([`Support`]):
@@ -23,25 +23,33 @@ class SparseDelta(nn.Module):
             Of the values.
         pending (`bool`, *optional*, defaults to `False`):
             The support is a placeholder until a checkpoint is loaded; using it before is an error.
+        with_bias (`bool`, *optional*, defaults to `False`):
+            Whether the adapter also learns something to add to the layer's bias.
 
     Attributes:
         weight (`nn.Parameter`): the values, `[rows, k]` or `[entries]`.
+        bias (`nn.Parameter` or `None`): what is added to the layer's bias, `[rows]`.
         indices, offsets: see [`Support`]; `offsets` is `None` for a table.
         fingerprint (`torch.Tensor`): int64, see [`Support.fingerprint`]; zeros if unknown.
     """
 
     weight: Tensor
+    bias: Tensor | None
     indices: Tensor
     offsets: Tensor | None
     fingerprint: Tensor
     transposed_entries: Tensor
     transposed_offsets: Tensor
 
-    def __init__(self, support: Support, dtype: torch.dtype, pending: bool = False) -> None:
+    def __init__(
+        self, support: Support, dtype: torch.dtype, pending: bool = False, with_bias: bool = False
+    ) -> None:
         super().__init__()
         device = support.indices.device
         self.fan_in = support.fan_in
         self.weight = nn.Parameter(torch.zeros(support.indices.shape, dtype=dtype, device=device))
+        bias = nn.Parameter(torch.zeros(support.rows, dtype=dtype, device=device)) if with_bias else None
+        self.register_parameter("bias", bias)
         self.register_buffer("indices", support.indices)
         self.register_buffer("offsets", support.offsets)
         self.register_buffer("fingerprint", torch.zeros(FINGERPRINT_LENGTH, dtype=torch.int64, device=device))
@@ -108,4 +116,5 @@ class SparseDelta(nn.Module):
 
     def extra_repr(self) -> str:
         shape = "x".join(map(str, self.weight.shape))
-        return f"values={shape}, fan_in={self.fan_in}" + (", pending" if self.pending else "")
+        extras = (", bias" if self.bias is not None else "") + (", pending" if self.pending else "")
+        return f"values={shape}, fan_in={self.fan_in}{extras}"

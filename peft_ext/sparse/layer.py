@@ -30,11 +30,12 @@ BASE_ADAPTER = "__base__"  # PEFT's name for "no adapter" in a mixed batch
 
 @dataclass
 class Merged:
-    """One merged adapter and the weights that it replaced, in the shape of its support."""
+    """One merged adapter, the weights that it replaced, in the shape of its support, and the whole bias before it."""
 
     adapter_name: str
     support: Support
     originals: Tensor
+    bias: Tensor | None = None
 
 
 class SparseLinear(nn.Module, BaseTunerLayer):
@@ -96,9 +97,11 @@ class SparseLinear(nn.Module, BaseTunerLayer):
         """
         base_layer = self.get_base_layer()
         dtype = getattr(torch, config.values_dtype) if config.values_dtype else values_dtype_of(base_layer)
-        delta = SparseDelta(support, dtype, pending)
+        with_bias = config.train_bias and getattr(base_layer, "bias", None) is not None
+        delta = SparseDelta(support, dtype, pending, with_bias)
         if not config.init_weights and not delta.weight.is_meta:
-            nn.init.normal_(delta.weight)
+            for parameter in delta.parameters():
+                nn.init.normal_(parameter)
         if not pending and not support.indices.is_meta:
             delta.fingerprint.copy_(support.fingerprint(self.base_matrix()))
         self.deltas[adapter_name] = delta
@@ -130,6 +133,14 @@ class SparseLinear(nn.Module, BaseTunerLayer):
         result = self._first(active[0], x, *args, **kwargs)
         for name in active[1:]:
             result = self._ready(name)(result, x)
+        return self._with_biases(result, active)
+
+    def _with_biases(self, result: Tensor, adapter_names: list[str]) -> Tensor:
+        """A layer's output `[..., rows]` plus what adapters add to its bias."""
+        for name in adapter_names:
+            bias = self.deltas[name].bias
+            if bias is not None:
+                result = result + bias.to(result.dtype)
         return result
 
     def _first(self, adapter_name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -173,7 +184,7 @@ class SparseLinear(nn.Module, BaseTunerLayer):
             if name == BASE_ADAPTER or name not in self.deltas:
                 continue
             chosen = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-            result[chosen] = self._ready(name)(result[chosen], x[chosen])
+            result[chosen] = self._with_biases(self._ready(name)(result[chosen], x[chosen]), [name])
         return result
 
     def _ready(self, adapter_name: str) -> SparseDelta:
@@ -253,18 +264,21 @@ class SparseLinear(nn.Module, BaseTunerLayer):
                 f"Merging into {self.quantization_backend.backend_name} weights is not supported yet; load the base "
                 "model unquantised to merge."
             )
-        matrix = self.base_matrix()
+        matrix, base_bias = self.base_matrix(), getattr(self.get_base_layer(), "bias", None)
         done = len(self._merged)
         for name in names:
             delta = self._ready(name)
             support = delta.support.to(matrix.device)
             originals = support.gather(matrix)
             merged = (originals + delta.weight.to(matrix.device)).to(matrix.dtype)
-            if safe_merge and not bool(torch.isfinite(merged).all()):
+            bias = None if delta.bias is None else (base_bias + delta.bias.to(base_bias.device)).to(base_bias.dtype)
+            if safe_merge and not all(bool(torch.isfinite(new).all()) for new in (merged, bias) if new is not None):
                 self._restore(done)
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             support.scatter_(matrix, merged)
-            self._merged.append(Merged(name, support, originals))
+            self._merged.append(Merged(name, support, originals, None if bias is None else base_bias.clone()))
+            if bias is not None:
+                base_bias.copy_(bias)
             self.merged_adapters.append(name)
 
     @torch.no_grad()
@@ -290,9 +304,11 @@ class SparseLinear(nn.Module, BaseTunerLayer):
             merged = self._merged.pop()
             self.merged_adapters.pop()
             merged.support.to(matrix.device).scatter_(matrix, merged.originals.to(matrix))
+            if merged.bias is not None:
+                self.get_base_layer().bias.copy_(merged.bias)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+        return adapter_name not in self.deltas or self.deltas[adapter_name].bias is None  # LoRA has no bias to put it in
 
     def __repr__(self) -> str:
         return f"{self.adapter_layer_names[0].partition('_')[0]}.{super().__repr__()}"

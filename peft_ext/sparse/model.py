@@ -24,7 +24,7 @@ from .config import SparseConfig
 from .layer import SparseLinear
 from .mixed_batch import MixedBatchMixin
 from .neurons import SUPPORTED, is_supported, neuron_view
-from .selection import parse_selection, select_supports
+from .selection import SCORED, ScoreMatrices, parse_selection, select_supports
 from .selection.plan import kept_neurons
 from .support import Support
 from .weighted import WeightedAdapterMixin
@@ -142,12 +142,12 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
             return {name: Planned(self._given_supports[name]) for name in bases}
         criterion, scope = parse_selection(config.selection)
         shapes = {name: self._matrix_shape(base) for name, base in bases.items()}
-        without_scores = criterion == "gradient" and config.scores is None
+        without_scores = criterion in SCORED and config.scores is None
         if without_scores and not config.from_checkpoint and not config.inference_mode:
             raise ValueError(
-                f"selection={config.selection!r} needs scores; give them before the model is adapted:\n"
-                "    config.with_scores({module_name: module.weight.grad, ...})\n"
-                "    model = get_peft_model(model, config)"
+                f"selection={config.selection!r} needs scores; compute them before the model is adapted:\n"
+                f"    scores = peft_ext.{criterion}_scores(model, dataloader)\n"
+                "    model = get_peft_model(model, config.with_scores(scores))"
             )
         # Nothing to choose from, or a checkpoint brings the entries: shapes are all that is needed.
         in_checkpoint = config.from_checkpoint and config.support_sizes is not None
@@ -158,7 +158,7 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
                 name: Planned(self._placeholder(config, name, *shapes[name]).to(device), pending=True)
                 for name in bases
             }
-        if criterion != "gradient":
+        if criterion not in SCORED:
             for name, backend in backends.items():
                 if backend is not None and not backend.supports_merge:
                     raise TypeError(
@@ -166,10 +166,10 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
                         "back, so no entries can be ranked. Choose them on the unquantised model and load them here."
                     )
         views = {name: partial(self._matrix, base, backends[name]) for name, base in bases.items()}
-        scores = None
-        if criterion == "gradient":
-            scores = {name: _scores_of(config, name, base, shapes[name]) for name, base in bases.items()}
-        supports = select_supports(views, config.selection, config.k, config.neuron_ratio, config.seed, scores)
+        scores = ScoreMatrices(config.scores, bases, shapes) if criterion in SCORED else None
+        supports = select_supports(
+            views, config.selection, config.entries_per_neuron, config.neuron_ratio, config.seed, scores
+        )
         if scope == "network":
             config.support_sizes = {name: support.entries for name, support in supports.items()}
         return {name: Planned(support) for name, support in supports.items()}
@@ -189,7 +189,7 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
 
     def _placeholder(self, config: SparseConfig, name: str, rows: int, fan_in: int) -> Support:
         """A support of the shape that the config leads to, with arbitrary entries."""
-        k = min(config.k, fan_in)
+        k = config.entries_per_neuron(fan_in)
         _, scope = parse_selection(config.selection)
         if config.support_sizes is not None:
             entries = config.support_sizes.get(name, 0)
@@ -290,16 +290,3 @@ def _in_layers(name: str, config: SparseConfig) -> bool:
 def _has_no_data(base_layer: nn.Module) -> bool:
     weight = getattr(base_layer, "weight", None)
     return isinstance(weight, Tensor) and weight.is_meta
-
-
-def _scores_of(config: SparseConfig, name: str, base_layer: Any, shape: tuple[int, int]) -> Tensor:
-    scores = config.scores or {}
-    if name not in scores:
-        raise ValueError(f"scores lack the target module '{name}'; add them, or leave it out of `target_modules`.")
-    matrix = neuron_view(base_layer, scores[name])
-    if tuple(matrix.shape) != shape:
-        raise ValueError(
-            f"scores['{name}'] has shape {tuple(scores[name].shape)}, but the module's weight is "
-            f"{tuple(base_layer.weight.shape)}; give one score per weight."
-        )
-    return matrix
