@@ -3,7 +3,8 @@
 from ._version import __version__
 from .registration import make_loading_all_or_nothing, make_saving_atomic
 from .sparse.hotswap import hotswap_adapter
-from .tuners.gps import GPSConfig, GPSModel
+from .sparse.scoring import SupervisedContrastiveLoss, TwoViewCollator, activation_scores, gradient_scores
+from .tuners.gps import GPSConfig, GPSModel, gps
 from .tuners.neuroada import NEUROADA_PRESETS, NEUROADA_SEARCH_SPACES, NeuroAdaConfig, NeuroAdaModel
 from .tuners.psn import PSNConfig, PSNModel
 
@@ -20,6 +21,11 @@ __all__ = [
     "NeuroAdaModel",
     "PSNConfig",
     "PSNModel",
+    "SupervisedContrastiveLoss",
+    "TwoViewCollator",
     "__version__",
+    "activation_scores",
+    "gps",
+    "gradient_scores",
     "hotswap_adapter",
 ]

@@ -36,10 +36,10 @@ class SparseConfig(PeftConfig):
         exclude_modules (`list[str]` or `str`, *optional*):
             Modules to leave out, matched in the same way.
         selection (`str`, *optional*, defaults to `"magnitude"`):
-            How entries are chosen: `"magnitude"`, `"reverse"` (smallest magnitude), `"random"`, or by scores given with
-            [`~SparseConfig.with_scores`]: `"gradient"` (from [`gradient_scores`]) or `"activation"` (from
-            [`activation_scores`]). Each per neuron; with `_layer` or `_network` appended, the same number of entries is
-            shared out over a whole weight or over all of them.
+            How entries are chosen: `"magnitude"`, `"reverse"` (smallest magnitude), `"random"`, or by the scores given
+            with [`~SparseConfig.with_scores`]: `"gradient"` (of [`gradient_scores`]) or `"activation"` (of
+            [`activation_scores`]). Each per neuron; with `_layer` or `_network` appended, the same number of entries
+            is shared out over a whole weight or over all of them.
         neuron_ratio (`float`, *optional*, defaults to 1.0):
             Share of the neurons of each weight that get trained entries, drawn at random.
         seed (`int`, *optional*, defaults to 0):

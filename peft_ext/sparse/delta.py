@@ -41,9 +41,7 @@ class SparseDelta(nn.Module):
     transposed_entries: Tensor
     transposed_offsets: Tensor
 
-    def __init__(
-        self, support: Support, dtype: torch.dtype, pending: bool = False, with_bias: bool = False
-    ) -> None:
+    def __init__(self, support: Support, dtype: torch.dtype, pending: bool = False, with_bias: bool = False) -> None:
         super().__init__()
         device = support.indices.device
         self.fan_in = support.fan_in

@@ -264,7 +264,8 @@ class SparseLinear(nn.Module, BaseTunerLayer):
                 f"Merging into {self.quantization_backend.backend_name} weights is not supported yet; load the base "
                 "model unquantised to merge."
             )
-        matrix, base_bias = self.base_matrix(), getattr(self.get_base_layer(), "bias", None)
+        matrix = self.base_matrix()
+        base_bias: Any = getattr(self.get_base_layer(), "bias", None)
         done = len(self._merged)
         for name in names:
             delta = self._ready(name)
@@ -308,7 +309,8 @@ class SparseLinear(nn.Module, BaseTunerLayer):
                 self.get_base_layer().bias.copy_(merged.bias)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return adapter_name not in self.deltas or self.deltas[adapter_name].bias is None  # LoRA has no bias to put it in
+        # LoRA's product has no place for a bias.
+        return adapter_name not in self.deltas or self.deltas[adapter_name].bias is None
 
     def __repr__(self) -> str:
         return f"{self.adapter_layer_names[0].partition('_')[0]}.{super().__repr__()}"

@@ -1,10 +1,11 @@
-"""GPS: gradient-based parameter selection, the k inputs of every neuron with the largest gradient (thesis chapter 4)."""
+"""GPS, gradient-based parameter selection: of every neuron the k inputs of largest gradient (thesis chapter 4)."""
 
 from ...registration import register
 from .config import GPSConfig
 from .model import GPSLinear, GPSModel
+from .select import gps
 
 
 register("gps", GPSConfig, GPSModel)
 
-__all__ = ["GPSConfig", "GPSLinear", "GPSModel"]
+__all__ = ["GPSConfig", "GPSLinear", "GPSModel", "gps"]

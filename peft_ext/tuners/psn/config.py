@@ -14,7 +14,7 @@ PRETRAINED_DENSITY = 0.3
 
 @dataclass
 class PSNConfig(SparseConfig):
-    """
+    r"""
     Configuration of [`PSNModel`], parameter selection per neuron: of each neuron's inputs the K of largest magnitude
     are trained, with a fixed choice made before training (thesis section 6.3.4). Meant for encoders that several tasks
     share; their decoders or heads are trained whole through `modules_to_save`.

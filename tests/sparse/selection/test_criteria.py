@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peft_ext.sparse.selection import criteria
-from peft_ext.sparse.selection.criteria import Scored, Magnitude, Random, Reverse
+from peft_ext.sparse.selection.criteria import Magnitude, Random, Reverse, Scored
 
 
 def _scores(criterion, weight, module="m"):
@@ -76,9 +76,7 @@ def test_random_scores_depend_on_neither_the_weight_nor_the_global_generator():
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize(
-    "criterion", [Magnitude(), Reverse(), Random(0), Scored({"m": torch.randn(23, 7)})], ids=type
-)
+@pytest.mark.parametrize("criterion", [Magnitude(), Reverse(), Random(0), Scored({"m": torch.randn(23, 7)})], ids=type)
 @pytest.mark.parametrize("elements", [1, 7, 20, 100])
 def test_chunks_are_bounded_and_make_up_the_whole(monkeypatch, criterion, elements):
     weight = torch.randn(23, 7)
