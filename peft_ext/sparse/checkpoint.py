@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .layer import SparseLinear
+from .layers import SparseLayer
 from .support import Support, narrowest_index_dtype
 
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class CheckpointMixin:
     """The state-dict hooks that PEFT calls on a tuner class when it saves and loads."""
 
-    tuner_layer_cls: type[SparseLinear]
+    tuner_layer_cls: type[SparseLayer]
 
     @classmethod
     def _get_adapter_state_dict(
@@ -69,7 +69,7 @@ class CheckpointMixin:
         return mapped
 
     @classmethod
-    def _layers_with(cls, model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseLinear]]:
+    def _layers_with(cls, model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseLayer]]:
         """State-dict prefix of an adapter's tensors and the layer, for each layer that has the adapter."""
         container = cls.tuner_layer_cls.adapter_layer_names[0]
         for name, module in model.named_modules():
@@ -78,7 +78,7 @@ class CheckpointMixin:
                 yield f"{name}.{container}.{adapter_name}" if name else f"{container}.{adapter_name}", module
 
 
-def _check_entry(prefix: str, layer: SparseLinear, adapter_name: str, mapped: dict[str, Tensor]) -> None:
+def _check_entry(prefix: str, layer: SparseLayer, adapter_name: str, mapped: dict[str, Tensor]) -> None:
     delta = layer.deltas[adapter_name]
     for name, here in delta.state_dict().items():
         key = f"{prefix}.{name}"

@@ -31,8 +31,10 @@ class SparseConfig(PeftConfig):
             Trained entries per neuron (row of a Linear's weight, column of a Conv1D's), capped at the fan-in. Wider
             selections share out as many entries as the neurons would have.
         target_modules (`list[str]` or `str`, *optional*):
-            Modules to adapt: names matched by suffix, a regular expression, or `"all-linear"`. By default all linear
-            layers of a transformers model except its output layer.
+            Modules to adapt: names matched by suffix, a regular expression, `"all-linear"`, or `"all-neurons"`: every
+            layer that has neurons, so also the convolutions of a ResNet or ConvNeXt and the attention of
+            `nn.MultiheadAttention`, except output layers, heads and `modules_to_save`. By default all linear layers of
+            a transformers model except its output layer.
         exclude_modules (`list[str]` or `str`, *optional*):
             Modules to leave out, matched in the same way.
         selection (`str`, *optional*, defaults to `"magnitude"`):
@@ -74,7 +76,7 @@ class SparseConfig(PeftConfig):
     peft_type: Any = field(default=None, metadata={"help": "Set by each method."})
     k: int | None = field(default=1, metadata={"help": "Trained entries per neuron, capped at the fan-in."})
     target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names (by suffix), a regex, 'all-linear', or None for all linear layers."}
+        default=None, metadata={"help": "Names (by suffix), a regex, 'all-linear', 'all-neurons', or None."}
     )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
     selection: str = field(default="magnitude", metadata={"help": "How the trained entries are chosen."})

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .ops import bypass
+from .ops import ConvGeometry, bypass, bypass_conv
+from .ops.conv import entries_by_tap
 from .support import FINGERPRINT_LENGTH, Support
 
 
@@ -23,14 +24,16 @@ class SparseDelta(nn.Module):
             Of the values.
         pending (`bool`, *optional*, defaults to `False`):
             The support is a placeholder until a checkpoint is loaded; using it before is an error.
-        with_bias (`bool`, *optional*, defaults to `False`):
-            Whether the adapter also learns something to add to the layer's bias.
+        geometry ([`ConvGeometry`], *optional*):
+            Of a convolution's weight.
 
     Attributes:
         weight (`nn.Parameter`): the values, `[rows, k]` or `[entries]`.
         bias (`nn.Parameter` or `None`): what is added to the layer's bias, `[rows]`.
         indices, offsets: see [`Support`]; `offsets` is `None` for a table.
         fingerprint (`torch.Tensor`): int64, see [`Support.fingerprint`]; zeros if unknown.
+        transposed_entries, transposed_offsets: the entries grouped for backward, see [`Support.transposed`]; those of
+            a convolution by kernel position, see [`entries_by_tap`].
     """
 
     weight: Tensor
@@ -41,22 +44,31 @@ class SparseDelta(nn.Module):
     transposed_entries: Tensor
     transposed_offsets: Tensor
 
-    def __init__(self, support: Support, dtype: torch.dtype, pending: bool = False, with_bias: bool = False) -> None:
+    def __init__(
+        self, support: Support, dtype: torch.dtype, pending: bool = False, geometry: ConvGeometry | None = None
+    ) -> None:
         super().__init__()
+        self.geometry = geometry
         device = support.indices.device
         self.fan_in = support.fan_in
         self.weight = nn.Parameter(torch.zeros(support.indices.shape, dtype=dtype, device=device))
-        bias = nn.Parameter(torch.zeros(support.rows, dtype=dtype, device=device)) if with_bias else None
-        self.register_parameter("bias", bias)
+        self.register_parameter("bias", None)
         self.register_buffer("indices", support.indices)
         self.register_buffer("offsets", support.offsets)
         self.register_buffer("fingerprint", torch.zeros(FINGERPRINT_LENGTH, dtype=torch.int64, device=device))
         self.register_buffer("transposed_entries", None, persistent=False)
-        self.register_buffer("transposed_offsets", None, persistent=False)
+        if geometry is None:
+            self.register_buffer("transposed_offsets", None, persistent=False)
+        else:  # no buffer: it stays on the CPU, where the loop over kernel positions reads it
+            self.__dict__["transposed_offsets"] = None
         self.pending = pending
         self.checked = True  # whether the support was compared with the base weight since it was last set
         self.stale = True  # whether the transposed table is that of another support
         self.refresh()
+
+    def add_bias(self) -> None:
+        """Let the adapter also learn something to add to the layer's bias."""
+        self.bias = nn.Parameter(self.weight.detach().new_zeros(self.support.rows))
 
     @property
     def support(self) -> Support:
@@ -76,7 +88,10 @@ class SparseDelta(nn.Module):
         if not self.pending:
             self.support.check()
         self.stale = False
-        for name, new in zip(("transposed_entries", "transposed_offsets"), self.support.transposed(), strict=True):
+        tables = (
+            self.support.transposed() if self.geometry is None else entries_by_tap(self.indices, self.geometry.taps)
+        )
+        for name, new in zip(("transposed_entries", "transposed_offsets"), tables, strict=True):
             old = getattr(self, name)
             if old is not None and old.shape == new.shape and old.device == new.device:
                 old.copy_(new)
@@ -107,10 +122,11 @@ class SparseDelta(nn.Module):
         self.stale = True
 
     def forward(self, result: Tensor, x: Tensor) -> Tensor:
-        """`result + S x` by the bypass: `result` `[..., rows]`, `x` `[..., fan_in]`."""
-        return bypass(
-            result, x, self.weight, self.indices, self.offsets, self.transposed_entries, self.transposed_offsets
-        )
+        """`result + S x` by the bypass: `result` `[..., rows]`, `x` `[..., fan_in]`, or as a convolution has them."""
+        support = (self.indices, self.offsets, self.transposed_entries, self.transposed_offsets)
+        if self.geometry is not None:
+            return bypass_conv(result, x, self.weight, *support, self.geometry)
+        return bypass(result, x, self.weight, *support)
 
     def extra_repr(self) -> str:
         shape = "x".join(map(str, self.weight.shape))

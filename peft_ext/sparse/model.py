@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,24 +13,20 @@ from torch import Tensor, nn
 from .._peft_internals import (
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
     BaseTuner,
-    BaseTunerLayer,
     get_quantization_kwargs,
     resolve_all_linear,
     resolve_quantization_backend,
 )
 from .checkpoint import CheckpointMixin
 from .config import SparseConfig
-from .layer import SparseLinear
+from .layers import LayerTypes, SparseLayer
 from .mixed_batch import MixedBatchMixin
-from .neurons import SUPPORTED, is_supported, neuron_view
+from .neurons import SUPPORTED, is_supported, matrix_shape, neuron_view
 from .selection import SCORED, ScoreMatrices, parse_selection, select_supports
 from .selection.plan import kept_neurons
 from .support import Support
+from .targets import base_of, inside_adapter, resolve_targets
 from .weighted import WeightedAdapterMixin
-
-
-# Heads of transformers' classification and question-answering models: never adapted by default.
-HEADS = ("classifier", "score", "qa_outputs")
 
 
 @dataclass
@@ -44,15 +39,25 @@ class Planned:
 
 class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTuner):
     """
-    Base of the sparse tuners' models; see [`NeuroAdaModel`]. Subclasses set `prefix` and `tuner_layer_cls`.
+    Base of the sparse tuners' models; see [`NeuroAdaModel`]. Subclasses set `prefix` and are named `<Method>Model`;
+    the classes of their layers, `<Method>Linear` and so on, are made from that.
 
     Everything that can go wrong is found before the first module is replaced: targets of an unsupported type,
     weights that are not finite, missing scores.
     """
 
-    tuner_layer_cls: type[SparseLinear]
+    prefix: str
+    layer_types: ClassVar[LayerTypes]
+    tuner_layer_cls: type[SparseLayer]
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    default_targets: ClassVar[str] = INCLUDE_LINEAR_LAYERS_SHORTHAND  # what `target_modules=None` means
     _given_supports: dict[str, Support] | None = None  # entries chosen elsewhere, for the next injection
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "prefix" in vars(cls):
+            cls.layer_types = LayerTypes.of_method(cls.__name__.removesuffix("Model"), cls.prefix, cls.__module__)
+            cls.tuner_layer_cls = cls.layer_types.layer
 
     # ------------------------------------------------------------------ injection
 
@@ -89,20 +94,7 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
         self.peft_config[adapter_name].scores = None  # dense, and of no use once the entries are chosen
 
     def _prepare_adapter_config(self, peft_config: SparseConfig, model_config: dict[str, Any]) -> SparseConfig:
-        if peft_config.target_modules is None:
-            if not model_config.get("model_type") or model_config["model_type"] == "custom":
-                raise ValueError(
-                    "Please specify `target_modules` in `peft_config`: this is no transformers model, so its linear "
-                    "layers and its output layer can't be told apart."
-                )
-            peft_config.target_modules = INCLUDE_LINEAR_LAYERS_SHORTHAND
-            resolve_all_linear(peft_config, self.model)
-            # PEFT's model classes wrap these heads in modules_to_save only after the injection.
-            peft_config.target_modules = sorted(
-                name
-                for name in peft_config.target_modules or ()
-                if name.split(".")[0] not in HEADS and _in_layers(name, peft_config)
-            )
+        resolve_targets(peft_config, self.model, self.default_targets)
         return peft_config
 
     def _prepare_model(self, peft_config: SparseConfig, model: nn.Module) -> None:
@@ -112,16 +104,9 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
         targets = {
             name: module
             for name, module in model.named_modules()
-            if name and not self._inside_adapter(model, name) and self._check_target_module_exists(peft_config, name)
+            if name and not inside_adapter(model, name) and self._check_target_module_exists(peft_config, name)
         }
         self._plan = self._make_plan(peft_config, targets)
-
-    def _inside_adapter(self, model: nn.Module, name: str) -> bool:
-        """Whether a module is part of an adapter's own machinery, such as the base layer inside it."""
-        parts = name.split(".")
-        return any(
-            isinstance(model.get_submodule(".".join(parts[:depth])), BaseTunerLayer) for depth in range(1, len(parts))
-        )
 
     def _make_plan(self, config: SparseConfig, targets: dict[str, nn.Module]) -> dict[str, Planned]:
         """Check the targets and choose their entries.
@@ -130,7 +115,7 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
             `TypeError`: if a target is of a type that has no neurons.
             `ValueError`: if a weight is not finite, or scores are missing or of another shape.
         """
-        bases = {name: _base_of(module) for name, module in targets.items()}
+        bases = {name: base_of(module) for name, module in targets.items()}
         backends = {name: self._quantization_backend(base) for name, base in bases.items()}
         for name, base in bases.items():
             if not is_supported(base, backends[name]):
@@ -141,7 +126,7 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
         if self._given_supports is not None:
             return {name: Planned(self._given_supports[name]) for name in bases}
         criterion, scope = parse_selection(config.selection)
-        shapes = {name: self._matrix_shape(base) for name, base in bases.items()}
+        shapes = {name: matrix_shape(base) for name, base in bases.items()}
         without_scores = criterion in SCORED and config.scores is None
         if without_scores and not config.from_checkpoint and not config.inference_mode:
             raise ValueError(
@@ -181,12 +166,6 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
         weight = base_layer.weight.detach() if backend is None else backend.get_base_weight(base_layer)
         return neuron_view(base_layer, weight)
 
-    def _matrix_shape(self, base_layer: Any) -> tuple[int, int]:
-        if hasattr(base_layer, "out_features"):  # packed weights have another shape
-            return base_layer.out_features, base_layer.in_features
-        rows, fan_in = neuron_view(base_layer, base_layer.weight).shape
-        return rows, fan_in
-
     def _placeholder(self, config: SparseConfig, name: str, rows: int, fan_in: int) -> Support:
         """A support of the shape that the config leads to, with arbitrary entries."""
         k = config.entries_per_neuron(fan_in)
@@ -224,8 +203,9 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
 
     def _create_new_module(
         self, config: SparseConfig, adapter_name: str, target: nn.Module, planned: Planned
-    ) -> SparseLinear:
-        layer = self.tuner_layer_cls(target, self._quantization_backend(_base_of(target)))
+    ) -> SparseLayer:
+        base = base_of(target)
+        layer = self.layer_types.for_base(base)(target, self._quantization_backend(base))
         layer._active_adapter = adapter_name
         layer.update_layer(adapter_name, config, planned.support, planned.pending)
         return layer
@@ -257,7 +237,7 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
                     )
 
     @classmethod
-    def sparse_layers(cls, model: nn.Module) -> Iterator[SparseLinear]:
+    def sparse_layers(cls, model: nn.Module) -> Iterator[SparseLayer]:
         """The adapted layers of a model."""
         return (module for module in model.modules() if isinstance(module, cls.tuner_layer_cls))
 
@@ -267,24 +247,6 @@ def _parameters_go_to_meta() -> bool:
     probe = nn.Module()
     probe.register_parameter("probe", nn.Parameter(torch.empty(0)))
     return next(probe.parameters()).is_meta
-
-
-def _base_of(module: nn.Module) -> Any:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
-def _in_layers(name: str, config: SparseConfig) -> bool:
-    """Whether a module is in one of the blocks of `layers_to_transform`. PEFT asks that of suffixes, not of the whole
-    names that default targets are."""
-    if config.layers_to_transform is None:
-        return True
-    wanted, pattern = config.layers_to_transform, config.layers_pattern or []
-    match = re.match(r"(?:.*\.)?(?P<blocks>[^.]+)\.(?P<number>\d+)\.", name)
-    return (
-        match is not None
-        and int(match["number"]) in ([wanted] if isinstance(wanted, int) else wanted)
-        and (not pattern or match["blocks"] in ([pattern] if isinstance(pattern, str) else pattern))
-    )
 
 
 def _has_no_data(base_layer: nn.Module) -> bool:

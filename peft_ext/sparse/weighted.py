@@ -14,7 +14,7 @@ from .support import Support, union
 
 if TYPE_CHECKING:
     from .config import SparseConfig
-    from .layer import SparseLinear
+    from .layers import SparseLayer
 
 CombinationType = Literal["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 _PRUNING = {"ties": "magnitude", "magnitude_prune": "magnitude", "dare_linear": "random", "dare_ties": "random"}
@@ -24,7 +24,7 @@ class WeightedAdapterMixin:
     """`add_weighted_adapter` for sparse tuners."""
 
     peft_config: dict[str, SparseConfig]
-    tuner_layer_cls: type[SparseLinear]
+    tuner_layer_cls: type[SparseLayer]
     _given_supports: dict[str, Support] | None
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..model import HEADS
+from ..targets import HEADS
 
 
 LABELS = ("labels", "label")

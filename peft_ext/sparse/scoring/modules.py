@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from ..._peft_internals import INCLUDE_LINEAR_LAYERS_SHORTHAND, BaseTunerLayer, check_target_module_exists
+from ..._peft_internals import INCLUDE_LINEAR_LAYERS_SHORTHAND, check_target_module_exists
 from ..config import SparseConfig
-from ..model import HEADS
 from ..neurons import is_supported
+from ..targets import ALL_NEURONS, HEADS, base_of, inside_adapter
 
 
 def scored_modules(model: nn.Module, config: SparseConfig | None) -> dict[str, Any]:
@@ -27,16 +27,12 @@ def scored_modules(model: nn.Module, config: SparseConfig | None) -> dict[str, A
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    named = config is not None and config.target_modules not in (None, INCLUDE_LINEAR_LAYERS_SHORTHAND)
-    inside: tuple[str, ...] = ()  # prefixes of the layers that adapters have wrapped
+    shorthands = (None, INCLUDE_LINEAR_LAYERS_SHORTHAND, ALL_NEURONS)
+    named = config is not None and config.target_modules not in shorthands
     found = {}
     for name, module in model.named_modules():
-        if name.startswith(inside) and inside:
-            continue
-        base = module
-        if isinstance(module, BaseTunerLayer):
-            inside, base = (*inside, f"{name}."), module.get_base_layer()
-        if not is_supported(base, None) or "weight" not in base._parameters:
+        base = base_of(module)
+        if not is_supported(base, None) or "weight" not in base._parameters or inside_adapter(model, name):
             continue
         if check_target_module_exists(config, name) if named else base is not output and _outside_head(name):
             found[name] = base

@@ -2,10 +2,10 @@
 
 from ...registration import register
 from .config import GPSConfig
-from .model import GPSLinear, GPSModel
+from .model import GPSConv, GPSLinear, GPSModel
 from .select import gps
 
 
 register("gps", GPSConfig, GPSModel)
 
-__all__ = ["GPSConfig", "GPSLinear", "GPSModel", "gps"]
+__all__ = ["GPSConfig", "GPSConv", "GPSLinear", "GPSModel", "gps"]

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from ...sparse.config import SparseConfig
-from ...sparse.layer import SparseLinear
-from ...sparse.model import HEADS, SparseModel
-
-
-class GPSLinear(SparseLinear):
-    """A linear layer with GPS adapters in `gps_delta`."""
-
-    adapter_layer_names = ("gps_delta",)
+from ...sparse.model import SparseModel
+from ...sparse.targets import ALL_NEURONS, HEADS
 
 
 class GPSModel(SparseModel):
@@ -33,10 +27,14 @@ class GPSModel(SparseModel):
     """
 
     prefix: str = "gps_"
-    tuner_layer_cls = GPSLinear
+    default_targets: ClassVar[str] = ALL_NEURONS
 
     def _prepare_adapter_config(self, peft_config: SparseConfig, model_config: dict[str, Any]) -> SparseConfig:
         if peft_config.modules_to_save is None:
             heads = [name for name, _ in self.model.named_children() if name in HEADS]
             peft_config.modules_to_save = heads or None
         return super()._prepare_adapter_config(peft_config, model_config)
+
+
+GPSLinear = GPSModel.layer_types.linear
+GPSConv = GPSModel.layer_types.conv

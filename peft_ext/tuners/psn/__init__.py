@@ -2,9 +2,9 @@
 
 from ...registration import register
 from .config import PSNConfig
-from .model import PSNLinear, PSNModel
+from .model import PSNConv, PSNLinear, PSNModel
 
 
 register("psn", PSNConfig, PSNModel)
 
-__all__ = ["PSNConfig", "PSNLinear", "PSNModel"]
+__all__ = ["PSNConfig", "PSNConv", "PSNLinear", "PSNModel"]

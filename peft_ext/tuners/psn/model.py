@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from ...sparse.layer import SparseLinear
+from typing import ClassVar
+
 from ...sparse.model import SparseModel
-
-
-class PSNLinear(SparseLinear):
-    """A linear layer with PSN adapters in `psn_delta`."""
-
-    adapter_layer_names = ("psn_delta",)
+from ...sparse.targets import ALL_NEURONS
 
 
 class PSNModel(SparseModel):
@@ -29,4 +25,8 @@ class PSNModel(SparseModel):
     """
 
     prefix: str = "psn_"
-    tuner_layer_cls = PSNLinear
+    default_targets: ClassVar[str] = ALL_NEURONS
+
+
+PSNLinear = PSNModel.layer_types.linear
+PSNConv = PSNModel.layer_types.conv
