@@ -88,9 +88,7 @@ def gradient_scores(
                     found = read(forward(model, batch, with_labels=by_model))
                     value = found if by_model else compute(found, labels_of(batch))
                     if not bool(torch.isfinite(value)):
-                        raise ValueError(
-                            f"The loss of batch {number} is {float(value)}; every gradient would be lost."
-                        )
+                        raise ValueError(f"The loss of batch {number} is {value.item()}, so no entries can be ranked.")
                     value.backward()
                     del found, value
         finally:
