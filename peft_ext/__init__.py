@@ -3,6 +3,7 @@
 from ._version import __version__
 from .registration import make_loading_all_or_nothing, make_saving_atomic
 from .sparse.hotswap import hotswap_adapter
+from .sparse.report import SelectionReport, selection_report
 from .sparse.scoring import SupervisedContrastiveLoss, TwoViewCollator, activation_scores, gradient_scores
 from .tuners.gps import GPSConfig, GPSModel, gps
 from .tuners.neuroada import NEUROADA_PRESETS, NEUROADA_SEARCH_SPACES, NeuroAdaConfig, NeuroAdaModel
@@ -21,6 +22,7 @@ __all__ = [
     "NeuroAdaModel",
     "PSNConfig",
     "PSNModel",
+    "SelectionReport",
     "SupervisedContrastiveLoss",
     "TwoViewCollator",
     "__version__",
@@ -28,4 +30,5 @@ __all__ = [
     "gps",
     "gradient_scores",
     "hotswap_adapter",
+    "selection_report",
 ]

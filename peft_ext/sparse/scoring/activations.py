@@ -52,6 +52,7 @@ def activation_scores(
     anchor: Iterable[Any] | None = None,
     config: SparseConfig | None = None,
     max_batches: int | None = None,
+    progress: bool = True,
 ) -> ActivationScores:
     """
     Score every weight by forward passes, for `selection="activation"`: |w| times the mean |activation| that enters it
@@ -67,15 +68,18 @@ def activation_scores(
         anchor (`Iterable`, *optional*): batches like those of pretraining.
         config ([`SparseConfig`], *optional*): its `target_modules` are scored; by default all layers with neurons.
         max_batches (`int`, *optional*): stop after so many, of each loader.
+        progress (`bool`, *optional*, defaults to `True`): show a progress bar.
 
     Returns:
         [`ActivationScores`]: per module name, fp32 in the shape of its weight, computed when asked for.
     """
     modules = scored_modules(model, config)
     with preserved(model, training=False), torch.no_grad():
-        factors = _mean_activations(model, modules, batches(model, dataloader, max_batches, "activations"))
+        task = batches(model, dataloader, max_batches, "activations", progress)
+        factors = _mean_activations(model, modules, task)
         if anchor is not None:
-            before = _mean_activations(model, modules, batches(model, anchor, max_batches, "anchor activations"))
+            pretraining = batches(model, anchor, max_batches, "anchor activations", progress)
+            before = _mean_activations(model, modules, pretraining)
             for name, mean in factors.items():
                 # An input that was silent in pretraining has grown without bound; keep its rank high, but finite.
                 floor = torch.finfo(torch.float32).eps * before[name].mean().clamp(min=torch.finfo(torch.float32).tiny)

@@ -20,8 +20,10 @@ HEAD_NAMES = (*HEADS, "head", "fc")
 Features = str | Callable[[Any], Tensor] | None
 
 
-def batches(model: nn.Module, dataloader: Iterable[Any], max_batches: int | None, description: str) -> Iterator[Any]:
-    """The batches on the model's device, with a progress bar.
+def batches(
+    model: nn.Module, dataloader: Iterable[Any], max_batches: int | None, description: str, progress: bool
+) -> Iterator[Any]:
+    """The batches on the model's device, with a progress bar if wanted.
 
     Raises:
         `ValueError`: if `max_batches` is not positive, or there are no batches.
@@ -32,7 +34,8 @@ def batches(model: nn.Module, dataloader: Iterable[Any], max_batches: int | None
     known = len(dataloader) if isinstance(dataloader, Sized) else None
     total = known if max_batches is None else max_batches if known is None else min(known, max_batches)
     number = 0
-    for batch in tqdm(islice(dataloader, max_batches), total=total, desc=description, unit="batch"):
+    shown = tqdm(islice(dataloader, max_batches), total=total, desc=description, unit="batch", disable=not progress)
+    for batch in shown:
         number += 1
         yield send_to_device(batch, device)
     if number == 0:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ def gradient_scores(
     training: bool = False,
     max_batches: int | None = None,
     offload: bool | str = False,
+    progress: bool = True,
 ) -> dict[str, Tensor]:
     """
     Score every weight by the gradient of a loss over the data, for `selection="gradient"` (thesis eqs. 4.1 and 4.2).
@@ -66,6 +68,7 @@ def gradient_scores(
         offload (`bool` or `str`, *optional*, defaults to `False`):
             Keep the sums in the CPU's memory, or in files in the folder of this name, instead of on the weights'
             device.
+        progress (`bool`, *optional*, defaults to `True`): show a progress bar.
 
     Returns:
         `dict[str, torch.Tensor]`: per module name, fp32 in the shape of its weight.
@@ -133,10 +136,10 @@ class _Sums:
             return torch.zeros(weight.shape, device="cpu" if self.offload else weight.device)
         descriptor, path = tempfile.mkstemp(dir=self.offload, prefix="gradient_scores_")
         os.close(descriptor)
-        total = torch.from_file(path, shared=True, size=weight.numel(), dtype=torch.float32)
+        total = torch.from_numpy(np.memmap(path, dtype=np.float32, mode="w+", shape=tuple(weight.shape)))
         with suppress(OSError):
             os.remove(path)  # the mapping keeps the file's content as long as the tensor lives
-        return total.view(weight.shape)
+        return total
 
     def finish(self) -> dict[str, Tensor]:
         self._sum_over_processes()
