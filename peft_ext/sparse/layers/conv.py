@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..delta import SparseDelta
 from ..ops import ConvGeometry, choose_conv_backend, folded_conv
-from ..ops.conv import pad
 from ..ops.folded_conv import reference_conv
+from ..ops.geometry import pad
 from ..support import Support
 from .base import SparseLayer
 

@@ -15,54 +15,14 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..support import row_of_entry
+from .geometry import ConvGeometry
 
 
 # Elements of a gathered piece, and of the fp32 sums of a few samples: bounds the transient memory.
 CHUNK_ELEMENTS = 2**22
-
-
-@dataclass(frozen=True)
-class ConvGeometry:
-    """
-    What a convolution does apart from its weight.
-
-    Args:
-        kernel, stride, dilation (`tuple[int, ...]`): one number per spatial dimension.
-        padding (`tuple[int, ...]`): zeros added on each side, as `torch.nn.functional.pad` takes them: last dimension
-            first. `"same"` may add more on one side than on the other.
-        groups (`int`): as in `torch.nn.Conv2d`.
-    """
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    padding: tuple[int, ...]
-    groups: int = 1
-
-    @classmethod
-    def of(cls, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> ConvGeometry:
-        """Of a layer. Padding modes other than zeros are left to [`pad`]."""
-        zeros = conv.padding_mode == "zeros"
-        padding = tuple(conv._reversed_padding_repeated_twice) if zeros else (0,) * (2 * len(conv.kernel_size))
-        return cls(conv.kernel_size, conv.stride, conv.dilation, padding, conv.groups)
-
-    @property
-    def taps(self) -> int:
-        return math.prod(self.kernel)
-
-    def arguments(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
-        """As the ops take them."""
-        return self.kernel, self.stride, self.dilation, self.padding, self.groups
-
-
-def pad(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
-    """What a layer with a padding mode other than zeros convolves without padding."""
-    if conv.padding_mode == "zeros":
-        return x
-    return F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
 
 
 def entries_by_tap(indices: Tensor, taps: int) -> tuple[Tensor, Tensor]:
@@ -92,60 +52,55 @@ class _Piece:
     window: tuple[slice, ...]
 
 
-def _pieces(
-    grad_or_result: Tensor,
-    channels: int,
-    indices: Tensor,
-    offsets: Tensor | None,
-    tap_entries: Tensor,
-    tap_ends: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Iterator[_Piece]:
-    rows, size = grad_or_result.shape[1], grad_or_result.shape[2:]
-    entries = tap_entries.long()
-    columns = indices.reshape(-1).long()[entries]
-    row = row_of_entry(indices, offsets)[entries]
-    taps = math.prod(kernel)
-    channel = columns // taps + row // (rows // groups) * (channels // groups)
-    step = max(1, CHUNK_ELEMENTS // max(1, grad_or_result.shape[0] * math.prod(size)))
-    for tap, (start, end) in enumerate(pairwise(tap_ends.tolist())):
-        place, window = tap, []
-        for k, s, d, n in reversed(list(zip(kernel, stride, dilation, size, strict=True))):
-            first = place % k * d
-            window.append(slice(first, first + (n - 1) * s + 1, s))
-            place //= k
-        whole = (slice(None), slice(None), *reversed(window))
-        for first in range(start, end, step):
-            part = slice(first, min(first + step, end))
-            yield _Piece(entries[part], row[part], channel[part], whole)
+@dataclass(frozen=True)
+class _Entries:
+    """The entries of a support, in the order of their taps."""
+
+    entries: Tensor
+    rows: Tensor
+    channels: Tensor
+    ends: list[int]
+    geometry: ConvGeometry
+
+    @classmethod
+    def of(
+        cls, indices: Tensor, offsets: Tensor | None, tap_entries: Tensor, tap_ends: Tensor,
+        geometry: ConvGeometry, rows: int, channels: int,
+    ) -> _Entries:  # fmt: skip
+        entries = tap_entries.long()
+        row = row_of_entry(indices, offsets)[entries]
+        channel_in_group = indices.reshape(-1).long()[entries] // geometry.taps
+        group = row // (rows // geometry.groups)
+        channel = channel_in_group + group * (channels // geometry.groups)
+        return cls(entries, row, channel, tap_ends.tolist(), geometry)
+
+    def pieces(self, output: Tensor) -> Iterator[_Piece]:
+        """Piece by piece, for an output or its gradient `[samples, rows, *size]`."""
+        step = max(1, CHUNK_ELEMENTS // max(1, output.shape[0] * math.prod(output.shape[2:])))
+        for tap, (start, end) in enumerate(pairwise(self.ends)):
+            window = self.geometry.window(tap, output.shape[2:])
+            for first in range(start, end, step):
+                part = slice(first, min(first + step, end))
+                yield _Piece(self.entries[part], self.rows[part], self.channels[part], window)
 
 
-def _samples_at_once(result: Tensor) -> int:
-    return max(1, CHUNK_ELEMENTS // max(1, math.prod(result.shape[1:])))
+def _samples_at_once(tensor: Tensor) -> int:
+    return max(1, CHUNK_ELEMENTS // max(1, math.prod(tensor.shape[1:])))
 
 
-def _spread(weights: Tensor, dims: int) -> Tensor:
-    return weights.view(-1, *(1,) * dims)
+def _padded(x: Tensor, geometry: ConvGeometry) -> Tensor:
+    return F.pad(x, geometry.padding) if any(geometry.padding) else x
+
+
+def _per_channel(weights: Tensor, geometry: ConvGeometry) -> Tensor:
+    return weights.view(-1, *(1,) * len(geometry.kernel))
 
 
 @torch.library.custom_op("peft_ext::conv_add", mutates_args=())
 def conv_add(
-    result: Tensor,
-    x: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    tap_entries: Tensor,
-    tap_ends: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    padding: Sequence[int],
-    groups: int,
-) -> Tensor:
+    result: Tensor, x: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, tap_entries: Tensor,
+    tap_ends: Tensor, geometry: Sequence[int],
+) -> Tensor:  # fmt: skip
     """
     `result + S * x`, rounded once to the dtype of `result`.
 
@@ -156,170 +111,123 @@ def conv_add(
         indices (`torch.Tensor`): int32 in the shape of `values`: columns of the weight flattened to `[rows, fan_in]`.
         offsets (`torch.Tensor`, *optional*): int32 `[rows + 1]` for a ragged support.
         tap_entries, tap_ends (`torch.Tensor`): from [`entries_by_tap`].
-        kernel, stride, dilation, padding, groups: see [`ConvGeometry`].
+        geometry: a packed [`ConvGeometry`].
     """
     dtype = _accumulation_dtype(result, x, values)
+    shape = ConvGeometry.unpack(geometry)
+    support = _Entries.of(indices, offsets, tap_entries, tap_ends, shape, result.shape[1], x.shape[1])
     out = result.clone(memory_format=torch.contiguous_format)
     weights = values.reshape(-1).to(dtype)
     samples = _samples_at_once(result)
     for x_part, part in zip(x.split(samples), out.split(samples), strict=True):
-        padded = F.pad(x_part, list(padding)) if any(padding) else x_part
+        padded = _padded(x_part, shape)
         total = part if part.dtype == dtype else torch.zeros(part.shape, dtype=dtype, device=x.device)
-        for piece in _pieces(
-            part, x.shape[1], indices, offsets, tap_entries, tap_ends, kernel, stride, dilation, groups
-        ):
+        for piece in support.pieces(part):
             seen = padded[piece.window].index_select(1, piece.channels).to(dtype)
-            total.index_add_(1, piece.rows, seen.mul_(_spread(weights[piece.entries], len(kernel))))
+            total.index_add_(1, piece.rows, seen.mul_(_per_channel(weights[piece.entries], shape)))
         if total is not part:
             part.copy_(total.add_(part))
     return out
 
 
 @conv_add.register_fake
-def _(  # type: ignore[no-untyped-def]
-    result, x, values, indices, offsets, tap_entries, tap_ends, kernel, stride, dilation, padding, groups
-):
+def _(result, x, values, indices, offsets, tap_entries, tap_ends, geometry):  # type: ignore[no-untyped-def]
     return torch.empty_like(result, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("peft_ext::conv_grad_values", mutates_args=())
 def conv_grad_values(
-    grad: Tensor,
-    x: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    tap_entries: Tensor,
-    tap_ends: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    padding: Sequence[int],
-    groups: int,
-) -> Tensor:
+    grad: Tensor, x: Tensor, indices: Tensor, offsets: Tensor | None, tap_entries: Tensor, tap_ends: Tensor,
+    geometry: Sequence[int],
+) -> Tensor:  # fmt: skip
     """The gradient of the weight at the support only, fp32 (or fp64); see [`conv_add`]."""
     dtype = _accumulation_dtype(grad, x)
+    shape = ConvGeometry.unpack(geometry)
+    support = _Entries.of(indices, offsets, tap_entries, tap_ends, shape, grad.shape[1], x.shape[1])
     total = torch.zeros(indices.numel(), dtype=dtype, device=x.device)
     others = [0, *range(2, grad.dim())]
     samples = _samples_at_once(grad)
     for grad_part, x_part in zip(grad.split(samples), x.split(samples), strict=True):
-        padded = F.pad(x_part, list(padding)) if any(padding) else x_part
-        for piece in _pieces(
-            grad_part, x.shape[1], indices, offsets, tap_entries, tap_ends, kernel, stride, dilation, groups
-        ):
+        padded = _padded(x_part, shape)
+        for piece in support.pieces(grad_part):
             seen = padded[piece.window].index_select(1, piece.channels).to(dtype)
             total[piece.entries] += seen.mul_(grad_part.index_select(1, piece.rows)).sum(others)
     return total.view(indices.shape)
 
 
 @conv_grad_values.register_fake
-def _(  # type: ignore[no-untyped-def]
-    grad, x, indices, offsets, tap_entries, tap_ends, kernel, stride, dilation, padding, groups
-):
+def _(grad, x, indices, offsets, tap_entries, tap_ends, geometry):  # type: ignore[no-untyped-def]
     return grad.new_empty(indices.shape, dtype=_accumulation_dtype(grad, x))
 
 
 @torch.library.custom_op("peft_ext::conv_grad_input", mutates_args=())
 def conv_grad_input(
-    grad: Tensor,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    values: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    tap_entries: Tensor,
-    tap_ends: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    padding: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """The gradient of an input of `shape` and `dtype`; see [`conv_add`]."""
+    grad: Tensor, size: Sequence[int], dtype: torch.dtype, values: Tensor, indices: Tensor, offsets: Tensor | None,
+    tap_entries: Tensor, tap_ends: Tensor, geometry: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """The gradient of an input of `size` and `dtype`; see [`conv_add`]."""
     accumulate = _accumulation_dtype(grad, values)
+    shape = ConvGeometry.unpack(geometry)
+    support = _Entries.of(indices, offsets, tap_entries, tap_ends, shape, grad.shape[1], size[1])
     weights = values.reshape(-1).to(accumulate)
-    out = torch.empty(tuple(shape), dtype=dtype, device=grad.device)
+    out = torch.empty(tuple(size), dtype=dtype, device=grad.device)
     samples = _samples_at_once(out)
     for part, grad_part in zip(out.split(samples), grad.split(samples), strict=True):
-        total = F.pad(torch.zeros(part.shape, dtype=accumulate, device=grad.device), list(padding))
-        for piece in _pieces(
-            grad_part, shape[1], indices, offsets, tap_entries, tap_ends, kernel, stride, dilation, groups
-        ):
-            seen = grad_part.index_select(1, piece.rows).to(accumulate)
-            total[piece.window].index_add_(1, piece.channels, seen.mul_(_spread(weights[piece.entries], len(kernel))))
-        part.copy_(F.pad(total, [-size for size in padding]))
+        total = _padded(torch.zeros(part.shape, dtype=accumulate, device=grad.device), shape)
+        for piece in support.pieces(grad_part):
+            back = grad_part.index_select(1, piece.rows).to(accumulate)
+            back.mul_(_per_channel(weights[piece.entries], shape))
+            total[piece.window].index_add_(1, piece.channels, back)
+        part.copy_(F.pad(total, [-width for width in shape.padding]))
     return out
 
 
 @conv_grad_input.register_fake
-def _(  # type: ignore[no-untyped-def]
-    grad, shape, dtype, values, indices, offsets, tap_entries, tap_ends, kernel, stride, dilation, padding, groups
-):
-    return grad.new_empty(tuple(shape), dtype=dtype)
+def _(grad, size, dtype, values, indices, offsets, tap_entries, tap_ends, geometry):  # type: ignore[no-untyped-def]
+    return grad.new_empty(tuple(size), dtype=dtype)
 
 
 @torch.library.custom_op("peft_ext::bypass_conv", mutates_args=())
 def _bypass_conv(
-    result: Tensor,
-    x: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    tap_entries: Tensor,
-    tap_ends: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    padding: Sequence[int],
-    groups: int,
-) -> Tensor:
-    return conv_add(
-        result, x, values, indices, offsets, tap_entries, tap_ends, kernel, stride, dilation, padding, groups
-    )
+    result: Tensor, x: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, tap_entries: Tensor,
+    tap_ends: Tensor, geometry: Sequence[int],
+) -> Tensor:  # fmt: skip
+    return conv_add(result, x, values, indices, offsets, tap_entries, tap_ends, geometry)
 
 
 @_bypass_conv.register_fake
-def _(  # type: ignore[no-untyped-def]
-    result, x, values, indices, offsets, tap_entries, tap_ends, kernel, stride, dilation, padding, groups
-):
+def _(result, x, values, indices, offsets, tap_entries, tap_ends, geometry):  # type: ignore[no-untyped-def]
     return torch.empty_like(result, memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, x, values, indices, offsets, tap_entries, tap_ends, *ctx.geometry = inputs
-    ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-    ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, values, indices, offsets, tap_entries, tap_ends)
+    _, x, values, *support, ctx.geometry = inputs
+    ctx.x_size, ctx.x_dtype = x.shape, x.dtype
+    ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, values, *support)
 
 
 def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
     x, values, *support = ctx.saved_tensors
     grad_x = grad_values = None
     if ctx.needs_input_grad[1]:
-        grad_x = conv_grad_input(grad, ctx.x_shape, ctx.x_dtype, values, *support, *ctx.geometry)
+        grad_x = conv_grad_input(grad, ctx.x_size, ctx.x_dtype, values, *support, ctx.geometry)
     if ctx.needs_input_grad[2]:
-        grad_values = conv_grad_values(grad, x, *support, *ctx.geometry).to(values.dtype)
-    return grad, grad_x, grad_values, *(None,) * 9
+        grad_values = conv_grad_values(grad, x, *support, ctx.geometry).to(values.dtype)
+    return grad, grad_x, grad_values, *(None,) * 5
 
 
 _bypass_conv.register_autograd(_backward, setup_context=_setup_context)
 
 
 def bypass_conv(
-    result: Tensor,
-    x: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    tap_entries: Tensor,
-    tap_ends: Tensor,
-    geometry: ConvGeometry,
-) -> Tensor:
+    result: Tensor, x: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, tap_entries: Tensor,
+    tap_ends: Tensor, geometry: ConvGeometry,
+) -> Tensor:  # fmt: skip
     """
     Add the sparse update to a convolution's output; differentiable in `result`, `x` and `values`. See [`conv_add`];
     `result` and `x` may lack the dimension of samples. `x` is saved for backward as it is, in its dtype.
     """
+    support = (values, indices, offsets, tap_entries, tap_ends, geometry.pack())
     if result.dim() == len(geometry.kernel) + 1:
-        return bypass_conv(result[None], x[None], values, indices, offsets, tap_entries, tap_ends, geometry).squeeze(0)
-    return _bypass_conv(
-        result, x, values, indices, offsets, tap_entries, tap_ends, *map(list, geometry.arguments()[:4]),
-        geometry.groups,
-    )  # fmt: skip
+        return _bypass_conv(result[None], x[None], *support).squeeze(0)
+    return _bypass_conv(result, x, *support)
