@@ -24,7 +24,8 @@ class SparseConv(SparseLayer):
     def _with_base(self, adapter_name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         delta = self._ready(adapter_name)
         weight = self._plain_weight()
-        path = choose_conv_backend(self.backends[adapter_name], x, weight, delta.indices.numel())
+        entries, groups = delta.indices.numel(), self.get_base_layer().groups
+        path = choose_conv_backend(self.backends[adapter_name], x, weight, entries, groups)
         if weight is None or path == "bypass":
             return self._add(adapter_name, self._base_result(x, *args, **kwargs), x)
         base_layer = self.get_base_layer()

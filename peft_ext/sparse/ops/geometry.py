@@ -60,6 +60,24 @@ class ConvGeometry:
             slices.append(slice(first, first + (n - 1) * stride + 1, stride))
         return (slice(None), slice(None), *reversed(slices))
 
+    def places(self, taps: Tensor) -> list[Tensor]:
+        """Coordinates in the kernel of flat positions `taps`, one tensor per dimension."""
+        coordinates = []
+        for k in reversed(self.kernel):
+            coordinates.append(taps % k)
+            taps = taps // k
+        return coordinates[::-1]
+
+    def windows(self, padded: Tensor, size: Sequence[int]) -> Tensor:
+        """All windows at once: a view `[samples, channels, *kernel, *size]` of a padded input."""
+        samples, channels, *spatial = padded.stride()
+        steps = (
+            *(stride * dilation for stride, dilation in zip(spatial, self.dilation, strict=True)),
+            *(stride * step for stride, step in zip(spatial, self.stride, strict=True)),
+        )
+        shape = (*padded.shape[:2], *self.kernel, *size)
+        return padded.as_strided(shape, (samples, channels, *steps), padded.storage_offset())
+
 
 def pad(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
     """What a layer with a padding mode other than zeros convolves without padding."""
