@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..delta import SparseDelta
 from ..ops import ConvGeometry, choose_conv_backend, folded_conv
 from ..ops.folded_conv import reference_conv
 from ..ops.geometry import pad
-from ..support import Support
 from .base import SparseLayer
 
 
 class SparseConv(SparseLayer):
     """An `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` with sparse adapters: any groups, stride, dilation and padding."""
-
-    def _new_delta(self, support: Support, dtype: torch.dtype, pending: bool) -> SparseDelta:
-        return SparseDelta(support, dtype, pending, ConvGeometry.of(self.get_base_layer()))
 
     def _with_base(self, adapter_name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         delta = self._ready(adapter_name)
@@ -39,4 +33,5 @@ class SparseConv(SparseLayer):
         )  # fmt: skip
 
     def _add(self, adapter_name: str, result: Tensor, x: Tensor) -> Tensor:
-        return self._ready(adapter_name)(result, pad(self.get_base_layer(), x))
+        base_layer = self.get_base_layer()
+        return self._ready(adapter_name)(result, pad(base_layer, x), ConvGeometry.of(base_layer))
