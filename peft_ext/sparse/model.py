@@ -13,17 +13,16 @@ from torch import Tensor, nn
 from .._peft_internals import (
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
     BaseTuner,
-    get_quantization_kwargs,
     resolve_all_linear,
-    resolve_quantization_backend,
 )
 from .checkpoint import CheckpointMixin
 from .config import SparseConfig
 from .delta import SparseDelta
 from .layers import LayerTypes, SparseLayer
+from .merge import MergeMixin
 from .mixed_batch import MixedBatchMixin
 from .neurons import SUPPORTED, is_supported, matrix_shape, neuron_view
-from .quantised import float_weight
+from .quantised import backend_of, float_weight
 from .selection import parse_selection, select_supports
 from .selection.plan import kept_neurons
 from .sharing import note_sharing, weight_key
@@ -40,7 +39,7 @@ class Planned:
     pending: bool = False
 
 
-class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTuner):
+class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTuner):
     """
     Base of the sparse tuners' models; see [`NeuroAdaModel`]. Subclasses set `prefix` and are named `<Method>Model`;
     the classes of their layers, `<Method>Linear` and so on, are made from that.
@@ -122,7 +121,7 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
             `ValueError`: if a weight is not finite, or scores are missing or of another shape.
         """
         bases = {name: base_of(module) for name, module in targets.items()}
-        backends = {name: self._quantization_backend(base) for name, base in bases.items()}
+        backends = {name: backend_of(self, base) for name, base in bases.items()}
         for name, base in bases.items():
             if not is_supported(base, backends[name]):
                 raise TypeError(
@@ -168,9 +167,6 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
         if scope == "network":
             config.support_sizes = {name: supports[source[name]].entries for name in bases}
         return {name: Planned(supports[source[name]]) for name in bases}
-
-    def _quantization_backend(self, base_layer: nn.Module) -> Any:
-        return resolve_quantization_backend(base_layer, **get_quantization_kwargs(self))
 
     def _placeholder(self, config: SparseConfig, name: str, rows: int, fan_in: int) -> Support:
         """A support of the shape that the config leads to, with arbitrary entries."""
@@ -223,7 +219,7 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
         shared: SparseDelta | None = None,
     ) -> SparseLayer:
         base = base_of(target)
-        layer = self.layer_types.for_base(base)(target, self._quantization_backend(base))
+        layer = self.layer_types.for_base(base)(target, backend_of(self, base))
         layer._active_adapter = adapter_name
         layer.dense_dtype = self._dense_dtype
         layer.update_layer(adapter_name, config, planned.support, planned.pending, shared)
@@ -241,11 +237,6 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
         # A new layer makes its adapters on the base's device, and a base layer comes back as it is. PEFT's own version
         # hands over `child.weight`, which is no parameter where a wrapper computes it (trainable tokens).
         setattr(parent, child_name, new_module)
-
-    def _check_merge_allowed(self) -> None:
-        # PEFT's own check only warns of what is handled here: a merged layer gets a weight of its own where something
-        # else uses the old one.
-        note_sharing(self.model, self.tuner_layer_cls)
 
     @classmethod
     def sparse_layers(cls, model: nn.Module) -> Iterator[SparseLayer]:

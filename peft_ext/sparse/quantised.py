@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._peft_internals import QuantizationBackend
+from .._peft_internals import QuantizationBackend, get_quantization_kwargs, resolve_quantization_backend
 
 
 def float_weight(base_layer: Any, backend: QuantizationBackend | None) -> Tensor:
@@ -55,3 +55,35 @@ class _Holder:
 
     def get_base_layer(self) -> Any:
         return self.base_layer
+
+
+def forget_quantisation(model: Any, dense_modules: list[str]) -> None:
+    """
+    Have a transformers model's config say which of its layers are no longer quantised, so that it can be saved and
+    loaded again.
+
+    Args:
+        model (`nn.Module`): the model; left alone if it has no quantiser.
+        dense_modules (`list[str]`): names of modules that are dense now.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or not dense_modules:
+        return
+    if not any(backend_of(model, module) is not None for module in model.modules()):
+        quantizer.remove_quantization_config(model)
+        for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+            if hasattr(model, flag):
+                setattr(model, flag, False)
+        return
+    config = model.config.quantization_config
+    for field in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if hasattr(config, field):
+            # With the quantiser's own list: naming any module replaces its default, such as the output layer.
+            kept = getattr(config, field) or getattr(quantizer, "modules_to_not_convert", None) or []
+            setattr(config, field, sorted({*kept, *dense_modules}))
+            return
+
+
+def backend_of(model: nn.Module, base_layer: nn.Module) -> Any:
+    """PEFT's access to a layer's quantised weight, or `None`."""
+    return resolve_quantization_backend(base_layer, **get_quantization_kwargs(model))

@@ -82,6 +82,12 @@ class MergingMixin:
         """The base weight, or a dequantised copy."""
         return float_weight(self.get_base_layer(), self.quantization_backend)
 
+    @property
+    def is_dequantised(self) -> bool:
+        """Whether a dense layer stands in the place of a quantised one."""
+        aside = self._set_aside
+        return aside is not None and aside.base_layer is not None and self.requantization_error is None
+
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """
