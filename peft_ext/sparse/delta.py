@@ -24,8 +24,8 @@ class SparseDelta(nn.Module):
             Of the values.
         pending (`bool`, *optional*, defaults to `False`):
             The support is a placeholder until a checkpoint is loaded; using it before is an error.
-        geometry ([`ConvGeometry`], *optional*):
-            Of a convolution's weight.
+        taps (`int`, *optional*):
+            Of a convolution's weight: the number of positions of its kernel.
 
     Attributes:
         weight (`nn.Parameter`): the values, `[rows, k]` or `[entries]`.
@@ -43,12 +43,11 @@ class SparseDelta(nn.Module):
     fingerprint: Tensor
     transposed_entries: Tensor
     transposed_offsets: Tensor
+    taps: int | None
 
-    def __init__(
-        self, support: Support, dtype: torch.dtype, pending: bool = False, geometry: ConvGeometry | None = None
-    ) -> None:
+    def __init__(self, support: Support, dtype: torch.dtype, pending: bool = False, taps: int | None = None) -> None:
         super().__init__()
-        self.geometry = geometry
+        self.taps = taps
         device = support.indices.device
         self.fan_in = support.fan_in
         self.weight = nn.Parameter(torch.zeros(support.indices.shape, dtype=dtype, device=device))
@@ -57,7 +56,7 @@ class SparseDelta(nn.Module):
         self.register_buffer("offsets", support.offsets)
         self.register_buffer("fingerprint", torch.zeros(FINGERPRINT_LENGTH, dtype=torch.int64, device=device))
         self.register_buffer("transposed_entries", None, persistent=False)
-        if geometry is None:
+        if taps is None:
             self.register_buffer("transposed_offsets", None, persistent=False)
         else:  # no buffer: it stays on the CPU, where the loop over kernel positions reads it
             self.__dict__["transposed_offsets"] = None
@@ -88,9 +87,7 @@ class SparseDelta(nn.Module):
         if not self.pending:
             self.support.check()
         self.stale = False
-        tables = (
-            self.support.transposed() if self.geometry is None else entries_by_tap(self.indices, self.geometry.taps)
-        )
+        tables = self.support.transposed() if self.taps is None else entries_by_tap(self.indices, self.taps)
         for name, new in zip(("transposed_entries", "transposed_offsets"), tables, strict=True):
             old = getattr(self, name)
             if old is not None and old.shape == new.shape and old.device == new.device:
@@ -121,11 +118,12 @@ class SparseDelta(nn.Module):
         self.checked = False
         self.stale = True
 
-    def forward(self, result: Tensor, x: Tensor) -> Tensor:
-        """`result + S x` by the bypass: `result` `[..., rows]`, `x` `[..., fan_in]`, or as a convolution has them."""
+    def forward(self, result: Tensor, x: Tensor, geometry: ConvGeometry | None = None) -> Tensor:
+        """`result + S x` by the bypass: `result` `[..., rows]`, `x` `[..., fan_in]`; with `geometry`, as a convolution
+        has them."""
         support = (self.indices, self.offsets, self.transposed_entries, self.transposed_offsets)
-        if self.geometry is not None:
-            return bypass_conv(result, x, self.weight, *support, self.geometry)
+        if geometry is not None:
+            return bypass_conv(result, x, self.weight, *support, geometry)
         return bypass(result, x, self.weight, *support)
 
     def extra_repr(self) -> str:

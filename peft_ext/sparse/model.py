@@ -13,17 +13,19 @@ from torch import Tensor, nn
 from .._peft_internals import (
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
     BaseTuner,
-    get_quantization_kwargs,
     resolve_all_linear,
-    resolve_quantization_backend,
 )
 from .checkpoint import CheckpointMixin
 from .config import SparseConfig
+from .delta import SparseDelta
 from .layers import LayerTypes, SparseLayer
+from .merge import MergeMixin
 from .mixed_batch import MixedBatchMixin
 from .neurons import SUPPORTED, is_supported, matrix_shape, neuron_view
+from .quantised import backend_of, float_weight
 from .selection import SCORED, ScoreMatrices, parse_selection, select_supports
 from .selection.plan import kept_neurons
+from .sharing import note_sharing, weight_key
 from .support import Support
 from .targets import base_of, inside_adapter, resolve_targets
 from .weighted import WeightedAdapterMixin
@@ -37,7 +39,7 @@ class Planned:
     pending: bool = False
 
 
-class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTuner):
+class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTuner):
     """
     Base of the sparse tuners' models; see [`NeuroAdaModel`]. Subclasses set `prefix` and are named `<Method>Model`;
     the classes of their layers, `<Method>Linear` and so on, are made from that.
@@ -74,6 +76,8 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
         config.awaits_weights = config.from_checkpoint
         config.trainable_before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._plan: dict[str, Planned] = {}
+        self._deltas: dict[Any, SparseDelta] = {}  # of this adapter, by the weight that they are for
+        self._dense_dtype = _float_dtype(model)
         self._inject_by_state_dict = state_dict is not None
         try:
             super().inject_adapter(
@@ -90,7 +94,8 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
                 model.__dict__.pop("_hf_peft_config_loaded", None)
             raise
         finally:
-            self._plan = {}
+            self._plan, self._deltas = {}, {}
+        note_sharing(model, self.tuner_layer_cls)
         self.peft_config[adapter_name].scores = None  # dense, and of no use once the entries are chosen
 
     def _prepare_adapter_config(self, peft_config: SparseConfig, model_config: dict[str, Any]) -> SparseConfig:
@@ -116,7 +121,7 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
             `ValueError`: if a weight is not finite, or scores are missing or of another shape.
         """
         bases = {name: base_of(module) for name, module in targets.items()}
-        backends = {name: self._quantization_backend(base) for name, base in bases.items()}
+        backends = {name: backend_of(self, base) for name, base in bases.items()}
         for name, base in bases.items():
             if not is_supported(base, backends[name]):
                 raise TypeError(
@@ -125,6 +130,16 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
                 )
         if self._given_supports is not None:
             return {name: Planned(self._given_supports[name]) for name in bases}
+        # Layers that share a weight share their entries: each weight is looked at once, under its first name.
+        first: dict[Any, str] = {}
+        source = {name: first.setdefault(weight_key(base) or name, name) for name, base in bases.items()}
+        for name, base in bases.items():
+            other = bases[source[name]]
+            if config.train_bias and getattr(base, "bias", None) is not getattr(other, "bias", None):
+                raise ValueError(
+                    f"'{source[name]}' and '{name}' share a weight, so they share what an adapter trains, but their "
+                    "biases differ. Set train_bias=False, or adapt only one of the two."
+                )
         criterion, scope = parse_selection(config.selection)
         shapes = {name: matrix_shape(base) for name, base in bases.items()}
         without_scores = criterion in SCORED and config.scores is None
@@ -150,21 +165,15 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
                         f"Target module '{name}' is quantised by {backend.backend_name}, which can't give its weights "
                         "back, so no entries can be ranked. Choose them on the unquantised model and load them here."
                     )
-        views = {name: partial(self._matrix, base, backends[name]) for name, base in bases.items()}
-        scores = ScoreMatrices(config.scores, bases, shapes) if criterion in SCORED else None
+        chosen = {name: bases[name] for name in first.values()}
+        views = {name: partial(_matrix, base, backends[name]) for name, base in chosen.items()}
+        scores = ScoreMatrices(config.scores, chosen, shapes) if criterion in SCORED else None
         supports = select_supports(
             views, config.selection, config.entries_per_neuron, config.neuron_ratio, config.seed, scores
         )
         if scope == "network":
-            config.support_sizes = {name: support.entries for name, support in supports.items()}
-        return {name: Planned(support) for name, support in supports.items()}
-
-    def _quantization_backend(self, base_layer: nn.Module) -> Any:
-        return resolve_quantization_backend(base_layer, **get_quantization_kwargs(self))
-
-    def _matrix(self, base_layer: Any, backend: Any) -> Tensor:
-        weight = base_layer.weight.detach() if backend is None else backend.get_base_weight(base_layer)
-        return neuron_view(base_layer, weight)
+            config.support_sizes = {name: supports[source[name]].entries for name in bases}
+        return {name: Planned(supports[source[name]]) for name in bases}
 
     def _placeholder(self, config: SparseConfig, name: str, rows: int, fan_in: int) -> Support:
         """A support of the shape that the config leads to, with arbitrary entries."""
@@ -193,21 +202,34 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
         planned = self._plan.get(current_key)
         if planned is None:  # chosen by the keys of a state dict, not by the config
             planned = self._make_plan(peft_config, {current_key: target})[current_key]
+        key = weight_key(base_of(target))
+        shared = None if key is None else self._deltas.get(key)
         if isinstance(target, self.tuner_layer_cls):
-            target.update_layer(adapter_name, peft_config, planned.support, planned.pending)
+            layer = target
+            layer.update_layer(adapter_name, peft_config, planned.support, planned.pending, shared)
+        else:
+            layer = self._create_new_module(peft_config, adapter_name, target, planned, shared)
+        if key is not None:
+            self._deltas[key] = layer.deltas[adapter_name]
+        if layer is target:
             return
-        layer = self._create_new_module(peft_config, adapter_name, target, planned)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable until it is activated
         self._replace_module(parent, target_name, layer, target)
 
     def _create_new_module(
-        self, config: SparseConfig, adapter_name: str, target: nn.Module, planned: Planned
+        self,
+        config: SparseConfig,
+        adapter_name: str,
+        target: nn.Module,
+        planned: Planned,
+        shared: SparseDelta | None = None,
     ) -> SparseLayer:
         base = base_of(target)
-        layer = self.layer_types.for_base(base)(target, self._quantization_backend(base))
+        layer = self.layer_types.for_base(base)(target, backend_of(self, base))
         layer._active_adapter = adapter_name
-        layer.update_layer(adapter_name, config, planned.support, planned.pending)
+        layer.dense_dtype = self._dense_dtype
+        layer.update_layer(adapter_name, config, planned.support, planned.pending, shared)
         return layer
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -223,19 +245,6 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
         # hands over `child.weight`, which is no parameter where a wrapper computes it (trainable tokens).
         setattr(parent, child_name, new_module)
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        owners: dict[int, str] = {}
-        for name, layer in self.model.named_modules():
-            if isinstance(layer, self.tuner_layer_cls):
-                weight = layer.get_base_layer()._parameters.get("weight")
-                first = name if weight is None else owners.setdefault(id(weight), name)
-                if first != name:
-                    raise ValueError(
-                        f"'{first}' and '{name}' share one weight, so merging their adapters would add both to each. "
-                        "Untie the weights before adapting, or adapt only one of the two."
-                    )
-
     @classmethod
     def sparse_layers(cls, model: nn.Module) -> Iterator[SparseLayer]:
         """The adapted layers of a model."""
@@ -247,6 +256,15 @@ def _parameters_go_to_meta() -> bool:
     probe = nn.Module()
     probe.register_parameter("probe", nn.Parameter(torch.empty(0)))
     return next(probe.parameters()).is_meta
+
+
+def _matrix(base_layer: nn.Module, backend: Any) -> Tensor:
+    return neuron_view(base_layer, float_weight(base_layer, backend))
+
+
+def _float_dtype(model: nn.Module) -> torch.dtype | None:
+    """What an unquantised part of a model computes in."""
+    return next((p.dtype for p in model.parameters() if type(p) is nn.Parameter and p.is_floating_point()), None)
 
 
 def _has_no_data(base_layer: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -63,6 +64,16 @@ def matrix_shape(base_layer: Any) -> tuple[int, int]:
         return base_layer.out_features, base_layer.in_features
     rows, fan_in = neuron_view(base_layer, base_layer.weight).shape
     return rows, fan_in
+
+
+def taps_of(base_layer: Any) -> int | None:
+    """Positions of a convolution's kernel; `None` for a linear layer."""
+    return math.prod(base_layer.kernel_size) if isinstance(base_layer, CONVOLUTIONS) else None
+
+
+def has_writable_weight(base_layer: nn.Module) -> bool:
+    """Whether writing into a layer's weight changes the layer: a parametrization computes it anew each time."""
+    return "weight" in base_layer._parameters
 
 
 def is_plain(base_layer: nn.Module) -> bool:

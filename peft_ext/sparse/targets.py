@@ -12,12 +12,11 @@ from transformers import PreTrainedModel
 from .._peft_internals import (
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
     BaseTunerLayer,
-    get_quantization_kwargs,
     resolve_all_linear,
-    resolve_quantization_backend,
 )
 from .config import SparseConfig
 from .neurons import is_supported
+from .quantised import backend_of
 
 
 # `target_modules` that stands for every layer that has neurons, as PEFT's "all-linear" does for the linear ones.
@@ -80,11 +79,6 @@ def _layers_with_neurons(config: SparseConfig, model: nn.Module) -> Iterator[str
 def base_of(module: nn.Module) -> Any:
     """The layer inside a tuner's layer, or the module itself."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
-def backend_of(model: nn.Module, base_layer: nn.Module) -> Any:
-    """PEFT's access to a layer's quantised weight, or `None`."""
-    return resolve_quantization_backend(base_layer, **get_quantization_kwargs(model))
 
 
 def inside_adapter(model: nn.Module, name: str) -> bool:

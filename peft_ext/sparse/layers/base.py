@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..._peft_internals import BaseTunerLayer, QuantizationBackend, in_out_features, quantization_extra_repr
 from ..config import SparseConfig
 from ..delta import SparseDelta
-from ..neurons import is_plain, neuron_view, values_dtype_of, weight_view
+from ..neurons import is_plain, neuron_view, taps_of, values_dtype_of, weight_view
 from ..ops.reference import dense_delta
 from ..support import Support
 from .merging import MergingMixin
@@ -36,7 +36,6 @@ class SparseLayer(MergingMixin, nn.Module, BaseTunerLayer):
 
     # Of PEFT's mixin, which has no types.
     get_base_layer: Callable[[], Any]
-    get_base_weight: Callable[[], Tensor]
     set_adapter: Callable[..., None]
     merged: bool
     disable_adapters: bool
@@ -65,7 +64,13 @@ class SparseLayer(MergingMixin, nn.Module, BaseTunerLayer):
         return neuron_view(self.get_base_layer(), self.get_base_weight())
 
     def update_layer(
-        self, adapter_name: str, config: SparseConfig, support: Support, pending: bool = False, **kwargs: Any
+        self,
+        adapter_name: str,
+        config: SparseConfig,
+        support: Support,
+        pending: bool = False,
+        delta: SparseDelta | None = None,
+        **kwargs: Any,
     ) -> None:
         """
         Add an adapter.
@@ -75,10 +80,17 @@ class SparseLayer(MergingMixin, nn.Module, BaseTunerLayer):
             config ([`SparseConfig`]): its options.
             support ([`Support`]): its entries, or a placeholder of the right shape.
             pending (`bool`): whether `support` is a placeholder.
+            delta ([`SparseDelta`], *optional*): the values of another layer with the same weight, to be shared.
         """
+        self.deltas[adapter_name] = delta or self._new_delta(config, support, pending)
+        self.backends[adapter_name] = config.backend
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _new_delta(self, config: SparseConfig, support: Support, pending: bool) -> SparseDelta:
         base_layer = self.get_base_layer()
         dtype = getattr(torch, config.values_dtype) if config.values_dtype else values_dtype_of(base_layer)
-        delta = self._new_delta(support, dtype, pending)
+        delta = SparseDelta(support, dtype, pending, taps_of(base_layer))
         if config.train_bias and getattr(base_layer, "bias", None) is not None:
             delta.add_bias()
         if not config.init_weights and not delta.weight.is_meta:
@@ -86,13 +98,7 @@ class SparseLayer(MergingMixin, nn.Module, BaseTunerLayer):
                 nn.init.normal_(parameter)
         if not pending and not support.indices.is_meta:
             delta.fingerprint.copy_(support.fingerprint(self.base_matrix()))
-        self.deltas[adapter_name] = delta
-        self.backends[adapter_name] = config.backend
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def _new_delta(self, support: Support, dtype: torch.dtype, pending: bool) -> SparseDelta:
-        return SparseDelta(support, dtype, pending)
+        return delta
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Called by PEFT after loading. PEFT's own version also casts to the base's dtype, which would round fp32

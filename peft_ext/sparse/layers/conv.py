@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..delta import SparseDelta
 from ..ops import ConvGeometry, choose_conv_backend, folded_conv
-from ..ops.conv import pad
 from ..ops.folded_conv import reference_conv
-from ..support import Support
+from ..ops.geometry import pad
 from .base import SparseLayer
 
 
 class SparseConv(SparseLayer):
     """An `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` with sparse adapters: any groups, stride, dilation and padding."""
-
-    def _new_delta(self, support: Support, dtype: torch.dtype, pending: bool) -> SparseDelta:
-        return SparseDelta(support, dtype, pending, ConvGeometry.of(self.get_base_layer()))
 
     def _like_output(self, bias: Tensor) -> Tensor:
         return bias.view(-1, *[1] * (self.get_base_layer().weight.dim() - 2))
@@ -27,7 +21,8 @@ class SparseConv(SparseLayer):
     def _with_base(self, adapter_name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         delta = self._ready(adapter_name)
         weight = self._plain_weight()
-        path = choose_conv_backend(self.backends[adapter_name], x, weight, delta.indices.numel())
+        entries, groups = delta.indices.numel(), self.get_base_layer().groups
+        path = choose_conv_backend(self.backends[adapter_name], x, weight, entries, groups)
         if weight is None or path == "bypass":
             return self._add(adapter_name, self._base_result(x, *args, **kwargs), x)
         base_layer = self.get_base_layer()
@@ -41,4 +36,5 @@ class SparseConv(SparseLayer):
         )  # fmt: skip
 
     def _add(self, adapter_name: str, result: Tensor, x: Tensor) -> Tensor:
-        return self._ready(adapter_name)(result, pad(self.get_base_layer(), x))
+        base_layer = self.get_base_layer()
+        return self._ready(adapter_name)(result, pad(base_layer, x), ConvGeometry.of(base_layer))

@@ -10,13 +10,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..support import Support, row_of_entry
-from .conv import ConvGeometry, conv_grad_values
+from .conv import conv_grad_values
+from .geometry import ConvGeometry
+from .reference import dense_delta
 
 
 # Two threads that fold into one weight would each take the other's values for originals.
@@ -47,160 +50,103 @@ def _folded_in(weight: Tensor, values: Tensor, indices: Tensor, offsets: Tensor 
             memory[place] = original
 
 
-def _symmetric(padding: Sequence[int]) -> bool:
-    return list(padding[::2]) == list(padding[1::2])
+def _evenly_padded(x: Tensor, geometry: ConvGeometry) -> tuple[Tensor, ConvGeometry]:
+    """An input and a geometry that pads both sides alike, which is all that torch's convolution takes."""
+    if geometry.padding[::2] == geometry.padding[1::2]:
+        return x, geometry
+    return F.pad(x, geometry.padding), replace(geometry, padding=(0,) * len(geometry.padding))
 
 
-def _convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], dilation: Sequence[int],
-    padding: Sequence[int], groups: int,
-) -> Tensor:  # fmt: skip
-    zeros = [0] * len(stride)
-    if not _symmetric(padding):
-        x, padding = F.pad(x, list(padding)), [0] * len(padding)
-    sides = list(padding[::2])[::-1]
-    return torch.ops.aten.convolution(x, weight, bias, list(stride), sides, list(dilation), False, zeros, groups)
+def _plain_arguments(geometry: ConvGeometry) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
+    """Stride, padding, dilation, transposed, output padding and groups."""
+    padding = list(geometry.padding[::2])[::-1]
+    return list(geometry.stride), padding, list(geometry.dilation), False, [0] * len(padding), geometry.groups
 
 
-def _convolution_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], padding: Sequence[int],
-    groups: int, which: int,
-) -> Tensor:  # fmt: skip
-    """Gradient of the input (`which` 0) or the weight (1). `padding` must be symmetric."""
-    mask = [which == 0, which == 1, False]
-    zeros = [0] * len(stride)
-    sides = list(padding[::2])[::-1]
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, None, list(stride), sides, list(dilation), False, zeros, groups, mask
-    )[which]
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
+    x, even = _evenly_padded(x, geometry)
+    return torch.ops.aten.convolution(x, weight, bias, *_plain_arguments(even))
 
 
 @torch.library.custom_op("peft_ext::folded_conv", mutates_args=())
 def _folded_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    values: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    tap_entries: Tensor,
-    tap_ends: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    padding: Sequence[int],
-    groups: int,
-    dense_gradient: bool,
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor, offsets: Tensor | None,
+    tap_entries: Tensor, tap_ends: Tensor, geometry: Sequence[int], dense_gradient: bool,
+) -> Tensor:  # fmt: skip
     with _folded_in(weight, values, indices, offsets) as folded:
-        return _convolve(x, folded, bias, stride, dilation, padding, groups)
+        return _convolve(x, folded, bias, ConvGeometry.unpack(geometry))
 
 
 @_folded_conv.register_fake
 def _(  # type: ignore[no-untyped-def]
-    x, weight, bias, values, indices, offsets, tap_entries, tap_ends, kernel, stride, dilation, padding, groups,
-    dense_gradient,
-):  # fmt: skip
-    return _convolve(x, weight, bias, stride, dilation, padding, groups)
+    x, weight, bias, values, indices, offsets, tap_entries, tap_ends, geometry, dense_gradient
+):
+    return _convolve(x, weight, bias, ConvGeometry.unpack(geometry))
 
 
 @torch.library.custom_op("peft_ext::folded_conv_grad_input", mutates_args=())
 def _folded_conv_grad_input(
-    grad: Tensor,
-    shape: Sequence[int],
-    weight: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    padding: Sequence[int],
-    groups: int,
-) -> Tensor:
-    with _folded_in(weight, values, indices, offsets) as folded:
-        return _grad_input(grad, shape, folded, stride, dilation, padding, groups)
-
-
-def _grad_input(
-    grad: Tensor, shape: Sequence[int], weight: Tensor, stride: Sequence[int], dilation: Sequence[int],
-    padding: Sequence[int], groups: int,
+    grad: Tensor, size: Sequence[int], weight: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None,
+    geometry: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    like = grad.new_empty(1).expand(tuple(shape))  # only its shape is read
-    if _symmetric(padding):
-        return _convolution_backward(grad, like, weight, stride, dilation, padding, groups, 0).contiguous()
-    padded = F.pad(like, list(padding))
-    none = [0] * len(padding)
-    wide = _convolution_backward(grad, padded, weight, stride, dilation, none, groups, 0)
-    return F.pad(wide, [-size for size in padding]).contiguous()
+    shape = ConvGeometry.unpack(geometry)
+    like = grad.new_empty(1).expand(tuple(size))  # only its shape is read
+    like, even = _evenly_padded(like, shape)
+    with _folded_in(weight, values, indices, offsets) as folded:
+        wide = torch.ops.aten.convolution_backward(
+            grad, like, folded, None, *_plain_arguments(even), [True, False, False]
+        )[0]
+    return (wide if even is shape else F.pad(wide, [-width for width in shape.padding])).contiguous()
 
 
 @_folded_conv_grad_input.register_fake
-def _(grad, shape, weight, values, indices, offsets, stride, dilation, padding, groups):  # type: ignore[no-untyped-def]
-    return grad.new_empty(tuple(shape))
+def _(grad, size, weight, values, indices, offsets, geometry):  # type: ignore[no-untyped-def]
+    return grad.new_empty(tuple(size))
 
 
 @torch.library.custom_op("peft_ext::dense_conv_grad_values", mutates_args=())
 def _dense_conv_grad_values(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    padding: Sequence[int],
-    groups: int,
+    grad: Tensor, x: Tensor, weight: Tensor, indices: Tensor, offsets: Tensor | None, geometry: Sequence[int]
 ) -> Tensor:
-    if not _symmetric(padding):
-        x, padding = F.pad(x, list(padding)), [0] * len(padding)
-    dense = _convolution_backward(grad, x, weight, stride, dilation, padding, groups, 1).flatten(1)
-    return Support(indices, dense.shape[1], offsets).gather(dense)
+    x, even = _evenly_padded(x, ConvGeometry.unpack(geometry))
+    whole = torch.ops.aten.convolution_backward(grad, x, weight, None, *_plain_arguments(even), [False, True, False])[
+        1
+    ].flatten(1)
+    return Support(indices, whole.shape[1], offsets).gather(whole)
 
 
 @_dense_conv_grad_values.register_fake
-def _(grad, x, weight, indices, offsets, stride, dilation, padding, groups):  # type: ignore[no-untyped-def]
+def _(grad, x, weight, indices, offsets, geometry):  # type: ignore[no-untyped-def]
     return grad.new_empty(indices.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, weight, _, values, indices, offsets, tap_entries, tap_ends, *ctx.geometry, ctx.dense_gradient = inputs
-    ctx.x_shape = x.shape
-    saved_x = x if ctx.needs_input_grad[3] else None
-    ctx.save_for_backward(saved_x, weight, values, indices, offsets, tap_entries, tap_ends)
+    x, weight, _, *support, ctx.geometry, ctx.dense_gradient = inputs
+    ctx.x_size = x.shape
+    ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, *support)
 
 
 def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
     x, weight, values, indices, offsets, tap_entries, tap_ends = ctx.saved_tensors
-    plain = ctx.geometry[1:]  # without the kernel's size, which the weight has
     grad_x = grad_bias = grad_values = None
     if ctx.needs_input_grad[0]:
-        grad_x = _folded_conv_grad_input(grad, ctx.x_shape, weight, values, indices, offsets, *plain)
+        grad_x = _folded_conv_grad_input(grad, ctx.x_size, weight, values, indices, offsets, ctx.geometry)
     if ctx.needs_input_grad[2]:
         grad_bias = grad.sum([0, *range(2, grad.dim())])
-    if ctx.needs_input_grad[3]:
-        if ctx.dense_gradient:
-            grad_values = _dense_conv_grad_values(grad, x, weight, indices, offsets, *plain)
-        else:
-            grad_values = conv_grad_values(grad, x, indices, offsets, tap_entries, tap_ends, *ctx.geometry)
-        grad_values = grad_values.to(values.dtype)
-    return grad_x, None, grad_bias, grad_values, *(None,) * 10
+    if ctx.needs_input_grad[3] and ctx.dense_gradient:
+        grad_values = _dense_conv_grad_values(grad, x, weight, indices, offsets, ctx.geometry).to(values.dtype)
+    elif ctx.needs_input_grad[3]:
+        grad_values = conv_grad_values(grad, x, indices, offsets, tap_entries, tap_ends, ctx.geometry).to(values.dtype)
+    return grad_x, None, grad_bias, grad_values, *(None,) * 6
 
 
 _folded_conv.register_autograd(_backward, setup_context=_setup_context)
 
 
 def folded_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    values: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    tap_entries: Tensor,
-    tap_ends: Tensor,
-    geometry: ConvGeometry,
-    dense_gradient: bool = False,
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor, offsets: Tensor | None,
+    tap_entries: Tensor, tap_ends: Tensor, geometry: ConvGeometry, dense_gradient: bool = False,
+) -> Tensor:  # fmt: skip
     """
     `(W + S(values)) * x + b` with W + S rounded to the weight's dtype; differentiable in `x`, `bias` and `values`.
 
@@ -216,32 +162,17 @@ def folded_conv(
         dense_gradient (`bool`, *optional*, defaults to `False`):
             Gather the gradient of the values from a dense one, which exists for a moment.
     """
-    if x.dim() == len(geometry.kernel) + 1:
-        return folded_conv(
-            x[None], weight, bias, values, indices, offsets, tap_entries, tap_ends, geometry, dense_gradient
-        ).squeeze(0)
-    return _folded_conv(
-        x, weight, bias, values, indices, offsets, tap_entries, tap_ends, *map(list, geometry.arguments()[:4]),
-        geometry.groups, dense_gradient,
-    )  # fmt: skip
+    rest = (weight, bias, values, indices, offsets, tap_entries, tap_ends, geometry.pack(), dense_gradient)
+    return _folded_conv(x, *rest) if x.dim() == weight.dim() else _folded_conv(x[None], *rest).squeeze(0)
 
 
 def reference_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    values: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor, offsets: Tensor | None,
     geometry: ConvGeometry,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The dense oracle: a convolution with `W + S(values)`, differentiable as torch has it."""
-    from .reference import dense_delta
-
     delta = dense_delta(values, indices, weight[0].numel(), offsets).view(weight.shape)
-    batched = x if x.dim() == weight.dim() else x[None]
-    y = _convolve(
-        batched, weight + delta.to(weight.dtype), bias, geometry.stride, geometry.dilation, geometry.padding,
-        geometry.groups,
-    )  # fmt: skip
-    return y if x.dim() == weight.dim() else y.squeeze(0)
+    whole = weight + delta.to(weight.dtype)
+    if x.dim() == weight.dim():
+        return _convolve(x, whole, bias, geometry)
+    return _convolve(x[None], whole, bias, geometry).squeeze(0)

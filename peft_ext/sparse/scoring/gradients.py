@@ -87,6 +87,7 @@ def gradient_scores(
         handles = sums.listen(model)
         try:
             with feature_reader(model, (lambda outputs: outputs.loss) if by_model else features) as read:
+                shown = batches(model, dataloader, max_batches, "gradient scores", progress)
                 for number, batch in enumerate(shown):
                     found = read(forward(model, batch, with_labels=by_model))
                     value = found if by_model else compute(found, labels_of(batch))

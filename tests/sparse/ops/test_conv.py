@@ -145,6 +145,17 @@ def test_small_pieces_change_nothing(path, case, monkeypatch):
     _assert_correct(path, layer, CONVS[case].draw_input(), make_values(support), support)
 
 
+@pytest.mark.parametrize("form", SUPPORTS)
+@pytest.mark.parametrize("case", CONVS)
+@pytest.mark.parametrize("path", ["bypass", "folded"])
+def test_tap_by_tap_is_the_same(path, case, form, monkeypatch):
+    """As where there are many entries per tap."""
+    monkeypatch.setattr(conv, "ENTRIES_PER_TAP", 0)
+    layer = CONVS[case].build()
+    support = make_support(layer, form)
+    _assert_correct(path, layer, CONVS[case].draw_input(), make_values(support), support)
+
+
 @pytest.mark.parametrize("case", ["1d", "2d same, even kernel", "2d depthwise", "3d replicate, grouped"])
 @EVERY_PATH
 def test_gradients_are_derivatives(path, case):
