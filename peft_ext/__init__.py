@@ -5,7 +5,7 @@ from .registration import make_loading_all_or_nothing, make_saving_atomic
 from .sparse.hotswap import hotswap_adapter
 from .sparse.report import SelectionReport, selection_report
 from .sparse.scoring import SupervisedContrastiveLoss, TwoViewCollator, activation_scores, gradient_scores
-from .tuners.gps import GPSConfig, GPSModel, gps
+from .tuners.gps import GPS_PRESETS, GPSConfig, GPSModel, gps
 from .tuners.neuroada import NEUROADA_PRESETS, NEUROADA_SEARCH_SPACES, NeuroAdaConfig, NeuroAdaModel
 from .tuners.psn import PSNConfig, PSNModel
 
@@ -14,6 +14,7 @@ make_loading_all_or_nothing()
 make_saving_atomic()
 
 __all__ = [
+    "GPS_PRESETS",
     "NEUROADA_PRESETS",
     "NEUROADA_SEARCH_SPACES",
     "GPSConfig",

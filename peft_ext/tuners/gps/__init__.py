@@ -3,9 +3,10 @@
 from ...registration import register
 from .config import GPSConfig
 from .model import GPSConv, GPSLinear, GPSModel
+from .presets import GPS_PRESETS, GPSPreset
 from .select import gps
 
 
 register("gps", GPSConfig, GPSModel)
 
-__all__ = ["GPSConfig", "GPSConv", "GPSLinear", "GPSModel", "gps"]
+__all__ = ["GPS_PRESETS", "GPSConfig", "GPSConv", "GPSLinear", "GPSModel", "GPSPreset", "gps"]
