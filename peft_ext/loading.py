@@ -1,4 +1,4 @@
-"""Loading a sparse adapter succeeds as a whole or leaves the model as it was, through PEFT and through transformers.
+"""Loading one of our adapters succeeds as a whole or leaves the model as it was, by PEFT and by transformers.
 
 Both inject an adapter's layers before they read its weights, and transformers only logs what is missing. So their
 `load_adapter` is wrapped: the file is checked first, what arrived is checked after, and a failure takes a new adapter
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -17,8 +18,9 @@ from torch import nn
 
 from ._peft_internals import AuxiliaryTrainingWrapper
 from .files import check_weights
-from .sparse.config import SparseConfig
+from .saved_config import SavedConfig
 from .sparse.layer import SparseLinear
+from .tuners.mores import model as mores
 
 
 def all_or_nothing(load_adapter: Callable[..., Any], path_argument: str) -> Callable[..., Any]:
@@ -44,13 +46,13 @@ def all_or_nothing(load_adapter: Callable[..., Any], path_argument: str) -> Call
                 check_weights(os.path.join(path, subfolder))
             result = load_adapter(self, *args, **kwargs)
             config = self.peft_config[name]
-            if isinstance(config, SparseConfig):
+            if isinstance(config, SavedConfig):
                 _check_arrived(self, name, result)
                 config.awaits_weights = False
             return result
         except BaseException as error:
             config = getattr(self, "peft_config", {}).get(name)
-            if isinstance(config, SparseConfig) and (config.awaits_weights or not known):
+            if isinstance(config, SavedConfig) and (config.awaits_weights or not known):
                 take_out(self, name)
                 for module, training in modes:
                     module.training = training
@@ -66,7 +68,7 @@ def _check_arrived(model: nn.Module, adapter_name: str, result: Any) -> None:
     missing = [
         key
         for key in getattr(result, "missing_keys", ())
-        if f"_delta.{adapter_name}." in key or f".modules_to_save.{adapter_name}." in key
+        if re.search(rf"\.(\w+_delta|mores_steering|modules_to_save)\.{re.escape(adapter_name)}\.", key)
     ]
     if missing:
         raise ValueError(
@@ -84,6 +86,7 @@ def take_out(model: Any, adapter_name: str) -> None:
     if len(model.peft_config) > 1:
         model.delete_adapter(adapter_name)
         return
+    mores.take_out(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, SparseLinear):
             original = module.get_base_layer()
