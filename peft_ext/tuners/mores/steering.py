@@ -23,10 +23,12 @@ def orthonormal(raw: Tensor) -> Tensor:
     Returns:
         `torch.Tensor`: `[D, r]`, in fp32 or wider.
     """
+    dtype = torch.promote_types(raw.dtype, torch.float32)
+    # In fp64 and rounded once: fp32's QR of 4096 x 8 leaves RᵀR 1.1e-6 from I. Apple's GPUs have no fp64.
+    exact = dtype if raw.device.type == "mps" else torch.float64
     with torch.autocast(raw.device.type, enabled=False):
-        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
-        factor, triangle = torch.linalg.qr(raw)
-        return factor * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
+        factor, triangle = torch.linalg.qr(raw.to(exact))
+        return (factor * torch.where(triangle.diagonal() < 0, -1.0, 1.0)).to(dtype)
 
 
 class Steering(nn.Module):
