@@ -20,7 +20,8 @@ from ._peft_internals import AuxiliaryTrainingWrapper
 from .files import check_weights
 from .saved_config import SavedConfig
 from .sparse.layer import SparseLinear
-from .tuners.mores import model as mores
+from .tuners.mores.checkpoint import check_arrived
+from .tuners.mores.model import take_out as take_out_steering
 
 
 def all_or_nothing(load_adapter: Callable[..., Any], path_argument: str) -> Callable[..., Any]:
@@ -75,9 +76,16 @@ def _check_arrived(model: nn.Module, adapter_name: str, result: Any) -> None:
             f"The checkpoint lacks '{min(missing)}', so it is only a part of adapter '{adapter_name}' or was made "
             "with other options. Save the whole adapter again."
         )
+    unknown = sorted(key for key in getattr(result, "unexpected_keys", ()) if ".mores_steering." in key)
+    if unknown:
+        raise ValueError(
+            f"The checkpoint has '{unknown[0]}', which has no place in this model; use the config and base model it "
+            "was saved with."
+        )
     for layer in model.modules():
         if isinstance(layer, SparseLinear) and adapter_name in layer.deltas:
             layer._ready(adapter_name)
+    check_arrived(model, adapter_name)
 
 
 def take_out(model: Any, adapter_name: str) -> None:
@@ -86,7 +94,7 @@ def take_out(model: Any, adapter_name: str) -> None:
     if len(model.peft_config) > 1:
         model.delete_adapter(adapter_name)
         return
-    mores.take_out(model)
+    take_out_steering(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, SparseLinear):
             original = module.get_base_layer()

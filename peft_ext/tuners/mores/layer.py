@@ -90,15 +90,17 @@ class MoReSLayer(nn.Module, BaseTunerLayer):
             if not adapter.weight.is_meta:
                 adapter.to(device)
 
+    def enable_adapters(self, enabled: bool) -> None:
+        """As PEFT's; disabling takes merged adapters out at once, since the hook comes after the owner's forward."""
+        if not enabled and self.merged:
+            self.unmerge()
+        super().enable_adapters(enabled)
+
     # ------------------------------------------------------------------ forward
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`hidden` `[batch, tokens, D]` with the chosen tokens steered; the others keep every bit."""
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return hidden
-        if self.merged:
+        if self.disable_adapters or self.merged:
             return hidden
         for name in self.active_adapters:
             if name in self.mores_steering:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..._peft_internals import BaseTuner
 from ...injection import clean_refusal
 from .architecture import Architecture, inspect_model
+from .checkpoint import check_checkpoint
 from .config import MoReSConfig
 from .layer import CHILD, MoReSLayer, attach, detach, remove_hooks
 from .visual_tokens import TokenFinder
@@ -126,6 +127,16 @@ class MoReSModel(BaseTuner):
             module.register_forward_pre_hook(finder.enter, with_kwargs=True)
             module.register_forward_hook(finder.leave, always_call=True)
         return finder
+
+    # ------------------------------------------------------------------ loading
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: MoReSConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_checkpoint(model, adapter_name, mapped)
+        return mapped
 
     # ------------------------------------------------------------------ calls
 

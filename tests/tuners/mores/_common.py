@@ -1,4 +1,4 @@
-"""What the tests of MoReS share: adapters with values in them, and steering written out as an independent reference."""
+"""What the tests of MoReS share: adapters with values in them, and steering written out as a reference."""
 
 from contextlib import contextmanager
 
@@ -109,6 +109,7 @@ def values_of(model, adapter_name="default", requires_grad=False):
             for key, parameter in layer.mores_steering[adapter_name].named_parameters()
         }
         for name, layer in layers_of(model).items()
+        if adapter_name in layer.mores_steering
     }
 
 
