@@ -83,7 +83,7 @@ class Method:
         return "ends" if self.percent == 1 else "uniform"
 
     def adapt(self, model: Any) -> Any:
-        """The model prepared for training by this method. Full training leaves the vision tower frozen, as in LLaVA."""
+        """The model prepared for training by this method. Full training leaves the vision tower alone."""
         model.requires_grad_(False)
         if self.kind != "full":
             return get_peft_model(model, self.config())
