@@ -236,9 +236,9 @@ def detach(layer: MoReSLayer) -> None:
 
 
 def remove_hooks(module: nn.Module, hook: Callable[..., Any]) -> None:
-    """Remove a function, or a bound method, from a module's forward hooks and pre-hooks."""
+    """Remove a function or a bound method, or `functools.partial` of it, from a module's forward and pre-hooks."""
     for table in (module._forward_hooks, module._forward_pre_hooks):
-        for key in [key for key, registered in table.items() if registered == hook]:
+        for key in [key for key, registered in table.items() if getattr(registered, "func", registered) == hook]:
             del table[key]
             for flags in (
                 "_forward_hooks_with_kwargs",

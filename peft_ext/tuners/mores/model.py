@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -123,9 +124,9 @@ class MoReSModel(BaseTuner):
             if layer.finder is not None:
                 return layer.finder
         finder = TokenFinder(self._architecture.visual_token_ids)
-        for module in self._architecture.path:
-            module.register_forward_pre_hook(finder.enter, with_kwargs=True)
-            module.register_forward_hook(finder.leave, always_call=True)
+        for depth, module in enumerate(self._architecture.path):
+            module.register_forward_pre_hook(partial(finder.enter, depth), with_kwargs=True)
+            module.register_forward_hook(partial(finder.leave, depth), always_call=True)
         return finder
 
     # ------------------------------------------------------------------ loading

@@ -47,20 +47,32 @@ class TokenFinder:
         self.given_mask: Tensor | None = None  # by `visual_tokens`
         self.prompt_length: int | None = None  # of the call that the user made, while generate() extends it
         self._inputs: Inputs | None = None
-        self._depth = 0
+        self._outermost: int | None = None  # depth of the module whose call is under way
         self._found: dict[tuple[Any, ...], Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model starts outside any forward pass.
-        return {**self.__dict__, "_inputs": None, "_depth": 0, "_found": {}, "given_mask": None}
+        return {**self.__dict__, "_inputs": None, "_outermost": None, "_found": {}, "given_mask": None}
 
     # ------------------------------------------------------------------ hooks
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before the forward of a module on the way to the decoder. Takes `visual_token_mask` out of the arguments."""
+    def enter(self, depth: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """
+        Before the forward of a module on the way to the decoder, `depth` modules below the model. Takes
+        `visual_token_mask` out of the arguments.
+
+        Raises:
+            `RuntimeError`: in a replica of `nn.DataParallel`, whose threads share this object.
+        """
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                "MoReS does not work under nn.DataParallel. Start one process per GPU (torchrun or accelerate), or "
+                "let the program see one GPU only (CUDA_VISIBLE_DEVICES=0)."
+            )
         mask = kwargs.pop(MASK_ARGUMENT, None)
-        self._depth += 1
-        if self._depth == 1:
+        # Calls only go deeper: one from no deeper is a new one, also if the last was interrupted before it left.
+        if self._outermost is None or depth <= self._outermost:
+            self._outermost = depth
             self._found = {}
             self._inputs = None
             past = _argument(module, args, kwargs, "past_key_values")
@@ -73,10 +85,10 @@ class TokenFinder:
             )
         return args, kwargs
 
-    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def leave(self, depth: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the forward, also one that failed."""
-        self._depth = max(self._depth - 1, 0)
-        if self._depth == 0:
+        if depth == self._outermost:
+            self._outermost = None
             self._inputs = None
             self._found = {}
 
@@ -116,8 +128,11 @@ class TokenFinder:
         inputs = self._known()
         mask = inputs.visual_token_mask
         if mask is not None:
-            if inputs.continues and mask.shape[-1] != hidden.shape[1]:
+            missing = hidden.shape[1] - mask.shape[-1]
+            if inputs.continues and missing:
                 return torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)  # of the prefill
+            if mask is self.given_mask and mask.dim() == 2 and missing > 0:  # generate() without a cache
+                mask = torch.nn.functional.pad(mask, (0, missing))
             if mask.dtype != torch.bool or mask.dim() != 2 or mask.shape[1] != hidden.shape[1]:
                 raise ValueError(
                     f"visual_token_mask must be a bool tensor of shape {tuple(hidden.shape[:2])}, one value per "
@@ -150,21 +165,24 @@ class TokenFinder:
         if inputs.continues:
             return ~prompt
         if inputs.attention_mask is not None and inputs.attention_mask.dim() == 2:
-            prompt &= _repeat_rows(inputs.attention_mask, batch, "attention_mask")[:, -tokens:].bool()
+            real = _repeat_rows(inputs.attention_mask, batch, "attention_mask")[:, -tokens:].bool()
+            prompt &= real.to(prompt.device)
         if inputs.labels is not None:
-            prompt &= (inputs.labels != -100).long().cumsum(1) == 0
+            prompt &= ((inputs.labels != -100).long().cumsum(1) == 0).to(prompt.device)
         if self.prompt_length is not None:
             prompt[:, self.prompt_length :] = False
         if inputs.input_ids is not None and inputs.input_ids.shape == prompt.shape:
             for token_id in self.visual_token_ids:
-                prompt &= inputs.input_ids != token_id
+                prompt &= (inputs.input_ids != token_id).to(prompt.device)
         return prompt
 
     def _known(self) -> Inputs:
         if self._inputs is None:
             raise RuntimeError(
                 "MoReS does not know which tokens to steer: decoder layers were called outside the model's forward. "
-                "Call the model, or disable the adapter around this call (`with model.disable_adapter():`)."
+                "Call the model, or disable the adapter around this call (`with model.disable_adapter():`). If this "
+                "happens in a backward pass with gradient checkpointing, this transformers version repeats a layer's "
+                "hooks there; upgrade it (5.23 does not)."
             )
         return self._inputs
 

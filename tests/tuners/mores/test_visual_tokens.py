@@ -110,6 +110,35 @@ def test_a_failed_call_leaves_nothing_behind():
     assert torch.equal(logits(model, batch), expected)
 
 
+def test_an_interrupted_call_leaves_nothing_behind():
+    batch, model = inputs(), adapted()
+    expected = logits(model, batch)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    handle = model.get_base_model().get_decoder().register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**inputs(texts=(None, None)))
+    handle.remove()
+    assert torch.equal(logits(model, batch), expected)
+
+
+def test_replicas_of_data_parallel_are_refused():
+    model = adapted()
+    model.get_base_model()._is_replica = True
+    with pytest.raises(RuntimeError, match="torchrun"):
+        model(**inputs())
+
+
+def test_a_mask_for_generation_without_a_cache():
+    batch, model = inputs(texts=((3, 4), (3, 4))), adapted()
+    mask, options = batch["input_ids"] == IMAGE, {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    expected = model.generate(**batch, **options)
+    with visual_tokens(model, mask):
+        assert torch.equal(model.generate(**batch, **options, use_cache=False), expected)
+
+
 def test_visual_tokens_needs_an_adapter():
     with pytest.raises(ValueError, match="without a MoReS adapter"), visual_tokens(build(), torch.ones(1, 1)):
         pass
