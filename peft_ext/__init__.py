@@ -6,6 +6,7 @@ from .sparse.hotswap import hotswap_adapter
 from .sparse.report import SelectionReport, selection_report
 from .sparse.scoring import SupervisedContrastiveLoss, TwoViewCollator, activation_scores, gradient_scores
 from .tuners.gps import GPS_PRESETS, GPSConfig, GPSModel, gps
+from .tuners.mores import MoReSConfig, MoReSModel, visual_tokens
 from .tuners.neuroada import NEUROADA_PRESETS, NEUROADA_SEARCH_SPACES, NeuroAdaConfig, NeuroAdaModel
 from .tuners.psn import PSNConfig, PSNModel
 
@@ -19,6 +20,8 @@ __all__ = [
     "NEUROADA_SEARCH_SPACES",
     "GPSConfig",
     "GPSModel",
+    "MoReSConfig",
+    "MoReSModel",
     "NeuroAdaConfig",
     "NeuroAdaModel",
     "PSNConfig",
@@ -32,4 +35,5 @@ __all__ = [
     "gradient_scores",
     "hotswap_adapter",
     "selection_report",
+    "visual_tokens",
 ]

@@ -14,6 +14,7 @@ from .._peft_internals import (
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
     BaseTuner,
 )
+from ..injection import clean_refusal
 from .checkpoint import CheckpointMixin
 from .config import SparseConfig
 from .delta import SparseDelta
@@ -71,9 +72,6 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         self._low_cpu_mem_usage = low_cpu_mem_usage or _parameters_go_to_meta()
-        config = self.peft_config[adapter_name]
-        config.awaits_weights = config.from_checkpoint
-        config.trainable_before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._plan: dict[str, Planned] = {}
         self._deltas: dict[Any, SparseDelta] = {}  # of this adapter, by the weight that they are for
         self._dense_dtype = _float_dtype(model)
@@ -82,19 +80,14 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         if state_dict is not None:
             state_dict = named_by_target(model, state_dict)
         try:
-            super().inject_adapter(
-                model,
-                adapter_name,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-                state_dict=state_dict,
-            )
-        except BaseException:
-            self.peft_config.pop(adapter_name, None)  # transformers shares this table with the adapters before
-            # transformers marks the model as adapted before it calls us, and then expects a `peft_config` on it.
-            if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, "peft_config"):
-                model.__dict__.pop("_hf_peft_config_loaded", None)
-            raise
+            with clean_refusal(self.peft_config, model, adapter_name):
+                super().inject_adapter(
+                    model,
+                    adapter_name,
+                    autocast_adapter_dtype=autocast_adapter_dtype,
+                    low_cpu_mem_usage=low_cpu_mem_usage,
+                    state_dict=state_dict,
+                )
         finally:
             self._plan, self._deltas = {}, {}
         note_sharing(model, self.tuner_layer_cls)

@@ -1,0 +1,1 @@
+"""Looking inside models: where attention goes, and what depends on it."""
