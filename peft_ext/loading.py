@@ -19,6 +19,7 @@ from torch import nn
 from ._peft_internals import AuxiliaryTrainingWrapper
 from .files import check_weights
 from .saved_config import SavedConfig
+from .snapshot import Snapshot
 from .sparse.layers import SparseLayer
 from .tuners.mores.checkpoint import check_arrived
 from .tuners.mores.model import take_out as take_out_steering
@@ -39,7 +40,7 @@ def all_or_nothing(load_adapter: Callable[..., Any], path_argument: str) -> Call
         given = signature.bind(self, *args, **kwargs).arguments
         name = given.get("adapter_name") or "default"
         known = name in getattr(self, "peft_config", {})
-        modes = [(module, module.training) for module in self.modules()]
+        before = Snapshot(self)
         path = given.get(path_argument) or getattr(given.get("load_config"), "pretrained_model_name_or_path", None)
         try:
             if path is not None:
@@ -55,8 +56,9 @@ def all_or_nothing(load_adapter: Callable[..., Any], path_argument: str) -> Call
             config = getattr(self, "peft_config", {}).get(name)
             if isinstance(config, SavedConfig) and (config.awaits_weights or not known):
                 take_out(self, name)
-                for module, training in modes:
-                    module.training = training
+                if not known:
+                    before.restore()
+                before.restore_modes()
                 if isinstance(error, KeyError):  # PEFT's way to say that a saved module is missing
                     raise ValueError(f"The checkpoint {path} lacks {error}. Save the whole adapter again.") from error
             raise

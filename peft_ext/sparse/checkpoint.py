@@ -36,6 +36,8 @@ class CheckpointMixin:
         )
         seen: set[int] = set()
         for prefix, layer in cls._layers_with(model, adapter_name):
+            if layer.deltas[adapter_name].pending:
+                raise RuntimeError(f"Adapter '{adapter_name}' can't be saved. {layer.pending_reason(adapter_name)}")
             key = f"{prefix}.indices"
             if id(layer.deltas[adapter_name]) in seen:  # of a shared weight: safetensors stores no tensor twice
                 for name in layer.deltas[adapter_name].state_dict():

@@ -122,7 +122,11 @@ class SparseConfig(SavedConfig):
         _, scope = parse_selection(self.selection)
         if type(self.train_bias) is not bool:
             raise ValueError(f"train_bias={self.train_bias!r} must be True or False.")
-        if not 0.0 < self.neuron_ratio <= 1.0:
+        if type(self.seed) is not int:
+            raise ValueError(f"seed={self.seed!r} must be a whole number.")
+        if type(self.init_weights) is not bool:
+            raise ValueError(f"init_weights={self.init_weights!r} must be True (zeros) or False (random values).")
+        if not isinstance(self.neuron_ratio, (int, float)) or not 0.0 < self.neuron_ratio <= 1.0:
             raise ValueError(f"neuron_ratio={self.neuron_ratio!r} must lie in (0, 1].")
         if self.neuron_ratio != 1.0 and scope != "neuron":
             raise ValueError(f"neuron_ratio={self.neuron_ratio} needs a selection per neuron, not {self.selection!r}.")
@@ -158,5 +162,7 @@ class SparseConfig(SavedConfig):
         Returns:
             The config itself, to be passed to `get_peft_model`.
         """
+        if not isinstance(scores, Mapping):
+            raise ValueError(f"scores={scores!r} must be a mapping from the names of modules to tensors.")
         self.scores = scores
         return self

@@ -74,8 +74,14 @@ class MergeMixin:
         layers = {name: m for name, m in self.model.named_modules() if isinstance(m, self.tuner_layer_cls)}
         for layer in layers.values():
             layer.requantize = requantize
+        before = {name: list(layer.merged_adapters) for name, layer in layers.items()}
         try:
             yield
+        except BaseException:  # of one layer, after others have merged
+            for name, layer in layers.items():
+                if layer.merged_adapters != before[name] and not layer.follows:
+                    layer._restore(len(before[name]))
+            raise
         finally:
             for layer in layers.values():
                 layer.requantize = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -71,6 +72,10 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
+        given = self.peft_config[adapter_name]
+        if given.support_sizes is not None and not given.from_checkpoint and self._given_supports is None:
+            # An adapter was made with this object before, and the sizes that were filled in then are that one's.
+            self.peft_config[adapter_name] = copy(given)
         self._low_cpu_mem_usage = low_cpu_mem_usage or _parameters_go_to_meta()
         self._plan: dict[str, Planned] = {}
         self._deltas: dict[Any, SparseDelta] = {}  # of this adapter, by the weight that they are for
@@ -91,7 +96,7 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         finally:
             self._plan, self._deltas = {}, {}
         note_sharing(model, self.tuner_layer_cls)
-        self.peft_config[adapter_name].scores = None  # dense, and of no use once the entries are chosen
+        given.scores = self.peft_config[adapter_name].scores = None  # dense, and of no use once the entries are chosen
 
     def _prepare_adapter_config(self, peft_config: SparseConfig, model_config: dict[str, Any]) -> SparseConfig:
         resolve_targets(peft_config, self.model, self.default_targets)
@@ -159,12 +164,15 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
             )
         chosen = {name: bases[name] for name in first.values()}
         views = {name: partial(_matrix, base, backends[name]) for name, base in chosen.items()}
+        # An adapter is chosen for the base weight, not for what is merged into it at the moment.
+        merged = {id(layer.get_base_layer()): layer for layer in self.sparse_layers(self.model) if layer.merged}
+        views |= {name: merged[id(base)].original_matrix for name, base in chosen.items() if id(base) in merged}
         scores = ScoreMatrices(config.scores, chosen, shapes) if criterion in SCORED else None
         supports = select_supports(
             views, config.selection, config.entries_per_neuron, config.neuron_ratio, config.seed, scores
         )
-        if scope == "network":
-            config.support_sizes = {name: supports[source[name]].entries for name in bases}
+        sizes = {name: supports[source[name]].entries for name in bases}
+        config.support_sizes = sizes if scope == "network" else None
         return {name: Planned(supports[source[name]]) for name in bases}
 
     def _placeholder(self, config: SparseConfig, name: str, rows: int, fan_in: int) -> Support:

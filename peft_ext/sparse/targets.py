@@ -60,8 +60,25 @@ def resolve_targets(config: SparseConfig, model: nn.Module, default: str) -> Non
         config.target_modules = sorted(
             name
             for name in config.target_modules or ()
-            if name.split(".")[0] not in HEADS and _in_layers(name, config)
+            if not is_head(model, name, config) and _in_layers(name, config)
         )
+        if not config.target_modules:
+            raise ValueError(
+                f"layers_to_transform={config.layers_to_transform!r} and layers_pattern={config.layers_pattern!r} "
+                "leave no layer to adapt; name blocks that the model has."
+            )
+
+
+def is_head(model: nn.Module, name: str, config: SparseConfig) -> bool:
+    """Whether a module is left out by default: it belongs to what a task puts on top of the pretrained model, which is
+    new and random there (so that an adapter would fit no other copy), or is trained whole."""
+    parts = name.split(".")
+    body = getattr(model, "base_model_prefix", "")
+    if body and isinstance(getattr(model, body, None), nn.Module) and parts[0] != body:
+        return True
+    whole = tuple(config.modules_to_save or ())
+    # PEFT matches the end of a name, so that "classifier" is also "pre_classifier".
+    return parts[0] in HEADS or "pooler" in parts or any(part.endswith(whole) for part in parts if whole)
 
 
 def _layers_with_neurons(config: SparseConfig, model: nn.Module) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from functools import reduce
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -87,7 +88,7 @@ class WeightedAdapterMixin:
         self._inject_given(adapter_name, config, supports)
         for name, layer in self.model.named_modules():  # type: ignore[attr-defined]
             if name in values:
-                delta = layer.deltas[adapter_name]
+                delta = layer.deltas[adapter_name].to(_widest(layer, adapters))
                 delta.weight.data.copy_(values[name].view_as(delta.weight))
                 if name in biases:
                     delta.bias.data.copy_(biases[name])
@@ -184,3 +185,9 @@ def _ragged(support: Support) -> Support:
     rows, k = support.indices.shape
     offsets = torch.arange(rows + 1, dtype=torch.int32, device=support.indices.device) * k
     return Support(support.indices.reshape(-1), support.fan_in, offsets)
+
+
+def _widest(layer: SparseLayer, adapters: list[str]) -> torch.dtype:
+    """A dtype that holds the values of all adapters."""
+    dtypes = [layer.deltas[name].weight.dtype for name in adapters if name in layer.deltas]
+    return reduce(torch.promote_types, dtypes)

@@ -103,7 +103,7 @@ class SparseLayer(MergingMixin, nn.Module, BaseTunerLayer):
                 nn.init.normal_(parameter)
         readable = self.quantization_backend is None or self.quantization_backend.supports_merge
         if readable and not pending and not support.indices.is_meta:
-            delta.fingerprint.copy_(support.fingerprint(self.base_matrix()))
+            delta.fingerprint.copy_(support.fingerprint(self.original_matrix()))
         return delta
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -187,16 +187,21 @@ class SparseLayer(MergingMixin, nn.Module, BaseTunerLayer):
         """The adapter, after making sure that its entries are known and belong to this base weight."""
         delta: SparseDelta = self.deltas[adapter_name]
         if delta.pending:
-            raise RuntimeError(
-                f"The entries of adapter '{adapter_name}' are not known yet: it was created empty, to be loaded "
-                "from a checkpoint. Load the checkpoint, or create the adapter without `low_cpu_mem_usage`."
-            )
+            raise RuntimeError(self.pending_reason(adapter_name))
         if not torch.compiler.is_compiling():  # asked first: a compiled model must not depend on the flags
             if delta.stale:
                 delta.refresh()
             if not delta.checked:
                 self.check_base(adapter_name)
         return delta
+
+    def pending_reason(self, adapter_name: str) -> str:
+        """Why an adapter has no entries yet, and what to do."""
+        return (
+            f"The entries of adapter '{adapter_name}' are not known yet: it was made to be loaded from a checkpoint "
+            "(its config was read from one or has inference_mode=True, or low_cpu_mem_usage was set). Load the "
+            "checkpoint with `PeftModel.from_pretrained` or `load_adapter`; to choose entries anew, make a new config."
+        )
 
     def check_base(self, adapter_name: str) -> None:
         """
@@ -216,10 +221,10 @@ class SparseLayer(MergingMixin, nn.Module, BaseTunerLayer):
 
     def base_mismatch(self, support: Support, fingerprint: Tensor) -> str | None:
         """What differs between the base weight and a stored fingerprint; `None` if nothing, or if it can't be told."""
-        backend = self.quantization_backend
-        if self.merged or self.get_base_layer().weight.is_meta or (backend is not None and not backend.supports_merge):
+        backend = self.original_backend
+        if self.get_base_layer().weight.is_meta or (backend is not None and not backend.supports_merge):
             return None
-        matrix = self.base_matrix()
+        matrix = self.original_matrix()
         return support.to(matrix.device).mismatch(fingerprint, matrix, quantised=backend is not None)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:

@@ -90,6 +90,27 @@ class MergingMixin:
         aside = self._set_aside
         return aside is not None and aside.base_layer is not None and self.requantization_error is None
 
+    @property
+    def original_backend(self) -> QuantizationBackend | None:
+        """That of the base layer without what is merged into it."""
+        aside = self._set_aside
+        return self.quantization_backend if aside is None or aside.base_layer is None else aside.backend
+
+    @torch.no_grad()
+    def original_matrix(self) -> Tensor:
+        """The base weight as `[rows, fan_in]` without what is merged into it: a view of it, or a copy."""
+        aside = self._set_aside
+        if aside is not None:
+            base_layer: Any = aside.base_layer or self.get_base_layer()
+            weight = float_weight(base_layer, aside.backend) if aside.weight is None else aside.weight.detach()
+            return neuron_view(base_layer, weight)
+        if not self._merged:
+            return self.base_matrix()
+        matrix = self.base_matrix().clone()
+        for merged in reversed(self._merged):
+            merged.support.to(matrix.device).scatter_(matrix, merged.originals.to(matrix))
+        return matrix
+
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """

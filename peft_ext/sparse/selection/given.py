@@ -38,6 +38,11 @@ class ScoreMatrices(Mapping[str, Tensor]):
 
     def __getitem__(self, module: str) -> Tensor:
         score, base = self.scores[module], self.bases[module]
+        if not isinstance(score, Tensor):
+            raise ValueError(
+                f"scores['{module}'] is {score!r}, not a tensor; give one score per weight, or leave the module out "
+                "of `target_modules`."
+            )
         # A score may have any device and dtype, but has to look like the weight.
         matrix = neuron_view(base, score) if score.dim() == base.weight.dim() else score
         if tuple(matrix.shape) != self.shapes[module]:
