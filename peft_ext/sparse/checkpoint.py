@@ -80,7 +80,7 @@ class CheckpointMixin:
                 first.setdefault(id(layer.deltas[adapter_name]), prefix), prefix, layer, adapter_name, mapped
             )
             known |= {f"{prefix}.{name}" for name in layer.deltas[adapter_name].state_dict()}
-        biases = cls._get_learnable_bias_state_dict(model, model.state_dict(), config)  # type: ignore[attr-defined]
+        biases = cls._get_learnable_bias_state_dict(model, model.state_dict(), config)
         lacking = sorted(biases.keys() - mapped.keys())
         if lacking:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -163,7 +163,9 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
                 "here."
             )
         chosen = {name: bases[name] for name in first.values()}
-        views = {name: partial(_matrix, base, backends[name]) for name, base in chosen.items()}
+        views: dict[str, Callable[[], Tensor]] = {
+            name: partial(_matrix, base, backends[name]) for name, base in chosen.items()
+        }
         # An adapter is chosen for the base weight, not for what is merged into it at the moment.
         merged = {id(layer.get_base_layer()): layer for layer in self.sparse_layers(self.model) if layer.merged}
         views |= {name: merged[id(base)].original_matrix for name, base in chosen.items() if id(base) in merged}
