@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .layers import SparseLayer
+from .layers import SparseLayer, attention_biases
 from .support import Support, narrowest_index_dtype
 
 
@@ -46,6 +46,15 @@ class CheckpointMixin:
                 fan_in = layer.deltas[adapter_name].fan_in
                 selected[key] = selected[key].to(narrowest_index_dtype(fan_in))
         return selected
+
+    @classmethod
+    def _get_learnable_bias_state_dict(
+        cls, model: nn.Module, state_dict: dict[str, Tensor], config: SparseConfig
+    ) -> dict[str, Tensor]:
+        """As PEFT selects it, with the biases that `nn.MultiheadAttention` keeps under names of its own."""
+        found = super()._get_learnable_bias_state_dict(model, state_dict, config)  # type: ignore[misc]
+        names = (name for name, _ in attention_biases(model, config.bias))
+        return {**found, **{name: state_dict[name] for name in names if name in state_dict}}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -19,6 +19,7 @@ class MergeMixin:
 
     model: nn.Module
     tuner_layer_cls: type[SparseLayer]
+    _kept_padded: list[nn.TransformerEncoder]
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, requantize: bool = False
@@ -58,6 +59,8 @@ class MergeMixin:
         # With what is already merged, which stays merged, as in PEFT.
         layers = {name: m for name, m in self.model.named_modules() if isinstance(m, self.tuner_layer_cls)}
         unloaded = super()._unload_and_optionally_merge(merge=merge, **kwargs)  # type: ignore[misc]
+        for encoder in self._kept_padded:
+            encoder.use_nested_tensor = True
         forget_quantisation(unloaded, [name for name, layer in layers.items() if layer.is_dequantised])
         return unloaded
 

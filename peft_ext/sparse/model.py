@@ -13,21 +13,20 @@ from torch import Tensor, nn
 from .._peft_internals import (
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
     BaseTuner,
-    resolve_all_linear,
 )
 from .checkpoint import CheckpointMixin
 from .config import SparseConfig
 from .delta import SparseDelta
-from .layers import LayerTypes, SparseLayer
+from .layers import LayerTypes, SparseLayer, SparseMultiheadAttention, attention_biases, weights_of_layer
 from .merge import MergeMixin
 from .mixed_batch import MixedBatchMixin
-from .neurons import SUPPORTED, is_supported, matrix_shape, neuron_view
+from .neurons import SUPPORTED, is_supported, matrix_shape, neuron_view, weights_of
 from .quantised import backend_of, float_weight
 from .selection import SCORED, ScoreMatrices, parse_selection, select_supports
 from .selection.plan import kept_neurons
 from .sharing import note_sharing, weight_key
 from .support import Support
-from .targets import base_of, inside_adapter, resolve_targets
+from .targets import base_of, inside_adapter, named_by_target, resolve_targets, without_parts
 from .weighted import WeightedAdapterMixin
 
 
@@ -78,7 +77,10 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         self._plan: dict[str, Planned] = {}
         self._deltas: dict[Any, SparseDelta] = {}  # of this adapter, by the weight that they are for
         self._dense_dtype = _float_dtype(model)
+        self._kept_padded = getattr(self, "_kept_padded", [])
         self._inject_by_state_dict = state_dict is not None
+        if state_dict is not None:
+            state_dict = named_by_target(model, state_dict)
         try:
             super().inject_adapter(
                 model,
@@ -105,13 +107,12 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
     def _prepare_model(self, peft_config: SparseConfig, model: nn.Module) -> None:
         if self._inject_by_state_dict:
             return  # the state dict's keys decide what is adapted
-        resolve_all_linear(peft_config, model)
         targets = {
             name: module
             for name, module in model.named_modules()
             if name and not inside_adapter(model, name) and self._check_target_module_exists(peft_config, name)
         }
-        self._plan = self._make_plan(peft_config, targets)
+        self._plan = self._make_plan(peft_config, without_parts(model, targets))
 
     def _make_plan(self, config: SparseConfig, targets: dict[str, nn.Module]) -> dict[str, Planned]:
         """Check the targets and choose their entries.
@@ -120,14 +121,12 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
             `TypeError`: if a target is of a type that has no neurons.
             `ValueError`: if a weight is not finite, or scores are missing or of another shape.
         """
-        bases = {name: base_of(module) for name, module in targets.items()}
+        bases: dict[str, Any] = {}
+        for name, module in targets.items():
+            base = base_of(module)
+            self._check_type(name, module, base)
+            bases.update(weights_of(name, base))
         backends = {name: backend_of(self, base) for name, base in bases.items()}
-        for name, base in bases.items():
-            if not is_supported(base, backends[name]):
-                raise TypeError(
-                    f"Target module '{name}' is a {type(base).__name__}, which is not supported. Supported are "
-                    f"{SUPPORTED}. Narrow `target_modules`, or add '{name}' to `exclude_modules`."
-                )
         if self._given_supports is not None:
             return {name: Planned(self._given_supports[name]) for name in bases}
         # Layers that share a weight share their entries: each weight is looked at once, under its first name.
@@ -135,7 +134,8 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         source = {name: first.setdefault(weight_key(base) or name, name) for name, base in bases.items()}
         for name, base in bases.items():
             other = bases[source[name]]
-            if config.train_bias and getattr(base, "bias", None) is not getattr(other, "bias", None):
+            ours, theirs = getattr(base, "bias", None), getattr(other, "bias", None)
+            if config.train_bias and base is not other and ours is not theirs:
                 raise ValueError(
                     f"'{source[name]}' and '{name}' share a weight, so they share what an adapter trains, but their "
                     "biases differ. Set train_bias=False, or adapt only one of the two."
@@ -152,19 +152,19 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         # Nothing to choose from, or a checkpoint brings the entries: shapes are all that is needed.
         in_checkpoint = config.from_checkpoint and config.support_sizes is not None
         no_data = self._low_cpu_mem_usage or any(_has_no_data(base) for base in bases.values())
-        if without_scores or in_checkpoint or no_data:
+        sealed = {name: b for name, b in backends.items() if b is not None and not b.supports_merge}
+        if without_scores or in_checkpoint or no_data or (sealed and config.from_checkpoint):
             device = torch.device("meta" if no_data else "cpu")
             return {
                 name: Planned(self._placeholder(config, name, *shapes[name]).to(device), pending=True)
                 for name in bases
             }
-        if criterion not in SCORED:
-            for name, backend in backends.items():
-                if backend is not None and not backend.supports_merge:
-                    raise TypeError(
-                        f"Target module '{name}' is quantised by {backend.backend_name}, which can't give its weights "
-                        "back, so no entries can be ranked. Choose them on the unquantised model and load them here."
-                    )
+        for name, backend in sealed.items():
+            raise TypeError(
+                f"Target module '{name}' is quantised by {backend.backend_name}, which can't give its weights back, "
+                "so no entries can be ranked. Choose them on the unquantised model, save that adapter, and load it "
+                "here."
+            )
         chosen = {name: bases[name] for name in first.values()}
         views = {name: partial(_matrix, base, backends[name]) for name, base in chosen.items()}
         scores = ScoreMatrices(config.scores, chosen, shapes) if criterion in SCORED else None
@@ -199,38 +199,62 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        planned = self._plan.get(current_key)
-        if planned is None:  # chosen by the keys of a state dict, not by the config
-            planned = self._make_plan(peft_config, {current_key: target})[current_key]
-        key = weight_key(base_of(target))
-        shared = None if key is None else self._deltas.get(key)
-        if isinstance(target, self.tuner_layer_cls):
-            layer = target
-            layer.update_layer(adapter_name, peft_config, planned.support, planned.pending, shared)
-        else:
-            layer = self._create_new_module(peft_config, adapter_name, target, planned, shared)
-        if key is not None:
-            self._deltas[key] = layer.deltas[adapter_name]
-        if layer is target:
+        if isinstance(parent, SparseMultiheadAttention):
+            return  # an attention's projection, adapted with it
+        base = base_of(target)
+        if not weights_of(current_key, base).keys() <= self._plan.keys():  # chosen by the keys of a state dict
+            self._plan.update(self._make_plan(peft_config, {current_key: target}))
+        is_new = not isinstance(target, (self.tuner_layer_cls, self.layer_types.attention))
+        layer: Any = self._create_new_module(target, adapter_name) if is_new else target
+        for name, part in weights_of_layer(current_key, layer).items():
+            self._update_layer(part, adapter_name, peft_config, self._plan[name])
+        if not is_new:
             return
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable until it is activated
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            # In inference this class reads the weights of its layers, unless one of them has a hook; and the encoder
+            # around it packs padded batches for that.
+            layer.register_forward_pre_hook(_keep_calling)
+            for encoder in self.model.modules():
+                if isinstance(encoder, nn.TransformerEncoder) and parent in encoder.layers:
+                    self._kept_padded += [encoder] if encoder.use_nested_tensor else []
+                    encoder.use_nested_tensor = False
         self._replace_module(parent, target_name, layer, target)
 
-    def _create_new_module(
-        self,
-        config: SparseConfig,
-        adapter_name: str,
-        target: nn.Module,
-        planned: Planned,
-        shared: SparseDelta | None = None,
-    ) -> SparseLayer:
-        base = base_of(target)
-        layer = self.layer_types.for_base(base)(target, backend_of(self, base))
+    def _create_new_module(self, target: nn.Module, adapter_name: str) -> SparseLayer | SparseMultiheadAttention:
+        layer = self.layer_types.around(target, backend_of(self, base_of(target)))
+        for part in weights_of_layer("", layer).values():
+            part._active_adapter = adapter_name
+            part.dense_dtype = self._dense_dtype
         layer._active_adapter = adapter_name
-        layer.dense_dtype = self._dense_dtype
-        layer.update_layer(adapter_name, config, planned.support, planned.pending, shared)
         return layer
+
+    def _update_layer(self, layer: SparseLayer, adapter_name: str, config: SparseConfig, planned: Planned) -> None:
+        key = weight_key(layer.get_base_layer())
+        shared = None if key is None else self._deltas.get(key)
+        layer.update_layer(adapter_name, config, planned.support, planned.pending, shared)
+        if key is not None:
+            self._deltas[key] = layer.deltas[adapter_name]
+
+    def _check_type(self, name: str, module: nn.Module, base: nn.Module) -> None:
+        advice = f"Narrow `target_modules`, or add '{name}' to `exclude_modules`."
+        if not is_supported(base, backend_of(self, base)):
+            fused = [key for key, parameter in base.named_parameters(recurse=False) if parameter.dim() == 3]
+            hint = f" Its '{fused[0]}' fuses the weights of several layers into one." if fused else ""
+            raise TypeError(
+                f"Target module '{name}' is a {type(base).__name__}, which is not supported.{hint} Supported are "
+                f"{SUPPORTED}. {advice}"
+            )
+        own = (nn.MultiheadAttention, self.layer_types.attention)
+        if isinstance(base, nn.MultiheadAttention) and not isinstance(module, own):
+            raise TypeError(f"Target module '{name}' is an attention that another method has adapted. {advice}")
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        for adapter_name in self.active_adapters:
+            for _, parameter in attention_biases(model, self.peft_config[adapter_name].bias):
+                parameter.requires_grad = True
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         dtype = self.peft_config[adapter_name].values_dtype
@@ -256,6 +280,10 @@ def _parameters_go_to_meta() -> bool:
     probe = nn.Module()
     probe.register_parameter("probe", nn.Parameter(torch.empty(0)))
     return next(probe.parameters()).is_meta
+
+
+def _keep_calling(module: nn.Module, args: Any) -> None:
+    """A hook that changes nothing."""
 
 
 def _matrix(base_layer: nn.Module, backend: Any) -> Tensor:

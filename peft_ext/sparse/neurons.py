@@ -12,13 +12,21 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from .._peft_internals import QuantizationBackend
+from .projection import PROJECTIONS, Projection
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 SUPPORTED = (
-    "torch.nn.Linear, Conv1d, Conv2d and Conv3d, transformers' Conv1D, and quantised linear layers that PEFT has a "
-    "backend for"
+    "torch.nn.Linear, Conv1d, Conv2d, Conv3d and MultiheadAttention, transformers' Conv1D, and quantised linear "
+    "layers that PEFT has a backend for"
 )
+
+
+def weights_of(name: str, module: nn.Module) -> dict[str, Any]:
+    """The layers with one weight each that a target stands for, by name: itself, or an attention's projections."""
+    if isinstance(module, nn.MultiheadAttention):
+        return {f"{name}.{part}": Projection(module, part) for part in PROJECTIONS}
+    return {name: module}
 
 
 def is_convolution(base_layer: nn.Module) -> bool:
@@ -36,7 +44,8 @@ def is_supported(base_layer: nn.Module, backend: QuantizationBackend | None) -> 
     """Whether a layer has neurons that we can adapt."""
     if backend is not None:
         return backend.layer_type == "linear"
-    return isinstance(base_layer, (nn.Linear, Conv1D)) or is_convolution(base_layer)
+    linear = (nn.Linear, Conv1D, Projection, nn.MultiheadAttention)
+    return isinstance(base_layer, linear) or is_convolution(base_layer)
 
 
 def neuron_view(base_layer: nn.Module, weight: Tensor) -> Tensor:
@@ -73,12 +82,12 @@ def taps_of(base_layer: Any) -> int | None:
 
 def has_writable_weight(base_layer: nn.Module) -> bool:
     """Whether writing into a layer's weight changes the layer: a parametrization computes it anew each time."""
-    return "weight" in base_layer._parameters
+    return "weight" in base_layer._parameters or isinstance(base_layer, Projection)
 
 
 def is_plain(base_layer: nn.Module) -> bool:
     """Whether the layer computes `W x + b` and nothing else, so that calling it and multiplying by W are the same."""
-    if type(base_layer) not in (nn.Linear, Conv1D, *CONVOLUTIONS) or "forward" in vars(base_layer):
+    if type(base_layer) not in (nn.Linear, Conv1D, Projection, *CONVOLUTIONS) or "forward" in vars(base_layer):
         return False
     weight = base_layer.weight
     if type(weight) not in (nn.Parameter, Tensor) or isinstance(weight, DTensor) or weight.requires_grad:

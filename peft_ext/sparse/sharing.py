@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .layers import SparseLayer
+from .projection import Projection
 
 
 def weight_key(base_layer: Any) -> tuple[int, bool] | None:
@@ -25,22 +26,26 @@ def note_sharing(model: nn.Module, layer_cls: type[SparseLayer]) -> None:
     Layers that are merged at the moment keep what they were told.
     """
     uses: dict[int, int] = defaultdict(int)  # how often each parameter is reached, also through a module used twice
-    layers: dict[int, list[SparseLayer]] = defaultdict(list)
+    users: dict[tuple[int, str], list[SparseLayer]] = defaultdict(list)
     for _, module in model.named_modules(remove_duplicate=False):
         for parameter in module._parameters.values():
             uses[id(parameter)] += 1
         if isinstance(module, layer_cls):
-            layers[id(module.get_base_layer()._parameters.get("weight"))].append(module)
-    for weight, users in layers.items():
-        first, others = users[0], [layer for layer in dict.fromkeys(users[1:]) if layer is not users[0]]
-        if any(layer.merged for layer in (first, *others)):
+            base: Any = module.get_base_layer()
+            if isinstance(base, Projection):
+                users[id(base.attention.get_parameter(base.parameter_name)), base.name].append(module)
+            elif "weight" in base._parameters:
+                users[id(base.weight), ""].append(module)
+    for (weight, _), reached in users.items():
+        layers = list(dict.fromkeys(reached))
+        if any(layer.merged for layer in layers):
             continue
-        alike = uses[weight] == len(users) and all(_adapted_alike(first, layer) for layer in others)
-        for layer in (first, *others):
+        alike = uses[weight] == len(reached) and all(_adapted_alike(layers[0], layer) for layer in layers)
+        for layer in layers:
             layer.merge_alone()
             layer.shares_weight = not alike and uses[weight] > 1
-        for layer in others if alike else ():
-            layer.merge_with(first)
+        for layer in layers[1:] if alike else ():
+            layer.merge_with(layers[0])
 
 
 def _adapted_alike(one: SparseLayer, other: SparseLayer) -> bool:

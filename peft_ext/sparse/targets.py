@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .._peft_internals import (
@@ -16,6 +16,7 @@ from .._peft_internals import (
 )
 from .config import SparseConfig
 from .neurons import is_supported
+from .projection import PROJECTIONS
 from .quantised import backend_of
 
 
@@ -49,8 +50,11 @@ def resolve_targets(config: SparseConfig, model: nn.Module, default: str) -> Non
         config.target_modules = default
     if config.target_modules == ALL_NEURONS:
         config.target_modules = sorted(_layers_with_neurons(config, model))
-    elif config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND and by_default:
+    elif isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         resolve_all_linear(config, model)
+        # PEFT finds an attention's output projection, which is not called, and not its others.
+        linear = {name for name in config.target_modules or () if not is_part(model, name)}
+        config.target_modules = sorted(linear | set(_attentions(model)))
     if by_default:
         # PEFT's model classes wrap these heads in modules_to_save only after the injection.
         config.target_modules = sorted(
@@ -71,9 +75,52 @@ def _layers_with_neurons(config: SparseConfig, model: nn.Module) -> Iterator[str
             and base is not head
             and whole.isdisjoint(name.split("."))
             and not inside_adapter(model, name)
+            and not is_part(model, name)
             and is_supported(base, backend_of(model, base))
         ):
             yield name
+
+
+def _attentions(model: nn.Module) -> Iterator[str]:
+    for name, module in model.named_modules():
+        if name and isinstance(base_of(module), nn.MultiheadAttention) and not inside_adapter(model, name):
+            yield name
+
+
+def is_part(model: nn.Module, name: str) -> bool:
+    """Whether a module belongs to an `nn.MultiheadAttention`, which reads its weight without calling it."""
+    parent, _, _ = name.rpartition(".")
+    return isinstance(base_of(model.get_submodule(parent)), nn.MultiheadAttention)
+
+
+def without_parts(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """
+    Targets without the parts of targeted attention modules.
+
+    Raises:
+        `ValueError`: if a part is targeted without the attention.
+    """
+    parts = {name for name in targets if is_part(model, name)}
+    for name in sorted(parts):
+        attention = name.rpartition(".")[0]
+        if attention not in targets:
+            raise ValueError(
+                f"Target module '{name}' is a part of the nn.MultiheadAttention '{attention}', which uses its weight "
+                f"without calling it. Target '{attention}' to adapt the attention's projections, or add '{name}' to "
+                "`exclude_modules`."
+            )
+    return {name: module for name, module in targets.items() if name not in parts}
+
+
+def named_by_target(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The keys of an adapter's state dict under the names of the modules to replace: an attention, not its parts."""
+    attentions = [name for name, module in model.named_modules() if isinstance(base_of(module), nn.MultiheadAttention)]
+    parts = {f"{name}.{part}.": f"{name}." for name in attentions for part in PROJECTIONS}
+    renamed = {}
+    for key, tensor in state_dict.items():
+        part = next((part for part in parts if key.startswith(part)), None)
+        renamed[key if part is None else parts[part] + key.removeprefix(part)] = tensor
+    return renamed
 
 
 def base_of(module: nn.Module) -> Any:

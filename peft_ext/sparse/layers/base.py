@@ -13,6 +13,7 @@ from ..config import SparseConfig
 from ..delta import SparseDelta
 from ..neurons import is_plain, neuron_view, taps_of, values_dtype_of, weight_view
 from ..ops.reference import dense_delta
+from ..projection import Projection
 from ..support import Support
 from .merging import MergingMixin
 
@@ -51,7 +52,11 @@ class SparseLayer(MergingMixin, nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.backends: dict[str, str] = {}
-        self.in_features, self.out_features = in_out_features(self.get_base_layer())
+        base: Any = self.get_base_layer()
+        if isinstance(base, Projection):  # PEFT warns of types that it does not know
+            self.in_features, self.out_features = base.in_features, base.out_features
+        else:
+            self.in_features, self.out_features = in_out_features(base)
         setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
 
     @property
@@ -96,7 +101,8 @@ class SparseLayer(MergingMixin, nn.Module, BaseTunerLayer):
         if not config.init_weights and not delta.weight.is_meta:
             for parameter in delta.parameters():
                 nn.init.normal_(parameter)
-        if not pending and not support.indices.is_meta:
+        readable = self.quantization_backend is None or self.quantization_backend.supports_merge
+        if readable and not pending and not support.indices.is_meta:
             delta.fingerprint.copy_(support.fingerprint(self.base_matrix()))
         return delta
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..._peft_internals import QuantizationBackend, check_adapters_to_merge
 from ..delta import SparseDelta
 from ..neurons import has_writable_weight, neuron_view
+from ..projection import Projection
 from ..quantised import dense_layer, float_weight, requantised_layer
 from ..support import Support
 
@@ -160,6 +161,11 @@ class MergingMixin:
             raise ValueError(
                 "The base layer's weight is computed by a parametrization, so nothing can be written into it. Remove "
                 "the parametrization (torch.nn.utils.parametrize.remove_parametrizations) before merging."
+            )
+        if self.shares_weight and isinstance(self.get_base_layer(), Projection):
+            raise ValueError(
+                "The nn.MultiheadAttention shares its weights with another module, so merging would change both. Give "
+                "each of them parameters of its own before adapting."
             )
         backend = self.quantization_backend
         if backend is not None and not backend.supports_merge:

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from ..._peft_internals import BaseTunerLayer, QuantizationBackend
 from ..neurons import is_convolution
+from .attention import SparseMultiheadAttention
 from .base import SparseLayer
 from .conv import SparseConv
 from .linear import SparseLinear
@@ -23,11 +25,13 @@ class LayerTypes:
     Attributes:
         layer: what all of them are instances of; PEFT calls it `tuner_layer_cls`.
         linear, conv: one per kind of base layer.
+        attention: for `nn.MultiheadAttention`, around linear layers.
     """
 
     layer: type[SparseLayer]
     linear: type[SparseLinear]
     conv: type[SparseConv]
+    attention: type[SparseMultiheadAttention]
 
     @classmethod
     def of_method(cls, method: str, prefix: str, module: str) -> LayerTypes:
@@ -50,8 +54,21 @@ class LayerTypes:
         # PEFT finds adapted linear layers, for "all-linear", by this word in the name of the class.
         linear = make("Linear", layer, SparseLinear, doc=f"A linear layer with adapters of {method}.")
         conv = make("Conv", layer, SparseConv, doc=f"A convolution with adapters of {method}.")
-        return cls(layer, linear, conv)
+        names = {**names, "adapter_layer_names": ()}
+        doc = f"An `nn.MultiheadAttention` with adapters of {method} on its projections."
+        attention = make("MultiheadAttention", SparseMultiheadAttention, doc=doc)
+        return cls(layer, linear, conv, attention)
 
-    def for_base(self, base_layer: nn.Module) -> type[SparseLayer]:
-        """The class for a base layer."""
-        return self.conv if is_convolution(base_layer) else self.linear
+    def around(self, target: nn.Module, backend: QuantizationBackend | None) -> SparseLayer | SparseMultiheadAttention:
+        """A layer of the right class around a target, which may be another tuner's layer."""
+        base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(base, nn.MultiheadAttention):
+            return self.attention(base, self.linear)
+        return (self.conv if is_convolution(base) else self.linear)(target, backend)
+
+
+def weights_of_layer(name: str, layer: SparseLayer | SparseMultiheadAttention) -> dict[str, SparseLayer]:
+    """The adapted weights of a layer by name: as [`weights_of`] names those of its base layer."""
+    if isinstance(layer, SparseMultiheadAttention):
+        return {f"{name}.{part}": projection for part, projection in layer.projections.items()}
+    return {name: layer}

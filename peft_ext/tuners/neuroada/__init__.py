@@ -2,7 +2,7 @@
 
 from ...registration import register
 from .config import NeuroAdaConfig
-from .model import NeuroAdaConv, NeuroAdaLinear, NeuroAdaModel
+from .model import NeuroAdaConv, NeuroAdaLinear, NeuroAdaModel, NeuroAdaMultiheadAttention
 from .presets import NEUROADA_PRESETS, NEUROADA_SEARCH_SPACES, Preset, SearchSpace
 
 
@@ -15,6 +15,7 @@ __all__ = [
     "NeuroAdaConv",
     "NeuroAdaLinear",
     "NeuroAdaModel",
+    "NeuroAdaMultiheadAttention",
     "Preset",
     "SearchSpace",
 ]

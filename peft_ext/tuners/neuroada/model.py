@@ -26,3 +26,4 @@ class NeuroAdaModel(SparseModel):
 
 NeuroAdaLinear = NeuroAdaModel.layer_types.linear
 NeuroAdaConv = NeuroAdaModel.layer_types.conv
+NeuroAdaMultiheadAttention = NeuroAdaModel.layer_types.attention
