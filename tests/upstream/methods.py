@@ -62,6 +62,9 @@ METHODS = {
         parameter="gps_delta",
     ),
     "psn": Method(
-        "peft_ext:PSNConfig", {"density": 0.5}, ({"density": None, "k": 3}, {"train_bias": True}), parameter="psn_delta"
+        "peft_ext:PSNConfig",
+        {"density": 0.5},
+        ({"density": None, "k": 3}, {"train_bias": True}),
+        parameter="psn_delta",
     ),
 }
