@@ -298,3 +298,33 @@ def test_entries_chosen_elsewhere_work_on_a_sealed_base(sealed, selection, tmp_p
     model.save_pretrained(tmp_path / "again")
     again = PeftModel.from_pretrained(sealed.quantised, tmp_path / "again", adapter_name="again")
     torch.testing.assert_close(again(x), trained(x))
+
+
+def test_torchao(model_dir, ids, tmp_path):
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    def load():
+        config = TorchAoConfig(Int8WeightOnlyConfig())
+        return AutoModelForCausalLM.from_pretrained(model_dir("llama"), quantization_config=config).eval()
+
+    model = get_peft_model(load(), NeuroAdaConfig(k=2, init_weights=False)).eval()
+    assert get_model_status(model).quantization_backend == "torchao"
+    model(ids, labels=ids).loss.backward()
+    assert all(layer.deltas["default"].weight.grad.abs().max() > 0 for layer in _layers(model))
+    expected = _logits(model, ids)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(_logits(PeftModel.from_pretrained(load(), tmp_path), ids), expected)
+    model.merge_adapter()
+    torch.testing.assert_close(_logits(model, ids), expected, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    assert torch.equal(_logits(model, ids), expected)
+    with pytest.warns(UserWarning, match="of their norm"):
+        model.merge_adapter(requantize=True)
+    assert get_model_status(model).quantization_backend == "torchao"
+    model.unmerge_adapter()
+    assert torch.equal(_logits(model, ids), expected)
+    merged = model.merge_and_unload()
+    assert not hasattr(merged.config, "quantization_config")
+    torch.testing.assert_close(_logits(merged, ids), expected, rtol=1e-4, atol=1e-4)
