@@ -32,7 +32,7 @@ class Method:
     config: str
     kwargs: dict[str, Any] = field(default_factory=dict)
     variants: tuple[dict[str, Any], ...] = ()
-    layers: tuple[str, ...] = ("Linear", "Conv1D")
+    layers: tuple[str, ...] = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention")
     parameter: str = "neuroada_delta"
     mixed_batches: bool = True
     weighted_adapters: bool = True
