@@ -93,5 +93,5 @@ class MergeMixin:
                 f"Quantising {len(known)} merged weights again changed them by {sum(known.values()) / len(known):.2%} "
                 f"of their norm on average, '{worst}' by {known[worst]:.2%}; the adapters' updates are rounded as "
                 "well. Merge without `requantize` to keep them.",
-                stacklevel=3,
+                stacklevel=4,
             )

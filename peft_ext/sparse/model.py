@@ -132,7 +132,8 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         source = {name: first.setdefault(weight_key(base) or name, name) for name, base in bases.items()}
         for name, base in bases.items():
             other = bases[source[name]]
-            if config.train_bias and getattr(base, "bias", None) is not getattr(other, "bias", None):
+            ours, theirs = getattr(base, "bias", None), getattr(other, "bias", None)
+            if config.train_bias and base is not other and ours is not theirs:
                 raise ValueError(
                     f"'{source[name]}' and '{name}' share a weight, so they share what an adapter trains, but their "
                     "biases differ. Set train_bias=False, or adapt only one of the two."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 from typing import Any
 
 import torch
@@ -101,7 +102,14 @@ def is_plain(base_layer: nn.Module) -> bool:
     return not any(hooks) and not _has_any_global_hook()
 
 
+def stored_weight(base_layer: nn.Module) -> Tensor:
+    """What a layer's weight is stored in: some quantised layers have no `weight`, but packed tensors."""
+    named = (getattr(base_layer, name, None) for name in ("weight", "qweight", "W_q"))
+    found = next((tensor for tensor in named if isinstance(tensor, Tensor)), None)
+    return next(chain(base_layer.parameters(), base_layer.buffers())) if found is None else found
+
+
 def values_dtype_of(base_layer: Any) -> torch.dtype:
     """The dtype that PEFT gives to new adapter weights: the base's, or fp32 over packed weights."""
-    dtype: torch.dtype = getattr(base_layer, "compute_dtype", None) or base_layer.weight.dtype
+    dtype: torch.dtype = getattr(base_layer, "compute_dtype", None) or stored_weight(base_layer).dtype
     return dtype if dtype.is_floating_point else torch.float32

@@ -53,7 +53,7 @@ def resolve_targets(config: SparseConfig, model: nn.Module, default: str) -> Non
     elif isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         resolve_all_linear(config, model)
         # PEFT finds an attention's output projection, which is not called, and not its others.
-        linear = {name for name in config.target_modules or () if not _is_part(model, name)}
+        linear = {name for name in config.target_modules or () if not is_part(model, name)}
         config.target_modules = sorted(linear | set(_attentions(model)))
     if by_default:
         # PEFT's model classes wrap these heads in modules_to_save only after the injection.
@@ -92,7 +92,7 @@ def _layers_with_neurons(config: SparseConfig, model: nn.Module) -> Iterator[str
             and base is not head
             and whole.isdisjoint(name.split("."))
             and not inside_adapter(model, name)
-            and not _is_part(model, name)
+            and not is_part(model, name)
             and is_supported(base, backend_of(model, base))
         ):
             yield name
@@ -104,7 +104,7 @@ def _attentions(model: nn.Module) -> Iterator[str]:
             yield name
 
 
-def _is_part(model: nn.Module, name: str) -> bool:
+def is_part(model: nn.Module, name: str) -> bool:
     """Whether a module belongs to an `nn.MultiheadAttention`, which reads its weight without calling it."""
     parent, _, _ = name.rpartition(".")
     return isinstance(base_of(model.get_submodule(parent)), nn.MultiheadAttention)
@@ -117,7 +117,7 @@ def without_parts(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, 
     Raises:
         `ValueError`: if a part is targeted without the attention.
     """
-    parts = {name for name in targets if _is_part(model, name)}
+    parts = {name for name in targets if is_part(model, name)}
     for name in sorted(parts):
         attention = name.rpartition(".")[0]
         if attention not in targets:

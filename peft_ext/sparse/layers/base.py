@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..._peft_internals import BaseTunerLayer, QuantizationBackend, in_out_features, quantization_extra_repr
 from ..config import SparseConfig
 from ..delta import SparseDelta
-from ..neurons import is_plain, neuron_view, taps_of, values_dtype_of, weight_view
+from ..neurons import is_plain, neuron_view, stored_weight, taps_of, values_dtype_of, weight_view
 from ..ops.reference import dense_delta
 from ..projection import Projection
 from ..support import Support
@@ -110,7 +110,7 @@ class SparseLayer(MergingMixin, nn.Module, BaseTunerLayer):
         """Called by PEFT after loading. PEFT's own version also casts to the base's dtype, which would round fp32
         values loaded onto a bf16 base with `low_cpu_mem_usage=True`."""
         if adapter_name in self.deltas and not self.deltas[adapter_name].weight.is_meta:
-            self.deltas[adapter_name].to(device or self.get_base_layer().weight.device)
+            self.deltas[adapter_name].to(device or stored_weight(self.get_base_layer()).device)
 
     # ------------------------------------------------------------------ forward
 
@@ -222,7 +222,8 @@ class SparseLayer(MergingMixin, nn.Module, BaseTunerLayer):
     def base_mismatch(self, support: Support, fingerprint: Tensor) -> str | None:
         """What differs between the base weight and a stored fingerprint; `None` if nothing, or if it can't be told."""
         backend = self.original_backend
-        if self.get_base_layer().weight.is_meta or (backend is not None and not backend.supports_merge):
+        readable = backend is None or backend.supports_merge
+        if not readable or stored_weight(self.get_base_layer()).is_meta:
             return None
         matrix = self.original_matrix()
         return support.to(matrix.device).mismatch(fingerprint, matrix, quantised=backend is not None)

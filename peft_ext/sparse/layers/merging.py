@@ -178,6 +178,12 @@ class MergingMixin:
             self.merge(adapter_names=kept)
 
     def _check_mergeable(self) -> None:
+        backend = self.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise TypeError(
+                f"{backend.backend_name} can't give its weights back, so nothing can be merged into them. Keep the "
+                "adapter unmerged, or load it onto the unquantised base model and merge there."
+            )
         if not has_writable_weight(self.get_base_layer()):
             raise ValueError(
                 "The base layer's weight is computed by a parametrization, so nothing can be written into it. Remove "
@@ -187,12 +193,6 @@ class MergingMixin:
             raise ValueError(
                 "The nn.MultiheadAttention shares its weights with another module, so merging would change both. Give "
                 "each of them parameters of its own before adapting."
-            )
-        backend = self.quantization_backend
-        if backend is not None and not backend.supports_merge:
-            raise TypeError(
-                f"{backend.backend_name} can't give its weights back, so nothing can be merged into them. Keep the "
-                "adapter unmerged, or load it onto the unquantised base model and merge there."
             )
 
     def _take_copy(self) -> None:

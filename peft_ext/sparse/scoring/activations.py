@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..config import SparseConfig
 from ..neurons import neuron_view
+from ..projection import Projection
 from .batches import batches, forward
 from .modules import scored_modules
 from .preserve import preserved
@@ -72,8 +73,17 @@ def activation_scores(
 
     Returns:
         [`ActivationScores`]: per module name, fp32 in the shape of its weight, computed when asked for.
+
+    Raises:
+        `TypeError`: if an `nn.MultiheadAttention` is to be scored, or a quantised weight.
     """
     modules = scored_modules(model, config)
+    hidden = next((name for name, module in modules.items() if isinstance(module, Projection)), None)
+    if hidden is not None:
+        raise TypeError(
+            f"'{hidden}' is inside an nn.MultiheadAttention, which shows no activations. Use gradient_scores, or a "
+            "`config` whose target_modules leave the attention out."
+        )
     with preserved(model, training=False), torch.no_grad():
         task = batches(model, dataloader, max_batches, "activations", progress)
         factors = _mean_activations(model, modules, task)

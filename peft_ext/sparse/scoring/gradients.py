@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..config import SparseConfig
 from .batches import Features, batches, feature_reader, forward, labels_of
 from .contrastive import SupervisedContrastiveLoss
-from .modules import scored_modules
+from .modules import parameter_of, rows_of, scored_modules
 from .preserve import preserved
 
 
@@ -106,6 +106,7 @@ class _Sums:
 
     def __init__(self, modules: dict[str, Any], absolute: bool, offload: bool | str) -> None:
         self.modules = modules
+        self.weights = {id(weight): weight for weight in map(parameter_of, modules.values())}
         self.absolute = absolute
         self.offload = offload
         self.totals: dict[int, Tensor] = {}  # by the weight's id
@@ -116,10 +117,9 @@ class _Sums:
         """Let the scored weights alone require gradients, and take each as it comes."""
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        weights = {id(module.weight): module.weight for module in self.modules.values()}
-        for weight in weights.values():
+        for weight in self.weights.values():
             weight.requires_grad_(True)
-        return [weight.register_post_accumulate_grad_hook(self.take) for weight in weights.values()]
+        return [weight.register_post_accumulate_grad_hook(self.take) for weight in self.weights.values()]
 
     @torch.no_grad()
     def take(self, weight: Tensor) -> None:
@@ -144,7 +144,7 @@ class _Sums:
 
     def finish(self) -> dict[str, Tensor]:
         self._sum_over_processes()
-        unreached = [name for name, module in self.modules.items() if id(module.weight) not in self.totals]
+        unreached = [name for name, module in self.modules.items() if id(parameter_of(module)) not in self.totals]
         if not any(bool(total.any()) for total in self.totals.values()):
             raise ValueError(
                 "Every gradient is zero. With the contrastive loss, some samples of a batch must share a label: use "
@@ -158,14 +158,15 @@ class _Sums:
             )
         nothing = torch.zeros(())
         return {
-            name: self.totals.get(id(module.weight), nothing.expand(module.weight.shape))
+            name: rows_of(module, self.totals.get(id(parameter), nothing.expand(parameter.shape)))
             for name, module in self.modules.items()
+            for parameter in [parameter_of(module)]
         }
 
     def _sum_over_processes(self) -> None:
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return
-        for weight in {id(module.weight): module.weight for module in self.modules.values()}.values():
+        for weight in self.weights.values():
             # Every process takes part for every weight, whether or not its data reached it.
             total = self.totals.setdefault(id(weight), self.zeros(weight))
             summed = total.to(weight.device)

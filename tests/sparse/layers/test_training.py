@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_ext import NeuroAdaConfig
@@ -17,7 +17,10 @@ from ._networks import NETWORKS, make_network
 
 
 EVERY_KIND = pytest.mark.parametrize("kind", NETWORKS)
-EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
+# Every type with the backend that is chosen for it, and every backend with some types.
+KINDS_AND_BACKENDS = [(kind, "auto") for kind in NETWORKS] + [
+    (kind, backend) for kind in ("Conv2d grouped", "MultiheadAttention") for backend in BACKENDS if backend != "auto"
+]
 OPTIMIZERS = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
     "Adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01),
@@ -58,9 +61,11 @@ def _fit(model, optimizer, x, steps, after_backward=lambda: None):
     return losses
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("backend", ["auto", "bypass", "dense"])
-@EVERY_KIND
+@pytest.mark.parametrize(
+    ("kind", "backend", "optimizer"),
+    [(kind, "auto", optimizer) for kind in NETWORKS for optimizer in OPTIMIZERS]
+    + [(kind, backend, "Adam") for kind in ("Conv2d", "shared") for backend in ("bypass", "dense")],
+)
 def test_training_equals_masked_training_of_dense_weights(kind, backend, optimizer):
     network, x, targets = make_network(kind)
     model = _adapted(network, targets, backend)
@@ -90,8 +95,7 @@ def test_training_equals_masked_training_of_dense_weights(kind, backend, optimiz
         torch.testing.assert_close(merged[name], parameter.detach(), rtol=1e-5, atol=1e-5)
 
 
-@EVERY_BACKEND
-@EVERY_KIND
+@pytest.mark.parametrize(("kind", "backend"), KINDS_AND_BACKENDS)
 def test_adamw_with_weight_decay_moves_no_bit_of_the_base(kind, backend):
     """200 steps over all parameters, as a Trainer hands them over."""
     network, x, targets = make_network(kind)
@@ -112,8 +116,6 @@ def test_adamw_with_weight_decay_moves_no_bit_of_the_base(kind, backend):
 @pytest.mark.parametrize("selection", ["random_layer", "magnitude_network"])
 @EVERY_KIND
 def test_a_saved_adapter_gives_the_same_outputs(kind, selection, tmp_path):
-    from peft import PeftModel
-
     network, x, targets = make_network(kind)
     model = _adapted(network, targets, selection=selection)
     _fit(model, torch.optim.AdamW(model.parameters(), lr=1e-2), x, 3)

@@ -130,3 +130,9 @@ def test_works_without_labels_on_a_transformer(tiny, ids):
     scores = activation_scores(tiny("llama"), [{"input_ids": ids}])
     assert "lm_head" not in scores and len(scores) == 14
     assert all(score.any() for score in scores.values())
+
+
+def test_attention_that_hides_its_activations_is_an_error():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2)})
+    with pytest.raises(TypeError, match="'attention.q_proj' is inside an nn.MultiheadAttention(.|\n)*gradient_scores"):
+        activation_scores(model, [torch.zeros(1, 4)])

@@ -167,6 +167,41 @@ def test_shared_weight_has_one_sum():
         torch.testing.assert_close(scores[key], model["a"].weight.grad)
 
 
+class Attending(nn.Module):
+    def __init__(self, kdim):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, kdim=kdim, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        keys = x[..., : self.attention.kdim]
+        return self.head(self.attention(x, keys, x)[0].mean(1))
+
+
+@pytest.mark.parametrize("kdim", [8, 5], ids=["packed", "separate"])
+def test_projections_of_an_attention_are_scored_apart(kdim):
+    model = Attending(kdim)
+    x, labels = torch.randn(6, 4, 8), torch.tensor([0, 1, 2, 2, 1, 0])
+    scores = gradient_scores(model, [(x, labels)])
+    features = model.attention(x, x[..., :kdim], x)[0].mean(1)
+    SupervisedContrastiveLoss()(features, labels).backward()
+    attention = model.attention
+    if kdim == 8:
+        expected = dict(zip(("q_proj", "k_proj", "v_proj"), attention.in_proj_weight.grad.chunk(3), strict=True))
+    else:
+        expected = {part: getattr(attention, f"{part}_weight").grad for part in ("q_proj", "k_proj", "v_proj")}
+    expected["out_proj"] = attention.out_proj.weight.grad
+    assert {name for name in scores if name != "head"} == {f"attention.{part}" for part in expected}
+    for part, gradient in expected.items():
+        torch.testing.assert_close(scores[f"attention.{part}"], gradient, atol=1e-6, rtol=1e-4)
+    model.zero_grad(set_to_none=True)
+    config = NeuroAdaConfig(k=1, selection="gradient", train_bias=True, target_modules=["attention"])
+    adapted = get_peft_model(model, config.with_scores(scores)).base_model.model.attention
+    for part, gradient in expected.items():
+        chosen = adapted.projections[part].deltas["default"].indices.long()
+        assert torch.equal(gradient.abs().gather(1, chosen)[:, 0], gradient.abs().amax(1)), part
+
+
 def test_adapted_model_is_scored_under_the_names_of_its_base(build):
     expected = gradient_scores(build("vit"), batches_for("vit", 1))
     scores = gradient_scores(get_peft_model(build("vit"), NeuroAdaConfig(k=1)), batches_for("vit", 1))
