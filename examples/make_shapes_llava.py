@@ -2,7 +2,7 @@
 
     python examples/make_shapes_llava.py --out examples/shapes_llava
 
-About eight minutes on one CPU core. The record of the run (seed, recipe, accuracy per task on scenes that were not
+About ten minutes on one CPU core. The record of the run (seed, recipe, accuracy per task on scenes that were not
 trained on) is written beside the weights, as `training.json`.
 """
 

@@ -90,7 +90,7 @@ def search(options: argparse.Namespace) -> None:
     """Accuracy of each kind of method at learning rates half a decade apart, with a seed of its own."""
     examples = {"full": "full", "lora": "lora-8", "ia3": "ia3", "mores": "mores-4@100", "connector": "connector-4"}
     for kind, name in examples.items():
-        for rate in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1):
+        for rate in options.rates:
             result = run(name, 999, options, rate)
             print(
                 f"{kind:10} {rate:.0e} color {result['accuracy']['color']:.3f} other {result['accuracy']['other']:.3f}"
@@ -140,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--lmar-samples", type=int, default=64, help="samples for LMAR (%(default)s)")
     parser.add_argument("--system", default="exclude", help="system tokens in LMAR: exclude or text (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
+    parser.add_argument("--rates", nargs="+", type=float, default=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1), help="to search")
     parser.add_argument("--search", action="store_true", help="search learning rates instead of making the table")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)

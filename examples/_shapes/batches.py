@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlavaProcessor
 
 from .processing import IMAGE_TOKENS
-from .world import PALETTE, TASKS, Question, Scene, ask, draw_scene, prompt, render
+from .world import PALETTE, TASKS, Question, Scene, ask, can_ask, draw_scene, prompt, render
 
 
 class Batches:
@@ -81,7 +81,11 @@ class Batches:
         self, number: int, tasks: tuple[str, ...] = tuple(TASKS)
     ) -> tuple[dict[str, Tensor], list[Question]]:
         """Scenes with one question each, for evaluation: prompts padded on the left, and the questions."""
-        scenes = [draw_scene(self.generator) for _ in range(number)]
+        scenes: list[Scene] = []
+        while len(scenes) < number:
+            scene = draw_scene(self.generator)
+            if can_ask(scene, tasks):
+                scenes.append(scene)
         questions = [ask(scene, self.generator, tasks) for scene in scenes]
         rows = [self.encode(f"<s> {prompt(question.text)}") for question in questions]
         length = max(map(len, rows))

@@ -153,8 +153,15 @@ TASKS: dict[str, Callable[[Scene, random.Random], Question | None]] = {
 OPEN = ("QueryColor", "QueryShape", "QueryAttr")  # what a model learns first
 
 
+def can_ask(scene: Scene, tasks: tuple[str, ...]) -> bool:
+    """Whether any of the tasks has a question about a scene: three things in one column are in no relation."""
+    return tasks != ("ChooseRel",) or len({thing.column for thing in scene}) > 1
+
+
 def ask(scene: Scene, generator: random.Random, tasks: tuple[str, ...] = tuple(TASKS)) -> Question:
     """A random question about a scene, of a random one of the tasks."""
+    if not can_ask(scene, tasks):
+        raise ValueError(f"tasks={tasks} have no question about this scene; see can_ask.")
     while True:
         question = TASKS[generator.choice(tasks)](scene, generator)
         if question is not None:
