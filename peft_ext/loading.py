@@ -18,7 +18,8 @@ from torch import nn
 from ._peft_internals import AuxiliaryTrainingWrapper
 from .files import check_weights
 from .sparse.config import SparseConfig
-from .sparse.layers import SparseLayer
+from .sparse.layers import SparseLayer, SparseMultiheadAttention
+from .sparse.projection import Projection
 
 
 def all_or_nothing(load_adapter: Callable[..., Any], path_argument: str) -> Callable[..., Any]:
@@ -85,7 +86,9 @@ def take_out(model: Any, adapter_name: str) -> None:
         model.delete_adapter(adapter_name)
         return
     for name, module in list(model.named_modules()):
-        if isinstance(module, SparseLayer):
+        if isinstance(module, SparseLayer) and isinstance(module.get_base_layer(), Projection):
+            continue  # goes with its attention
+        if isinstance(module, (SparseLayer, SparseMultiheadAttention)):
             original = module.get_base_layer()
         elif isinstance(module, AuxiliaryTrainingWrapper):
             original = module.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
