@@ -30,8 +30,6 @@ class SparseMultiheadAttention(nn.Module, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ()  # they are on the projections
     other_param_names: tuple[str, ...] = ()
-    # Makes torch's encoder layers call this module rather than read the weights.
-    _qkv_same_embed_dim = False
 
     def __init__(self, base_layer: nn.MultiheadAttention, linear: type[SparseLinear]) -> None:
         super().__init__()
