@@ -20,7 +20,8 @@ from ._peft_internals import AuxiliaryTrainingWrapper
 from .files import check_weights
 from .saved_config import SavedConfig
 from .snapshot import Snapshot
-from .sparse.layers import SparseLayer
+from .sparse.layers import SparseLayer, SparseMultiheadAttention
+from .sparse.projection import Projection
 from .tuners.mores.checkpoint import check_arrived
 from .tuners.mores.model import take_out as take_out_steering
 
@@ -99,7 +100,9 @@ def take_out(model: Any, adapter_name: str) -> None:
         return
     take_out_steering(model)
     for name, module in list(model.named_modules()):
-        if isinstance(module, SparseLayer):
+        if isinstance(module, SparseLayer) and isinstance(module.get_base_layer(), Projection):
+            continue  # goes with its attention
+        if isinstance(module, (SparseLayer, SparseMultiheadAttention)):
             original = module.get_base_layer()
         elif isinstance(module, AuxiliaryTrainingWrapper):
             original = module.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)

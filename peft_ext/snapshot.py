@@ -6,6 +6,7 @@ from typing import Any
 
 from ._peft_internals import AuxiliaryTrainingWrapper, BaseTunerLayer
 from .sparse.layers import SparseLayer, SparseMultiheadAttention
+from .sparse.projection import Projection
 
 
 class Snapshot:
@@ -42,6 +43,8 @@ class Snapshot:
         for name, module in list(self.model.named_modules()):
             if module in self.modules or not name:
                 continue
+            if isinstance(module, SparseLayer) and isinstance(module.get_base_layer(), Projection):
+                continue  # goes with its attention
             if isinstance(module, (SparseLayer, SparseMultiheadAttention)):
                 original = module.base_layer
             elif isinstance(module, AuxiliaryTrainingWrapper):

@@ -46,9 +46,15 @@ class Projection(nn.Module):
         return tensor[start : start + self.out_features]
 
     @property
+    def parameter(self) -> Tensor:
+        """The attention's parameter that holds the weight; while FSDP has it unsharded, a plain tensor."""
+        owner = self.attention.out_proj if self.name == "out_proj" else self.attention
+        return getattr(owner, self.parameter_name.rpartition(".")[2])
+
+    @property
     def weight(self) -> Tensor:
         """`[out_features, in_features]`, the attention's own memory."""
-        return self.rows_of(self.attention.get_parameter(self.parameter_name))
+        return self.rows_of(self.parameter)
 
     @property
     def bias(self) -> Tensor | None:

@@ -33,7 +33,7 @@ def note_sharing(model: nn.Module, layer_cls: type[SparseLayer]) -> None:
         if isinstance(module, layer_cls):
             base: Any = module.get_base_layer()
             if isinstance(base, Projection):
-                users[id(base.attention.get_parameter(base.parameter_name)), base.name].append(module)
+                users[id(base.parameter), base.name].append(module)
             elif "weight" in base._parameters:
                 users[id(base.weight), ""].append(module)
     for (weight, _), reached in users.items():

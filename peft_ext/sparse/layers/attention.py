@@ -30,8 +30,6 @@ class SparseMultiheadAttention(nn.Module, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ()  # they are on the projections
     other_param_names: tuple[str, ...] = ()
-    # Makes torch's encoder layers call this module rather than read the weights.
-    _qkv_same_embed_dim = False
 
     def __init__(self, base_layer: nn.MultiheadAttention, linear: type[SparseLinear]) -> None:
         super().__init__()
@@ -190,9 +188,10 @@ def _sum(masks: Sequence[Tensor]) -> Tensor | None:
     return sum(masks[1:], masks[0]) if masks else None
 
 
-def attention_biases(model: nn.Module, bias: str) -> Iterator[tuple[str, nn.Parameter]]:
+def attention_biases(model: nn.Module, bias: str) -> Iterator[tuple[str, Tensor]]:
     """
-    Names and parameters of the biases in attention modules that a config's `bias` trains and PEFT does not find.
+    Names in the state dict and parameters (while FSDP has them unsharded, plain tensors) of the biases in attention
+    modules that a config's `bias` trains and PEFT does not find.
 
     Args:
         model (`nn.Module`): the adapted model.
@@ -201,13 +200,13 @@ def attention_biases(model: nn.Module, bias: str) -> Iterator[tuple[str, nn.Para
     if bias == "none":
         return
     for name, module in model.named_modules():
-        base, path = module, name
+        base: Any = module
+        path = name
         if isinstance(module, SparseMultiheadAttention):
             base, path = module.base_layer, f"{name}.base_layer"
         elif bias != "all" or not isinstance(module, nn.MultiheadAttention):
             continue
-        for key in ("in_proj_bias", "out_proj.bias"):
-            owner: Any = base.out_proj if key == "out_proj.bias" else base
-            parameter = owner._parameters.get(key.rpartition(".")[2])
-            if parameter is not None:
-                yield f"{path}.{key}" if path else key, parameter
+        path = path.replace("_fsdp_wrapped_module.", "")
+        for key, tensor in (("in_proj_bias", base.in_proj_bias), ("out_proj.bias", base.out_proj.bias)):
+            if tensor is not None:
+                yield f"{path}.{key}" if path else key, tensor

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..._peft_internals import BaseTunerLayer, QuantizationBackend, in_out_features, quantization_extra_repr
 from ..config import SparseConfig
 from ..delta import SparseDelta
-from ..neurons import is_plain, neuron_view, stored_weight, taps_of, values_dtype_of, weight_view
+from ..neurons import CONVOLUTIONS, is_plain, neuron_view, stored_weight, taps_of, values_dtype_of, weight_view
 from ..ops.reference import dense_delta
 from ..projection import Projection
 from ..support import Support
@@ -235,7 +235,9 @@ class SparseLayer(MergingMixin, nn.Module, BaseTunerLayer):
         return weight_view(self.get_base_layer(), matrix)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        # LoRA's product has no place for a bias.
+        # PEFT converts linear layers, under the names that the base model has for them; LoRA has no place for a bias.
+        if isinstance(self.get_base_layer(), (*CONVOLUTIONS, Projection)):
+            return False
         return adapter_name not in self.deltas or self.deltas[adapter_name].bias is None
 
     def __repr__(self) -> str:
