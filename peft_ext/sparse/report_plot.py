@@ -32,15 +32,17 @@ def draw(report: SelectionReport) -> Figure:
     several = len(adapters) > 1
     width = max(5.0, 0.35 * len(blocks) + 2.5)
     # No pyplot: the figure is nobody's current one, needs no display and is freed with its last reference.
-    figure = Figure(figsize=(width + 3.5 * several, 4), layout="constrained")
+    names = short_names(blocks)
+    height = 3.5 + 0.08 * max(map(len, names))  # the names stand upright below the bars
+    figure = Figure(figsize=(width + 3.5 * several, height), layout="constrained")
     axes: Any = figure.subplots(1, 1 + several, squeeze=False, width_ratios=[width, 3.5] if several else None)[0]
     bar = 0.8 / len(adapters)
     for number, adapter in enumerate(adapters):
         shares = [100 * share for share in report.distribution(adapter).values()]
         place = np.arange(len(blocks)) + (number - (len(adapters) - 1) / 2) * bar
         axes[0].bar(place, shares, bar, label=adapter)
-    axes[0].set_xticks(range(len(blocks)), short_names(blocks), rotation=90)
-    axes[0].set_ylabel("share of the adapter's entries, %")
+    axes[0].set_xticks(range(len(blocks)), names, rotation=90)
+    axes[0].set_ylabel("share of entries, %")
     axes[0].set_title("selected entries by block")
     if several:
         axes[0].legend()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from torch import nn
 
 from peft_ext import hotswap_adapter
 from tests.tuners.methods._common import METHODS, adapted, add, assert_equal_bits, base_bits, layers_of, logits
@@ -175,3 +176,63 @@ def test_half_precision_base(tiny, inputs_of, tmp_path, method, dtype):
     model.merge_adapter()
     model.unmerge_adapter()
     assert_equal_bits(base_bits(model), bits)
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("method", ["gps", "neuroada with biases"])
+def test_attention_with_trained_biases_merges_and_unmerges(method):
+    torch.manual_seed(0)
+    model = adapted(Attending(), method, target_modules=["attention"])
+    nn.init.normal_(model.get_submodule("base_model.model.attention.base_layer").in_proj_bias)
+    bits, x = base_bits(model), torch.randn(2, 5, 8)
+    projections = layers_of(model)
+    assert len(projections) == 4 and all(layer.deltas["default"].bias is not None for layer in projections.values())
+    with torch.no_grad():
+        expected = model(x)
+        model.merge_adapter()
+        torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+        model.unmerge_adapter()
+        assert_equal_bits(base_bits(model), bits)
+        assert torch.equal(model(x), expected)
+
+
+def test_shared_weights_with_biases_of_their_own_are_refused():
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    base[1].weight = base[0].weight
+    with pytest.raises(ValueError, match="share a weight(.|\n)*train_bias=False"):
+        get_peft_model(base, METHODS["gps"](target_modules=["0", "1"]))
+    assert not layers_of(base)
+    get_peft_model(base, METHODS["gps"](target_modules=["0", "1"], train_bias=False))
+
+
+@pytest.mark.parametrize("requantize", [False, True])
+def test_quantised_layer_with_trained_biases(requantize):
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(64, 32))
+    quantised = bnb.nn.Linear4bit(64, 32, quant_type="nf4")
+    quantised.load_state_dict(base[0].state_dict())
+    base[0] = quantised.to("cpu")
+    base.is_loaded_in_4bit = True
+    model = adapted(base, "neuroada with biases", target_modules=["0"])
+    layer = next(iter(layers_of(model).values()))
+    bias = layer.get_base_layer().bias.detach().clone()
+    layer.requantize = requantize
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        expected = model(x)
+        model.merge_adapter()
+        assert torch.equal(layer.get_base_layer().bias, bias + layer.deltas["default"].bias)
+        if not requantize:
+            torch.testing.assert_close(model(x), expected, atol=1e-2, rtol=1e-2)
+        model.unmerge_adapter()
+        assert torch.equal(layer.get_base_layer().bias, bias)
+        assert torch.equal(model(x), expected)
