@@ -19,10 +19,10 @@ TEXT_LINEARS = rf"{TEXT_BLOCKS}\.({LINEARS})"
 # For the tiny model of the shapes world; found on its shifted task with another seed than the table's.
 LEARNING_RATES = {
     "full": 1e-3,
-    "lora": 5e-3,
-    "ia3": 2e-2,
+    "lora": 1e-2,
+    "ia3": 1e-1,
     "oft": 5e-3,
-    "mores": 2e-2,
+    "mores": 1e-2,
     "connector": 2e-2,
     "neuroada": 5e-3,
 }
