@@ -43,6 +43,8 @@ METHODS = (
     *(f"mores-{rank}@{percent}" for rank in RANKS for percent in PERCENTS),
     "connector-1",
     "connector-4",
+    "projector",
+    "mores-1@1+",
 )
 # The picture's colours move by one: what looks green is called red now.
 SHIFTED = dict(zip(PALETTE, [*list(PALETTE.values())[1:], next(iter(PALETTE.values()))], strict=True))
