@@ -36,15 +36,18 @@ class SavedConfig(PeftConfig):
         self.awaits_weights = False
         self.trainable_before: dict[str, bool] = {}
 
+    def to_dict(self) -> dict[str, Any]:
+        """The options, and what wrote them. Only files and dictionaries name that: this object, or a copy of it, may
+        choose anew for another model."""
+        return {**super().to_dict(), "peft_ext_version": __version__}
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`, replacing an old one only when the new one is complete, and explain in the
         folder's README which package loads the adapter. See `PeftConfig.save_pretrained`."""
         if os.path.isfile(save_directory):
             raise ValueError(f"save_directory={save_directory!r} is a file; pass a folder.")
         os.makedirs(save_directory, exist_ok=True)
-        # Only the file names what wrote it: this object, or a copy of it, may choose anew for another model.
-        fields = {**self.to_dict(), "peft_ext_version": __version__}
-        content = {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
+        content = {key: sorted(value) if isinstance(value, set) else value for key, value in self.to_dict().items()}
         auto_mapping = kwargs.pop("auto_mapping_dict", None)
         if auto_mapping is not None:
             content["auto_mapping"] = auto_mapping

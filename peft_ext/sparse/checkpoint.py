@@ -34,9 +34,18 @@ class CheckpointMixin:
         selected = super()._get_adapter_state_dict(  # type: ignore[misc]
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
+        container = cls.tuner_layer_cls.adapter_layer_names[0]
+        if config.support_sizes is not None:  # those of this adapter: the object may have served for others since
+            config.support_sizes = {
+                prefix.removeprefix("base_model.model.").removesuffix(f".{container}.{adapter_name}"): layer.deltas[
+                    adapter_name
+                ].support.entries
+                for prefix, layer in cls._layers_with(model, adapter_name)
+            }
         seen: set[int] = set()
         for prefix, layer in cls._layers_with(model, adapter_name):
-            if layer.deltas[adapter_name].pending:
+            delta = layer.deltas[adapter_name]
+            if delta.pending and not delta.weight.is_meta:  # which nobody can write anyway, but PEFT reads its keys
                 raise RuntimeError(f"Adapter '{adapter_name}' can't be saved. {layer.pending_reason(adapter_name)}")
             key = f"{prefix}.indices"
             if id(layer.deltas[adapter_name]) in seen:  # of a shared weight: safetensors stores no tensor twice

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -72,10 +71,6 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        given = self.peft_config[adapter_name]
-        if given.support_sizes is not None and not given.from_checkpoint and self._given_supports is None:
-            # An adapter was made with this object before, and the sizes that were filled in then are that one's.
-            self.peft_config[adapter_name] = copy(given)
         self._low_cpu_mem_usage = low_cpu_mem_usage or _parameters_go_to_meta()
         self._plan: dict[str, Planned] = {}
         self._deltas: dict[Any, SparseDelta] = {}  # of this adapter, by the weight that they are for
@@ -96,7 +91,7 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         finally:
             self._plan, self._deltas = {}, {}
         note_sharing(model, self.tuner_layer_cls)
-        given.scores = self.peft_config[adapter_name].scores = None  # dense, and of no use once the entries are chosen
+        self.peft_config[adapter_name].scores = None  # dense, and of no use once the entries are chosen
 
     def _prepare_adapter_config(self, peft_config: SparseConfig, model_config: dict[str, Any]) -> SparseConfig:
         resolve_targets(peft_config, self.model, self.default_targets)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from .._peft_internals import (
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    AuxiliaryTrainingWrapper,
     BaseTunerLayer,
     resolve_all_linear,
 )
@@ -92,10 +93,18 @@ def _layers_with_neurons(config: SparseConfig, model: nn.Module) -> Iterator[str
             and base is not head
             and whole.isdisjoint(name.split("."))
             and not inside_adapter(model, name)
+            and not _is_trained_whole(model, name)
             and not is_part(model, name)
             and is_supported(base, backend_of(model, base))
         ):
             yield name
+
+
+def _is_trained_whole(model: nn.Module, name: str) -> bool:
+    """Whether a module is, or is inside, one that PEFT has wrapped to train it or its tokens beside adapters."""
+    parts = name.split(".")
+    ancestors = (model.get_submodule(".".join(parts[:depth])) for depth in range(1, len(parts) + 1))
+    return any(isinstance(module, AuxiliaryTrainingWrapper) for module in ancestors)
 
 
 def _attentions(model: nn.Module) -> Iterator[str]:

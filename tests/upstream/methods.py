@@ -57,8 +57,8 @@ METHODS = {
     "neuroada": Method("peft_ext:NeuroAdaConfig", {"k": 4}, _NEUROADA_VARIANTS),
     "gps": Method(
         "peft_ext:GPSConfig",
-        {"k": 4, "selection": "magnitude"},
-        ({"train_bias": False}, {"backend": "dense"}, {"selection": "magnitude_network"}),
+        {"k": 4, "selection": "magnitude", "train_bias": False},
+        ({"train_bias": True}, {"backend": "dense"}, {"selection": "magnitude_network"}),
         parameter="gps_delta",
     ),
     "psn": Method(

@@ -65,7 +65,12 @@ RULES = [
         "quantization", r"output_similar_to_non_quantized",
         "compares random values of spread 1, which magnitudes put at other entries of a quantised weight",
     ),
-    Rule("quantization", r"backend_is_set_and_repr\[\w+-\{'k':4\}-", _DEFAULTS),
+    Rule("quantization", r"backend_is_set_and_repr", _DEFAULTS),
+    Rule("custom_models", r"\[((True|False)-)?GPSConfig\]$", "makes GPS without scores, which is an error"),
+    Rule(
+        "initialization", r"mha_exposes_attributes",
+        "reads `out_proj` of an adapted attention as the base's: the method has its adapted projection there",
+    ),
     Rule("initialization", r"mha_with_separate_qkv_embed_raises", "expects an error: the method adapts these too"),
     Rule("initialization", r"bias_argument\[invalid\]", _WORDS),
     Rule("initialization", r"rank_not_divisible_by_groups", "the rank of LoRA's factors"),
