@@ -80,8 +80,8 @@ class AttentionKnockout:
         with ExitStack() as stack:
             self._implementation = stack.enter_context(editable_attention(self.architecture))
             for index, attention in self.attentions.items():
-                stack.enter_context(_removed(attention.register_forward_pre_hook(self._before(index), with_kwargs=True)))
-                stack.enter_context(_removed(attention.register_forward_hook(self._after(index), prepend=True)))
+                stack.enter_context(removed(attention.register_forward_pre_hook(self._before(index), with_kwargs=True)))
+                stack.enter_context(removed(attention.register_forward_hook(self._after(index), prepend=True)))
             self._stack = stack.pop_all()
         return self
 
@@ -157,7 +157,7 @@ def zero_output(output: Any, positions: Tensor) -> Any:
     return (first, *output[1:]) if isinstance(output, tuple) else first
 
 
-class _removed:
+class removed:
     """A hook's handle as a context."""
 
     def __init__(self, handle: Any) -> None:
