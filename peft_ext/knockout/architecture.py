@@ -1,4 +1,4 @@
-"""Where knockouts find their places in a transformers model: decoder layers, their attention and MLP, norm and head."""
+"""Where knockouts find their places in a transformers model: layers, their attention and MLP, norm and head."""
 
 from __future__ import annotations
 
@@ -113,8 +113,6 @@ class Architecture:
         numbers: set[int] = set()
         total = len(self.layers)
         for number in given:
-            if isinstance(number, Tensor) and number.numel() == 1:
-                number = number.item()
             if isinstance(number, bool) or not hasattr(number, "__index__"):
                 raise ValueError(f"layers must be whole numbers, but holds {number!r}.")
             if not -total <= number < total:
@@ -154,13 +152,15 @@ def inspect_model(model: nn.Module) -> Architecture:
         stack = _layer_list(decoder)
     if stack is None:
         raise ValueError(
-            f"{kind}: its decoder ({type(decoder).__name__}) has no list of layers named {', '.join(_LAYERS)}. {REMEDY}"
+            f"{kind}: its decoder ({type(decoder).__name__}) has no list of layers ({', '.join(_LAYERS)}). {REMEDY}"
         )
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     kinds = getattr(text_config, "layer_types", None) or [""] * len(stack)
     layers = [_layer(index, module, kinds[index]) for index, module in enumerate(stack)]
     if all(layer.attention is None for layer in layers):
-        raise ValueError(f"{kind}: no layer of its decoder has a self-attention: layer 0 {layers[0].problem}. {REMEDY}")
+        raise ValueError(
+            f"{kind}: no layer of its decoder has a self-attention: layer 0 {layers[0].problem}. {REMEDY}"
+        )
     return Architecture(base, decoder, layers, text_config, virtual)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -80,8 +80,8 @@ class AttentionKnockout:
         with ExitStack() as stack:
             self._implementation = stack.enter_context(editable_attention(self.architecture))
             for index, attention in self.attentions.items():
-                stack.enter_context(removed(attention.register_forward_pre_hook(self._before(index), with_kwargs=True)))
-                stack.enter_context(removed(attention.register_forward_hook(self._after(index), prepend=True)))
+                stack.enter_context(attention.register_forward_pre_hook(self._before(index), with_kwargs=True))
+                stack.enter_context(attention.register_forward_hook(self._after(index), prepend=True))
             self._stack = stack.pop_all()
         return self
 
@@ -127,8 +127,8 @@ class AttentionKnockout:
             ours = repeat_rows(edges.blocked(queries, keys, allowed.device), batch, "pairs")[:, None]
             if index not in self._checked and not (ours & allowed).any():
                 warnings.warn(
-                    f"pairs[{number}] blocks nothing in layer {index}: its targets attend to none of its sources there, "
-                    "since they come earlier or lie outside the layer's window.",
+                    f"pairs[{number}] blocks nothing in layer {index}: its targets attend to none of its sources "
+                    "there, since they come earlier or lie outside the layer's window.",
                     stacklevel=2,
                 )
             blocked = ours if blocked is None else blocked | ours
@@ -155,16 +155,3 @@ def zero_output(output: Any, positions: Tensor) -> Any:
     first = output[0] if isinstance(output, tuple) else output
     first = first.masked_fill(positions.to(first.device).unsqueeze(-1), 0)
     return (first, *output[1:]) if isinstance(output, tuple) else first
-
-
-class removed:
-    """A hook's handle as a context."""
-
-    def __init__(self, handle: Any) -> None:
-        self.handle = handle
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: Iterable[Any]) -> None:
-        self.handle.remove()

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from .architecture import Architecture, bind
-from .attention import removed
 from .masks import Span, allowed_edges
 
 
@@ -70,7 +69,9 @@ class CleanRun:
     final: Tensor | None = None
 
 
-def logits_at(architecture: Architecture, model: nn.Module, inputs: dict[str, Any], readout: Tensor, **more: Any) -> Tensor:
+def logits_at(
+    architecture: Architecture, model: nn.Module, inputs: dict[str, Any], readout: Tensor, **more: Any
+) -> Tensor:
     """
     A forward pass's logits, float32 `[batch, vocabulary]`, at one position of each row.
 
@@ -78,7 +79,10 @@ def logits_at(architecture: Architecture, model: nn.Module, inputs: dict[str, An
         readout (`torch.Tensor`): int64 `[batch]`.
     """
     length = _length(inputs)
-    if bool((readout == length - 1).all()) and "logits_to_keep" in inspect.signature(architecture.model.forward).parameters:
+    if (
+        bool((readout == length - 1).all())
+        and "logits_to_keep" in inspect.signature(architecture.model.forward).parameters
+    ):
         logits: Tensor = model(**inputs, **more, logits_to_keep=1).logits
         return logits[:, -1].float()
     logits = model(**inputs, **more).logits
@@ -142,11 +146,9 @@ class _Recorder:
             for layer in self.architecture.layers:
                 if layer.attention is None:
                     raise NotReusable(f"layer {layer.index} {layer.problem}")
-                stack.enter_context(removed(layer.module.register_forward_pre_hook(self._before, with_kwargs=True)))
-                stack.enter_context(removed(layer.module.register_forward_hook(self._after)))
-                stack.enter_context(
-                    removed(layer.attention.register_forward_pre_hook(self._mask, with_kwargs=True))
-                )
+                stack.enter_context(layer.module.register_forward_pre_hook(self._before, with_kwargs=True))
+                stack.enter_context(layer.module.register_forward_hook(self._after))
+                stack.enter_context(layer.attention.register_forward_pre_hook(self._mask, with_kwargs=True))
             self._stack = stack.pop_all()
 
     def __exit__(self, *_: Any) -> None:
@@ -167,7 +169,9 @@ class _Recorder:
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._output = output[0] if isinstance(output, tuple) else output
-        self.final = self._output[:, self.start :].clone() if len(self.hidden) == len(self.architecture.layers) else None
+        self.final = (
+            self._output[:, self.start :].clone() if len(self.hidden) == len(self.architecture.layers) else None
+        )
 
     def _mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = bind(module, args, kwargs)

@@ -23,7 +23,9 @@ def check_mask(mask: Any, name: str) -> Tensor:
     if not isinstance(mask, Tensor):
         raise ValueError(f"{name} must be a bool tensor [batch, sequence], but is a {type(mask).__name__}.")
     if mask.dtype != torch.bool:
-        raise ValueError(f"{name} must be a bool tensor, but its dtype is {mask.dtype}: use {name}.bool() if 1 means in.")
+        raise ValueError(
+            f"{name} must be a bool tensor, but its dtype is {mask.dtype}: use {name}.bool() if 1 means in."
+        )
     if mask.dim() != 2 or 0 in mask.shape:
         raise ValueError(f"{name} must have the shape [batch, sequence], but has {tuple(mask.shape)}.")
     empty = (~mask.any(1)).nonzero().flatten().tolist()

@@ -87,4 +87,5 @@ def _first_target(pair: Pair, edges: Edges) -> int:
 
 
 def span_of(window: Window) -> Span:
+    """The layers of a window."""
     return window.start, window.end

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from .architecture import Architecture
@@ -56,9 +56,7 @@ def _switch(architecture: Architecture, name: str) -> None:
 
 
 def _restore(architecture: Architecture, name: str) -> None:
-    try:
+    with suppress(ValueError, ImportError):
         _switch(architecture, name)
-    except (ValueError, ImportError):
-        pass
     if implementation_of(architecture) != name:  # what was set by hand is put back by hand
         architecture.text_config._attn_implementation_internal = name

@@ -61,8 +61,8 @@ def allowed_edges(mask: Tensor | None, span: Span, attention: nn.Module, device:
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         kind = f"a {mask.dim()}-dimensional tensor" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise ValueError(
-            f"attention_mask reached {type(attention).__name__} as {kind}, whose edges cannot be edited; load the model "
-            'with attn_implementation="sdpa" or "eager".'
+            f"attention_mask reached {type(attention).__name__} as {kind}, whose edges cannot be edited; load the "
+            'model with attn_implementation="sdpa" or "eager".'
         )
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 

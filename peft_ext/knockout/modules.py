@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .architecture import bind, inspect_model
-from .attention import removed, zero_output
-from .edges import GENERATED, extend, is_last, check_mask
+from .attention import zero_output
+from .edges import GENERATED, check_mask, extend, is_last
 from .masks import repeat_rows, span_of_call
 from .position import PromptPosition
 
@@ -69,9 +69,9 @@ class ModuleKnockout:
         with ExitStack() as stack:
             for index, target in self.targets.items():
                 layer = self.architecture.layers[index].module
-                stack.enter_context(removed(layer.register_forward_pre_hook(self._before(index), with_kwargs=True)))
+                stack.enter_context(layer.register_forward_pre_hook(self._before(index), with_kwargs=True))
                 # Before the hooks with which transformers collects attentions and states, so that they see the zeros.
-                stack.enter_context(removed(target.register_forward_hook(self._after(index), prepend=True)))
+                stack.enter_context(target.register_forward_hook(self._after(index), prepend=True))
             self._stack = stack.pop_all()
         return self
 

@@ -46,7 +46,7 @@ class PromptPosition:
             self._starts[layer] = self.virtual_tokens  # the cache was filled before
         else:
             raise ValueError(
-                f"The masks are for a prompt of {self.length} tokens, but the model was called with {tokens}. Make the "
-                "groups from the inputs as the processor expands them; for tokens after the prompt set answer_tokens."
+                f"The masks are for a prompt of {self.length} tokens, but the model was called with {tokens}. Make "
+                "the groups from the inputs as the processor expands them; for tokens after the prompt set answer_tokens."
             )
         return self._starts[layer]

@@ -98,7 +98,9 @@ def _read(file: Path) -> list[Record]:
         except ValueError as error:
             if number == len(lines):  # without its line end: the writer was interrupted
                 break
-            raise ValueError(f"{file}: line {number} is not a record of a sweep ({error}); move the file away.") from None
+            raise ValueError(
+                f"{file}: line {number} is not a record of a sweep ({error}); move the file away."
+            ) from None
         records.append(record)
     return records
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 
 from .architecture import Architecture
-from .attention import removed, zero_output
+from .attention import zero_output
 from .clean_run import CleanRun, LayerRun
 from .edges import Edges
 from .masks import encode
@@ -141,7 +142,7 @@ class _Packed:
         return [number for number, knock in enumerate(self.knocks) if knock.start <= index < knock.end]
 
     def _edges(self, index: int, layer: LayerRun, running: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The packed sequence's edges, bool `[batch, 1, M, prefix + M]`, and the rows that we emptied, `[batch, M]`."""
+        """The packed sequence's edges, bool `[batch, 1, M, prefix + M]`, and the rows that lost all, `[batch, M]`."""
         whole, padding = self._open(layer, len(hidden))
         stop = self.stops[running - 1]
         allowed = whole[:, :, :stop, : self.prefix + stop]
@@ -157,8 +158,8 @@ class _Packed:
             allowed[:, :, rows, own] &= ~blocked[..., first:]
         empty = ~allowed.any(-1)[:, 0]  # [batch, M]
         if empty.any():
-            own = torch.arange(stop, device=allowed.device)
-            allowed[:, 0, own, self.prefix + own] |= empty
+            at = torch.arange(stop, device=allowed.device)
+            allowed[:, 0, at, self.prefix + at] |= empty
             emptied = empty & ~padding[:, :stop]
         return allowed, emptied
 
@@ -195,20 +196,21 @@ class _Packed:
         for number in self._active(index):
             knock = self.knocks[number]
             if knock.positions is not None and number < running:
-                zero = rows.setdefault(knock.module, torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device))
+                zero = rows.setdefault(
+                    knock.module, torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+                )
                 part = slice(self.starts[number], self.stops[number])
                 zero[:, part] |= knock.positions[:, knock.first :].to(hidden.device)
         with ExitStack() as stack:
             for name, zero in rows.items():
                 target = self.architecture.attention(index) if name == "attention" else self.architecture.mlp(index)
-                stack.enter_context(
-                    removed(
-                        target.register_forward_hook(
-                            lambda _module, _args, output, zero=zero: zero_output(output, zero), prepend=True
-                        )
-                    )
-                )
+                hook = partial(_zero, zero)
+                stack.enter_context(target.register_forward_hook(hook, prepend=True))
             yield
+
+
+def _zero(rows: Tensor, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    return zero_output(output, rows)
 
 
 def _gather(name: str, value: Any, spans: list[int], kept: int) -> Any:

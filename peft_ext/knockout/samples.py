@@ -90,7 +90,9 @@ def prepare(
     """
     tokens = sample.inputs.get("input_ids")
     if not isinstance(tokens, Tensor) or tokens.dim() != 2 or 0 in tokens.shape:
-        raise ValueError(f"sample {number}: inputs must hold input_ids [batch, sequence], as the processor makes them.")
+        raise ValueError(
+            f"sample {number}: inputs must hold input_ids [batch, sequence], as the processor makes them."
+        )
     batch = len(tokens)
     names = [str(name) for name in sample.names] if sample.names is not None else _names(number, batch)
     if len(names) != batch or len(set(names)) != batch:

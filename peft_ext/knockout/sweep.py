@@ -55,8 +55,8 @@ def layer_sweep(
         layers (`Sequence[int]`, *optional*): report these layers only.
         output (`str`, *optional*): a file for the results, one JSON object per line, written sample by sample. If it
             is there already, samples that it holds are not run again.
-        self_check (`bool`, *optional*, defaults to `True`): compare the first sample's largest change of each pair with
-            the full engine, and fall back to a slower engine with a warning where they differ.
+        self_check (`bool`, *optional*, defaults to `True`): compare the first sample's largest change of each pair
+            with the full engine, and fall back to a slower engine with a warning where they differ.
         progress (`bool`, *optional*, defaults to `True`): show a progress bar.
 
     Returns:

@@ -143,7 +143,10 @@ def _pixels(count):
 
 
 def _tiles(count):
-    return {"pixel_values": _images(2 * count).view(count, 2, 3, 16, 16), "image_sizes": torch.tensor([[16, 16]] * count)}
+    return {
+        "pixel_values": _images(2 * count).view(count, 2, 3, 16, 16),
+        "image_sizes": torch.tensor([[16, 16]] * count),
+    }
 
 
 def _nested(count):
@@ -175,9 +178,7 @@ FAMILIES = {
     ),
     "idefics3": Family(_idefics3("Idefics3"), 4, _nested),
     "smolvlm": Family(_idefics3("SmolVLM"), 4, _nested),
-    "paligemma": Family(
-        _paligemma, 16, _pixels, lambda ids: {"token_type_ids": torch.zeros_like(ids)}, causal=False
-    ),
+    "paligemma": Family(_paligemma, 16, _pixels, lambda ids: {"token_type_ids": torch.zeros_like(ids)}, causal=False),
     "gemma3": Family(_gemma3, 4, _pixels, lambda ids: {"token_type_ids": (ids == IMAGE).int()}),
     "llama": Family(_causal_lm("Llama")),
     "qwen2": Family(_causal_lm("Qwen2")),
@@ -217,7 +218,11 @@ def inputs(family="llava", texts=((3, 7), (5, 7)), padding="left", image_first=T
     rows = []
     for before, after in texts:
         row = torch.randint(3, 50, (before,), generator=generator).tolist()
-        visual = [IMAGE] * description.visual if description.visual else torch.randint(3, 50, (8,), generator=generator).tolist()
+        visual = (
+            [IMAGE] * description.visual
+            if description.visual
+            else torch.randint(3, 50, (8,), generator=generator).tolist()
+        )
         rows.append((row, visual, torch.randint(3, 50, (after,), generator=generator).tolist()))
     length = max(sum(map(len, row)) for row in rows)
     ids = torch.full((len(rows), length), PAD)
