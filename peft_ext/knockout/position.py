@@ -47,6 +47,6 @@ class PromptPosition:
         else:
             raise ValueError(
                 f"The masks are for a prompt of {self.length} tokens, but the model was called with {tokens}. Make "
-                "the groups from the inputs as the processor expands them; for tokens after the prompt set answer_tokens."
+                "the groups from the inputs as the processor expands them; for tokens after it set answer_tokens."
             )
         return self._starts[layer]

@@ -113,7 +113,7 @@ def prepare(
         edges[pair] = check_pairs([(sample.groups[pair[0]], sample.groups[pair[1]])])[0]
     answer, before = _answer(sample, answer_token, batch, label)
     inputs = dict(sample.inputs)
-    readout = _last_positions(inputs)
+    readout = last_positions(inputs)
     if before is not None:
         if not bool((readout == tokens.shape[1] - 1).all()):
             raise ValueError(
@@ -130,7 +130,7 @@ def _names(number: int, batch: int) -> list[str]:
     return [str(number)] if batch == 1 else [f"{number}.{row}" for row in range(batch)]
 
 
-def _last_positions(inputs: Mapping[str, Any]) -> Tensor:
+def last_positions(inputs: Mapping[str, Any]) -> Tensor:
     """The last attended position of each row, int64 `[batch]`."""
     tokens, mask = inputs["input_ids"], inputs.get("attention_mask")
     if mask is None:

@@ -238,8 +238,8 @@ def _patch_groups(
         if not (hit & coverage.place).any():
             raise ValueError(
                 f"{name}: nothing of {given[row]} is left in the image tokens, since the processor crops the image, "
-                "or the boxes are thinner than its pixels; pad instead of cropping (do_pad=True, do_center_crop=False), "
-                "lower the threshold, or leave this sample out."
+                "or the boxes are thinner than its pixels; pad instead of cropping (do_pad=True, "
+                "do_center_crop=False), lower the threshold, or leave this sample out."
             )
         related[row, visual[row]] = (hit & coverage.place).to(related.device)
         other[row, visual[row]] = (~hit & coverage.place).to(other.device)
