@@ -16,12 +16,6 @@ from torch import Tensor
 from ..files import write_atomically
 
 
-try:
-    from matplotlib.figure import Figure
-except ImportError:  # pragma: no cover
-    Figure = None
-
-
 LEVEL = 0.95
 
 
@@ -219,8 +213,10 @@ def _write(path: str | os.PathLike[str], draw: Callable[[Any], None], rows: Sequ
     target = Path(path)
     if target.suffix != ".png":
         raise ValueError(f"path is {str(path)!r}: figures are PNG files, so it must end in .png.")
-    if Figure is None:
-        raise ImportError("Figures need matplotlib: pip install 'peft-ext[plot]'.")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("Figures need matplotlib: pip install 'peft-ext[plot]'.") from None
     target.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(6, 4), layout="constrained")
     draw(figure)

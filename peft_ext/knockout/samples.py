@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,20 @@ class FlowSample:
     answer_ids: Sequence[Sequence[int]] | None = None
     names: Sequence[str] | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class LazySample:
+    """
+    A sample that is made when its turn comes: not by another process, nor if the results are there already.
+
+    Args:
+        name (`str`): the sample's name in the results.
+        make (`Callable`): returns the [`FlowSample`], or `None` to leave it out.
+    """
+
+    name: str
+    make: Callable[[], FlowSample | None]
 
 
 @dataclass

@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 from .architecture import Architecture, inspect_model
 from .clean_run import NotReusable
 from .engines import ENGINES, Pair, Span, run_engine, span_of
-from .records import Record, RecordFile
-from .samples import FlowSample, Prompt, parse_pairs, prepare
+from .records import Record, RecordFile, read_records
+from .samples import FlowSample, LazySample, Prompt, parse_pairs, prepare
 from .windows import Window, windows
 
 
@@ -27,7 +27,7 @@ _SLOWER = {"packed": "suffix", "suffix": "full"}
 
 def layer_sweep(
     model: nn.Module,
-    samples: Iterable[FlowSample] | FlowSample,
+    samples: Iterable[FlowSample | LazySample] | FlowSample,
     pairs: Sequence[str | tuple[str, str]] | str,
     window: int = 9,
     mode: str = "centred",
@@ -44,7 +44,7 @@ def layer_sweep(
 
     Args:
         model (`torch.nn.Module`): a decoder of transformers, in eval mode.
-        samples (`Iterable[FlowSample]`): the data set.
+        samples (`Iterable[FlowSample]`): the data set; [`LazySample`]s are made when their turn comes.
         pairs (`list[str]`): `"source:target"`, names of groups: the target may not attend to the source.
         window (`int`, *optional*, defaults to 9): layers per window.
         mode (`str`, *optional*, defaults to `"centred"`): `"centred"` or `"forward"`, see [`windows`].
@@ -95,6 +95,14 @@ def layer_sweep(
                 bar.update()
                 if number % share.num_processes != share.process_index:
                     continue
+                if isinstance(sample, LazySample):
+                    if file and sample.name in file.done:
+                        continue
+                    made = sample.make()
+                    if made is None:
+                        continue
+                    made.names = [sample.name]
+                    sample = made
                 prompt = prepare(sample, named, answer_token, number, _device(model))
                 if file and set(prompt.names) <= file.done:
                     continue
@@ -109,16 +117,14 @@ def layer_sweep(
     if file and share.is_main_process:
         file.join()
     if file and share.num_processes > 1:
-        from .records import read_records
-
         share.wait_for_everyone()
         return read_records(file.path)
     return found
 
 
-def _numbered(samples: Iterable[Any]) -> Iterator[tuple[int, FlowSample]]:
+def _numbered(samples: Iterable[Any]) -> Iterator[tuple[int, FlowSample | LazySample]]:
     for number, sample in enumerate(samples):
-        if not isinstance(sample, FlowSample):
+        if not isinstance(sample, (FlowSample, LazySample)):
             raise ValueError(f"samples[{number}] is a {type(sample).__name__}: make it a FlowSample.")
         yield number, sample
 
