@@ -32,7 +32,7 @@ def _text(kind="Llama", **options):
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 128,
-        "initializer_range": 0.2,
+        "initializer_range": 0.1,
         **_IDS,
     }
     if kind.startswith("Gemma") or kind == "Qwen3":
@@ -48,7 +48,7 @@ def _causal_lm(kind, **options):
 
 def _gpt2():
     sizes = {"vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4, "n_positions": 128}
-    return hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, **_IDS, initializer_range=0.2))
+    return hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, **_IDS, initializer_range=0.1))
 
 
 _VISION = {
@@ -62,7 +62,7 @@ _VISION = {
 
 
 def _clip():
-    return hf.CLIPVisionConfig(**_VISION, projection_dim=WIDTH, initializer_range=0.2)
+    return hf.CLIPVisionConfig(**_VISION, projection_dim=WIDTH, initializer_range=0.1)
 
 
 def _llava(kind="Llama", **options):
