@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from .architecture import Architecture
 from .attention import AttentionKnockout
-from .clean_run import NotReusable, clean_run, logits_at
+from .clean_run import CleanRun, clean_run, logits_at
 from .edges import Edges
 from .implementation import editable_attention
 from .replay import Knock, replay
@@ -53,9 +54,11 @@ def run_engine(
             for span in wanted
         }
     with editable_attention(architecture) as implementation:
-        targets = [_first_target(pair, prompt.edges[pair]) for pair in spans]
+        targets = [_first_target(prompt.edges[pair]) for pair in spans]
         run = clean_run(architecture, model, prompt.inputs, prompt.readout, targets)
         firsts = dict(zip(spans, run.firsts, strict=True))
+        for pair in spans:
+            _warn_of_nothing(pair, prompt.edges[pair], run)
         order = [(pair, span) for pair, wanted in spans.items() for span in wanted]
         knocks = [Knock(firsts[pair], *span, edges=prompt.edges[pair]) for pair, span in order]
         tokens = PACKED_TOKENS if engine == "packed" else 1
@@ -75,15 +78,23 @@ def _full(architecture: Architecture, model: nn.Module, prompt: Prompt, edges: E
         return logits_at(architecture, model, prompt.inputs, prompt.readout, use_cache=False).log_softmax(-1)
 
 
-def _first_target(pair: Pair, edges: Edges) -> int:
+def _first_target(edges: Edges) -> int:
     """The first position that a pair's knockout changes, in any row."""
-    first_source = edges.source.int().argmax(1)
-    last_target = edges.length - 1 - edges.target.flip(1).int().argmax(1)
-    if bool((first_source > last_target).any()) and not edges.target_follows:
-        raise NotReusable(
-            f"the target of {pair[0]}:{pair[1]} comes before its source, so a causal model has no edge to block"
-        )
     return int(edges.target.int().argmax(1).min())
+
+
+def _warn_of_nothing(pair: Pair, edges: Edges, run: CleanRun) -> None:
+    """As [`AttentionKnockout`] does, where no layer has any of a pair's edges."""
+    distinct = {id(layer.allowed): layer.allowed for layer in run.layers}.values()
+    for allowed in distinct:
+        blocked = edges.blocked(range(run.start, run.length), range(run.length), allowed.device)
+        if (blocked & allowed[:, 0]).any():
+            return
+    warnings.warn(
+        f"{pair[0]}:{pair[1]} blocks nothing: in no layer does {pair[1]} attend to {pair[0]}, since it comes earlier "
+        "or lies outside the layers' windows.",
+        stacklevel=2,
+    )
 
 
 def span_of(window: Window) -> Span:
