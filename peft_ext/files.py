@@ -63,7 +63,7 @@ def atomic_saver(save_file: Callable[..., None]) -> Callable[..., None]:
         path = os.fspath(filename)
         if not os.path.basename(path).startswith("adapter_model"):
             return save_file(tensors, filename, metadata=metadata)
-        if any(key.endswith(".fingerprint") for key in tensors):
+        if any(key.endswith(".fingerprint") or ".mores_steering." in key for key in tensors):
             metadata = {**(metadata or {}), CHECKSUM_KEY: _checksum(tensors)}
         _replace(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 

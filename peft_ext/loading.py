@@ -1,4 +1,4 @@
-"""Loading a sparse adapter succeeds as a whole or leaves the model as it was, through PEFT and through transformers.
+"""Loading one of our adapters succeeds as a whole or leaves the model as it was, by PEFT and by transformers.
 
 Both inject an adapter's layers before they read its weights, and transformers only logs what is missing. So their
 `load_adapter` is wrapped: the file is checked first, what arrived is checked after, and a failure takes a new adapter
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -17,8 +18,10 @@ from torch import nn
 
 from ._peft_internals import AuxiliaryTrainingWrapper
 from .files import check_weights
-from .sparse.config import SparseConfig
+from .saved_config import SavedConfig
 from .sparse.layer import SparseLinear
+from .tuners.mores.checkpoint import check_arrived
+from .tuners.mores.model import take_out as take_out_steering
 
 
 def all_or_nothing(load_adapter: Callable[..., Any], path_argument: str) -> Callable[..., Any]:
@@ -44,13 +47,13 @@ def all_or_nothing(load_adapter: Callable[..., Any], path_argument: str) -> Call
                 check_weights(os.path.join(path, subfolder))
             result = load_adapter(self, *args, **kwargs)
             config = self.peft_config[name]
-            if isinstance(config, SparseConfig):
+            if isinstance(config, SavedConfig):
                 _check_arrived(self, name, result)
                 config.awaits_weights = False
             return result
         except BaseException as error:
             config = getattr(self, "peft_config", {}).get(name)
-            if isinstance(config, SparseConfig) and (config.awaits_weights or not known):
+            if isinstance(config, SavedConfig) and (config.awaits_weights or not known):
                 take_out(self, name)
                 for module, training in modes:
                     module.training = training
@@ -66,8 +69,7 @@ def _check_arrived(model: nn.Module, adapter_name: str, result: Any) -> None:
     missing = [
         key
         for key in getattr(result, "missing_keys", ())
-        if f"_delta.{adapter_name}." in key
-        or f".modules_to_save.{adapter_name}." in key
+        if re.search(rf"\.(\w+_delta|mores_steering|modules_to_save)\.{re.escape(adapter_name)}\.", key)
         or key.endswith(f".trainable_tokens_delta.{adapter_name}")
     ]
     if missing:
@@ -75,9 +77,16 @@ def _check_arrived(model: nn.Module, adapter_name: str, result: Any) -> None:
             f"The checkpoint lacks '{min(missing)}', so it is only a part of adapter '{adapter_name}' or was made "
             "with other options. Save the whole adapter again."
         )
+    unknown = sorted(key for key in getattr(result, "unexpected_keys", ()) if ".mores_steering." in key)
+    if unknown:
+        raise ValueError(
+            f"The checkpoint has '{unknown[0]}', which has no place in this model; use the config and base model it "
+            "was saved with."
+        )
     for layer in model.modules():
         if isinstance(layer, SparseLinear) and adapter_name in layer.deltas:
             layer._ready(adapter_name)
+    check_arrived(model, adapter_name)
 
 
 def take_out(model: Any, adapter_name: str) -> None:
@@ -86,6 +95,7 @@ def take_out(model: Any, adapter_name: str) -> None:
     if len(model.peft_config) > 1:
         model.delete_adapter(adapter_name)
         return
+    take_out_steering(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, SparseLinear):
             original = module.get_base_layer()

@@ -3,6 +3,8 @@
 from .attention import AttentionKnockout
 from .jaccard import topk_jaccard
 from .lens import RidgeLens, answer_probability_by_layer, answer_tokens, residual_stream
+from .modality import lmar
+from .modality_plots import plot_modality
 from .modules import ModuleKnockout
 from .norms import image_token_norms
 from .plots import plot_answer_probability, plot_jaccard, plot_sweep, plot_token_map
@@ -24,8 +26,10 @@ __all__ = [
     "find_token_groups",
     "image_token_norms",
     "layer_sweep",
+    "lmar",
     "plot_answer_probability",
     "plot_jaccard",
+    "plot_modality",
     "plot_sweep",
     "plot_token_map",
     "read_records",

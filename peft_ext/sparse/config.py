@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftConfig
-from peft.utils import CONFIG_NAME
 from torch import Tensor
 
-from .._version import __version__
-from ..files import REQUIRES, check_weights, explain_requirement, write_atomically
+from ..saved_config import SavedConfig
 from .ops import BACKENDS
 from .selection import parse_selection
 
@@ -22,7 +17,7 @@ VALUES_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
-class SparseConfig(PeftConfig):
+class SparseConfig(SavedConfig):
     """
     Base of the configurations of [`NeuroAdaConfig`] and the other sparse tuners.
 
@@ -62,8 +57,7 @@ class SparseConfig(PeftConfig):
             Tokens whose embeddings are trained too, as in PEFT.
         support_sizes (`dict[str, int]`, *optional*):
             Filled in by network-wide selections: number of entries per module.
-        peft_ext_version (`str`, *optional*), requires (`str`):
-            Filled in: what wrote the adapter, and what is needed to load it.
+        peft_ext_version, requires: see [`~peft_ext.saved_config.SavedConfig`].
     """
 
     peft_type: Any = field(default=None, metadata={"help": "Set by each method."})
@@ -86,18 +80,10 @@ class SparseConfig(PeftConfig):
         default=None, metadata={"help": "Tokens whose embeddings are trained too."}
     )
     support_sizes: dict[str, int] | None = field(default=None, metadata={"help": "Filled in; entries per module."})
-    peft_ext_version: str | None = field(default=None, metadata={"help": "Filled in when saved."})
-    requires: str = field(default=REQUIRES, metadata={"help": "The package that loads this adapter."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.scores: Mapping[str, Tensor] | None = None  # not a field: lives only until the entries are chosen
-        self.requires = REQUIRES
-        # A config read from a file names what wrote it; its entries are in the checkpoint beside it.
-        self.from_checkpoint = self.peft_ext_version is not None
-        # While an adapter waits for a checkpoint: that it does, and what of the base model was trainable before it.
-        self.awaits_weights = False
-        self.trainable_before: dict[str, bool] = {}
         self._check()
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -152,32 +138,3 @@ class SparseConfig(PeftConfig):
         """
         self.scores = dict(scores)
         return self
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, replacing an old one only when the new one is complete, and explain in the
-        folder's README which package loads the adapter. See `PeftConfig.save_pretrained`."""
-        if os.path.isfile(save_directory):
-            raise ValueError(f"save_directory={save_directory!r} is a file; pass a folder.")
-        self.peft_ext_version = __version__
-        os.makedirs(save_directory, exist_ok=True)
-        content = {key: sorted(value) if isinstance(value, set) else value for key, value in self.to_dict().items()}
-        auto_mapping = kwargs.pop("auto_mapping_dict", None)
-        if auto_mapping is not None:
-            content["auto_mapping"] = auto_mapping
-        text = json.dumps(content, indent=2, sort_keys=True)
-        write_atomically(os.path.join(save_directory, CONFIG_NAME), text)
-        explain_requirement(save_directory, self.peft_type)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """Read a config; for a local folder, first make sure that its weights are whole. See
-        `PeftConfig.from_pretrained`.
-
-        Raises:
-            `ValueError`: if the weights in the folder are missing parts or differ from what was saved.
-        """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        if os.path.isdir(folder):
-            check_weights(folder)
-        return config

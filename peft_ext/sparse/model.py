@@ -19,6 +19,7 @@ from .._peft_internals import (
     resolve_all_linear,
     resolve_quantization_backend,
 )
+from ..injection import clean_refusal
 from .checkpoint import CheckpointMixin
 from .config import SparseConfig
 from .layer import SparseLinear
@@ -65,25 +66,17 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         self._low_cpu_mem_usage = low_cpu_mem_usage or _parameters_go_to_meta()
-        config = self.peft_config[adapter_name]
-        config.awaits_weights = config.from_checkpoint
-        config.trainable_before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._plan: dict[str, Planned] = {}
         self._inject_by_state_dict = state_dict is not None
         try:
-            super().inject_adapter(
-                model,
-                adapter_name,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-                state_dict=state_dict,
-            )
-        except BaseException:
-            self.peft_config.pop(adapter_name, None)  # transformers shares this table with the adapters before
-            # transformers marks the model as adapted before it calls us, and then expects a `peft_config` on it.
-            if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, "peft_config"):
-                model.__dict__.pop("_hf_peft_config_loaded", None)
-            raise
+            with clean_refusal(self.peft_config, model, adapter_name):
+                super().inject_adapter(
+                    model,
+                    adapter_name,
+                    autocast_adapter_dtype=autocast_adapter_dtype,
+                    low_cpu_mem_usage=low_cpu_mem_usage,
+                    state_dict=state_dict,
+                )
         finally:
             self._plan = {}
         self.peft_config[adapter_name].scores = None  # dense, and of no use once the entries are chosen

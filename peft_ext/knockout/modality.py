@@ -1,0 +1,270 @@
+"""How a model shares its attention between image and text: the layer-wise modality attention ratio (LMAR).
+
+LMAR is eq. 2 of Bi et al., LLaVA Steering: for each layer, the mean over samples of the attention on visual tokens
+divided by the attention on text tokens. The paper leaves open which queries, heads and tokens are meant, and no code
+of it was published; here each choice is an argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+
+CHOICES = {
+    "reduction": ("mean", "sum"),
+    "heads": ("mean", "ratio"),
+    "queries": ("first", "generated"),
+    "system": ("exclude", "text"),
+    "average": ("ratios", "means"),
+    "engine": ("step", "full"),
+}
+# Arguments of forward with one value per token, which are cut and extended with input_ids.
+_PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
+
+
+@dataclass
+class ModalityAttention:
+    """
+    What [`lmar`] measured.
+
+    Attributes:
+        image (`torch.Tensor`): fp64 `[samples, layers, heads]`, attention on visual tokens, reduced as asked.
+        text (`torch.Tensor`): the same on text tokens.
+        image_share (`torch.Tensor`): fp64 `[samples, layers]`, the part of all attention that visual tokens get,
+            mean over heads (the paper's fig. 1).
+        heads (`str`), average (`str`): as asked.
+    """
+
+    image: Tensor
+    text: Tensor
+    image_share: Tensor
+    heads: str = "mean"
+    average: str = "ratios"
+
+    @property
+    def per_sample(self) -> Tensor:
+        """fp64 `[samples, layers]`: each sample's ratios."""
+        if self.heads == "ratio":
+            return (self.image / self.text).mean(dim=2)
+        return self.image.mean(dim=2) / self.text.mean(dim=2)
+
+    @property
+    def ratio(self) -> Tensor:
+        """fp64 `[layers]`: LMAR."""
+        if self.average == "ratios":
+            return self.per_sample.mean(dim=0)
+        image, text = self.image.mean(dim=0), self.text.mean(dim=0)  # [layers, heads]
+        return (image / text).mean(dim=1) if self.heads == "ratio" else image.mean(dim=1) / text.mean(dim=1)
+
+
+@torch.no_grad()
+def lmar(
+    model: Any,
+    batches: Iterable[dict[str, Tensor]],
+    *,
+    reduction: str = "mean",
+    heads: str = "mean",
+    queries: str = "first",
+    max_new_tokens: int = 16,
+    system: str = "exclude",
+    count_generated: bool = False,
+    average: str = "ratios",
+    visual_token_ids: Iterable[int] | None = None,
+    engine: str = "step",
+    progress: bool = False,
+) -> ModalityAttention:
+    """
+    Measure LMAR of a vision-language model, with or without adapters.
+
+    The prompt but for its last token runs with the model's own attention and fills a cache; then single tokens run
+    with eager attention, whose rows are what is measured. So no map of tokens × tokens is ever made.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            In eval mode.
+        batches (iterable of `dict`):
+            What the model is called with: `input_ids` `[batch, tokens]`, `attention_mask`, `pixel_values` and so on,
+            without labels; padded on the left, if at all.
+        reduction (`str`, *optional*, defaults to `"mean"`):
+            Attention on a modality is the `"mean"` over its tokens (as below eq. 2), or the `"sum"` (as for fig. 1),
+            which grows with the number of tokens.
+        heads (`str`, *optional*, defaults to `"mean"`):
+            `"mean"` over heads, then the ratio; or the `"ratio"` of each head, then the mean, to which heads that
+            ignore text contribute very large numbers.
+        queries (`str`, *optional*, defaults to `"first"`):
+            Whose attention: `"first"`, the last prompt token, which decides the first output token; `"generated"`,
+            also each token then generated greedily but the last, averaged.
+        max_new_tokens (`int`, *optional*, defaults to 16):
+            Output tokens with `queries="generated"`. An end-of-sequence token does not stop: every sample has as many.
+        system (`str`, *optional*, defaults to `"exclude"`):
+            Tokens before the first visual one (system prompt, template, beginning of sequence). Eq. 1 names them
+            apart from text, so they count as neither; `"text"` counts them as text. The beginning of the sequence
+            often draws most of the attention, so this matters.
+        count_generated (`bool`, *optional*, defaults to `False`):
+            Whether generated tokens count as text when later ones attend to them.
+        average (`str`, *optional*, defaults to `"ratios"`):
+            Mean over samples of `"ratios"` (eq. 2), or ratio of the `"means"`.
+        visual_token_ids (iterable of `int`, *optional*):
+            Placeholders of visual tokens in `input_ids`; by default those of the model's config.
+        engine (`str`, *optional*, defaults to `"step"`):
+            `"full"` runs the whole prompt eagerly. Needed where a prompt's tokens attend to later ones (PaliGemma) or
+            an adapter steers the prompt's last tokens.
+        progress (`bool`, *optional*, defaults to `False`): whether to show a progress bar.
+
+    Returns:
+        [`ModalityAttention`]
+
+    Raises:
+        `ValueError`: for unknown choices, training mode, right padding, a sample without visual or text tokens, or a
+            model whose prompt is not causal with `engine="step"`.
+    """
+    given = {
+        "reduction": reduction,
+        "heads": heads,
+        "queries": queries,
+        "system": system,
+        "average": average,
+        "engine": engine,
+    }
+    for name, value in given.items():
+        if value not in CHOICES[name]:
+            raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(CHOICES[name])}.")
+    if model.training:
+        raise ValueError("model is in training mode, where dropout would be measured; call model.eval() first.")
+    kind = str(getattr(model.config, "model_type", ""))
+    if engine == "step" and "paligemma" in kind:
+        raise ValueError(f"engine='step': {kind}'s prompt attends to later tokens as well; pass engine='full'.")
+    ids = visual_token_ids if visual_token_ids is not None else _visual_ids(model.config)
+    images, texts, shares = [], [], []
+    for batch in tqdm(batches, desc="LMAR", disable=not progress):
+        image, text = _groups(batch, tuple(ids), system)
+        totals: list[Tensor] = []
+        for rows in _rows(model, batch, max_new_tokens if queries == "generated" else 1, engine):
+            totals.append(_attention(rows, image, text, reduction, count_generated))
+        found = torch.stack(totals).mean(dim=0)  # [3, batch, layers, heads]
+        images.append(found[0])
+        texts.append(found[1])
+        shares.append(found[2].mean(dim=2))
+    if not images:
+        raise ValueError("batches is empty; pass at least one batch.")
+    return ModalityAttention(torch.cat(images), torch.cat(texts), torch.cat(shares), heads, average)
+
+
+def _visual_ids(config: Any) -> tuple[int, ...]:
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    ids = {value for name in names if isinstance(value := getattr(config, name, None), int)}
+    if not ids:
+        raise ValueError("The model's config names no image token; pass visual_token_ids.")
+    return tuple(sorted(ids))
+
+
+def _groups(batch: dict[str, Tensor], visual_ids: tuple[int, ...], system: str) -> tuple[Tensor, Tensor]:
+    """Bool `[batch, tokens]`: the visual tokens, and those that count as text."""
+    ids = batch["input_ids"]
+    real = batch.get("attention_mask", torch.ones_like(ids)).bool()
+    if not bool(real[:, -1].all()):
+        raise ValueError("attention_mask: samples must end at the last token; pad on the left (padding_side='left').")
+    image = torch.isin(ids, torch.tensor(visual_ids, device=ids.device)) & real
+    text = real & ~image
+    if system == "exclude":
+        text &= image.long().cumsum(dim=1) > 0
+    for name, mask in (("visual", image), ("text", text)):
+        empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(f"Sample {empty[0]} of a batch has no {name} tokens, so its ratio is not defined.")
+    return image, text
+
+
+def _attention(rows: list[Tensor], image: Tensor, text: Tensor, reduction: str, count_generated: bool) -> Tensor:
+    """fp64 `[3, batch, layers, heads]`: on image, on text, and the image's share of all attention."""
+    layers = []
+    prompt = image.shape[1]
+    for row in rows:  # [batch, heads, keys]; keys may be only the last ones (sliding windows)
+        row = row.double()
+        keys = row.shape[-1]
+        new = max(_length(rows) - prompt, 0)
+        masks = [_extended(image, new, False), _extended(text, new, count_generated)]
+        counts = [mask.sum(dim=1).view(-1, 1) for mask in masks]
+        sums = [(row * mask[:, -keys:].unsqueeze(1)).sum(dim=-1) for mask in masks]  # [batch, heads]
+        total = row.sum(dim=-1)
+        if reduction == "mean":
+            values = [value / count for value, count in zip(sums, counts, strict=True)]
+        else:
+            values = sums
+        layers.append(torch.stack([*values, sums[0] / total]))
+    return torch.stack(layers, dim=2)
+
+
+def _length(rows: list[Tensor]) -> int:
+    """The number of keys that a layer without a sliding window attends to."""
+    return max(row.shape[-1] for row in rows)
+
+
+def _extended(mask: Tensor, new: int, value: bool) -> Tensor:
+    return torch.cat([mask, mask.new_full((len(mask), new), value)], dim=1)
+
+
+def _rows(model: Any, batch: dict[str, Tensor], number: int, engine: str) -> Iterator[list[Tensor]]:
+    """For each output token, each layer's attention `[batch, heads, keys]` of the token that decides it."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    ids = inputs.pop("input_ids")
+    mask = inputs.pop("attention_mask", torch.ones_like(ids))
+    per_token = {name: inputs.pop(name) for name in _PER_TOKEN if name in inputs}
+    inner = _inner(model)
+    cut = 0 if engine == "full" else ids.shape[1] - 1
+
+    def call(start: int, stop: int, **kwargs: Any) -> Any:
+        positions = (mask[:, :stop].long().cumsum(dim=1) - 1).clamp(min=0)[:, start:]
+        if not hasattr(inner, "rope_deltas"):
+            kwargs["position_ids"] = positions
+        elif start > 0:  # positions in time, height and width; the model finds those of the images in the first call
+            kwargs["position_ids"] = positions + inner.rope_deltas.to(positions).expand(3, -1, 1)
+        aligned = {name: value[:, start:stop] for name, value in per_token.items()}
+        return model(input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], use_cache=True, **aligned, **kwargs)
+
+    past = None
+    if cut:
+        past = call(0, cut, **inputs).past_key_values
+        inputs = {}
+    with eager_text(model):
+        for index in range(number):
+            output = call(cut, ids.shape[1], past_key_values=past, output_attentions=True, **inputs)
+            yield [weights[:, :, -1] for weights in output.attentions]
+            if index + 1 < number:
+                past, cut, inputs = output.past_key_values, ids.shape[1], {}
+                ids = torch.cat([ids, output.logits[:, -1:].argmax(dim=-1)], dim=1)
+                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+                per_token = {name: torch.nn.functional.pad(value, (0, 1)) for name, value in per_token.items()}
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _inner(model: Any) -> Any:
+    base = _base(model)
+    return getattr(base, "model", base)
+
+
+@contextmanager
+def eager_text(model: Any) -> Iterator[None]:
+    """Around calls whose attention maps are wanted: eager attention in the text model, then what it was before."""
+    base = _base(model)
+    text_config = base.config.get_text_config()
+    before = text_config._attn_implementation
+    if before == "eager":
+        yield
+        return
+    key = "text_config" if text_config is not base.config else None
+    base.set_attn_implementation({key: "eager"} if key else "eager")
+    try:
+        yield
+    finally:
+        base.set_attn_implementation({key: before} if key else before)

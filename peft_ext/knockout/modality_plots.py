@@ -1,0 +1,63 @@
+"""Figures of [`~peft_ext.knockout.modality.lmar`]'s results, several methods in one, with the data behind them."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping
+
+from .modality import ModalityAttention
+
+
+def plot_modality(
+    results: Mapping[str, ModalityAttention],
+    path: str | os.PathLike[str],
+    trained_parameters: Mapping[str, int] | None = None,
+) -> None:
+    """
+    Draw the paper's figures 1 and 2 for several methods: the share of attention that visual tokens get per layer,
+    LMAR per layer, and the mean share against the number of trained parameters.
+
+    Args:
+        results (`dict[str, ModalityAttention]`): by the methods' names, of models with the same number of layers.
+        path (`str`): the PNG to write; the numbers go into a CSV of the same name beside it.
+        trained_parameters (`dict[str, int]`, *optional*): per method; without it the third panel is left out.
+
+    Raises:
+        `ValueError`: if there is nothing to draw.
+    """
+    if not results:
+        raise ValueError("results is empty; pass at least one method's result of lmar().")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    path = os.fspath(path)
+    panels = 3 if trained_parameters else 2
+    figure = Figure(figsize=(5 * panels, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, panels)
+    for name, result in results.items():
+        layers = range(len(result.ratio))
+        share = result.image_share.mean(dim=0).tolist()
+        axes[0].plot(layers, share, marker="o", label=name)
+        axes[1].plot(layers, result.ratio.tolist(), marker="o", label=name)
+        if trained_parameters:
+            axes[2].scatter([max(trained_parameters[name], 1)], [sum(share) / len(share)], label=name)
+    titles = ["Attention on visual tokens (share)", "LMAR (image / text)", "Mean share and trained parameters"]
+    for axis, title in zip(axes, titles, strict=False):
+        axis.set_title(title)
+        axis.set_xlabel("layer")
+        axis.legend()
+    axes[0].set_ylim(0, 1)
+    if trained_parameters:
+        axes[2].set_xscale("log")
+        axes[2].set_xlabel("trained parameters")
+    figure.savefig(path, dpi=120)
+    with open(os.path.splitext(path)[0] + ".csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["method", "layer", "lmar", "image_share", "trained_parameters"])
+        for name, result in results.items():
+            shares = result.image_share.mean(dim=0).tolist()
+            for layer, (ratio, share_) in enumerate(zip(result.ratio.tolist(), shares, strict=True)):
+                number = trained_parameters[name] if trained_parameters else ""
+                writer.writerow([name, layer, ratio, share_, number])

@@ -1,0 +1,12 @@
+"""MoReS: steer some visual tokens' hidden states in a small subspace (Bi et al., LLaVA Steering)."""
+
+from ...registration import register
+from .config import MoReSConfig
+from .layer import MoReSLayer
+from .model import MoReSModel
+from .visual_tokens import visual_tokens
+
+
+register("mores", MoReSConfig, MoReSModel)
+
+__all__ = ["MoReSConfig", "MoReSLayer", "MoReSModel", "visual_tokens"]

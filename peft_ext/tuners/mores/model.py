@@ -1,0 +1,240 @@
+"""Put MoReS adapters into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..._peft_internals import BaseTuner
+from ...injection import clean_refusal
+from .architecture import Architecture, inspect_model
+from .checkpoint import check_checkpoint
+from .config import MoReSConfig
+from .layer import CHILD, MoReSLayer, attach, detach, remove_hooks
+from .visual_tokens import TokenFinder
+
+
+class MoReSModel(BaseTuner):
+    """
+    MoReS: after decoder layers, some tokens' states h become h + R(W h + b − Rᵀh) with RᵀR = I (Bi et al., eqs. 3–4).
+
+    Which tokens are visual is read from `input_ids` in each forward pass, or from a bool `visual_token_mask`
+    `[batch, tokens]` passed to it. Samples without visual tokens keep every bit. In generation the prompt is steered,
+    and what is generated from it is not.
+
+    Args:
+        model (`torch.nn.Module`): the model to adapt.
+        config ([`MoReSConfig`]): its options.
+        adapter_name (`str`): name of the adapter, `"default"` by default.
+        low_cpu_mem_usage (`bool`, *optional*, defaults to `False`): create the adapter empty, to be loaded.
+
+    Attributes:
+        model (`torch.nn.Module`): the adapted model.
+        peft_config (`dict[str, MoReSConfig]`): the options of each adapter.
+    """
+
+    prefix: str = "mores_"
+    tuner_layer_cls = MoReSLayer
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    # ------------------------------------------------------------------ injection
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        config = self.peft_config[adapter_name]
+        if state_dict is not None:  # its keys decide what is steered
+            marker = f".{CHILD}.{self.prefix}"
+            config.target_modules = {key.split(marker)[0] for key in state_dict if marker in key}
+        with clean_refusal(self.peft_config, model, adapter_name):
+            self._targets: set[str] = set()
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+            )
+        config.target_modules = set(self._targets)  # in full, where PEFT shortens a long list
+
+    def _prepare_adapter_config(self, peft_config: MoReSConfig, model_config: dict[str, Any]) -> MoReSConfig:
+        architecture = inspect_model(self.model)
+        names = _targets(peft_config, architecture, type(self.model).__name__)
+        if peft_config.target_modules is not None:  # from a file
+            known = {*architecture.layers, *_connector_linear(architecture)}
+            unknown = sorted(set(peft_config.target_modules) - known)
+            if unknown:
+                raise ValueError(
+                    f"target_modules has '{unknown[0]}', which is no place that MoReS can steer in this "
+                    f"{type(self.model).__name__}; it has {', '.join(sorted(known))}. Leave target_modules out, or "
+                    "load the adapter onto the model it was trained on."
+                )
+            names = set(peft_config.target_modules)
+        rank, size = peft_config.rank, architecture.hidden_size
+        if rank > size:
+            raise ValueError(
+                f"rank={rank} is larger than the hidden size, {size}; an orthonormal R has at most {size}."
+            )
+        if peft_config.connector == "train":
+            if architecture.connector is None:
+                raise ValueError(
+                    f"connector='train', but no connector was found in {type(self.model).__name__}; name the module "
+                    "in modules_to_save instead."
+                )
+            saved = dict.fromkeys([*(peft_config.modules_to_save or ()), architecture.connector.name])
+            peft_config.modules_to_save = list(saved)
+        peft_config.target_modules = self._targets = names
+        self._architecture = architecture
+        return peft_config
+
+    def _check_target_module_exists(self, peft_config: MoReSConfig, key: str) -> bool:
+        return key in self._targets
+
+    def _create_and_replace(
+        self,
+        peft_config: MoReSConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        layer = getattr(target, CHILD, None)
+        if not isinstance(layer, MoReSLayer):
+            finder = self._finder() if current_key in self._architecture.layers else None
+            layer = MoReSLayer(target, self._architecture.hidden_size, finder)
+            layer._active_adapter = adapter_name
+            attach(layer)
+        layer.update_layer(adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.mores_steering[adapter_name].requires_grad_(False)
+
+    def _finder(self) -> TokenFinder:
+        """The model's one finder, with its hooks on the way to the decoder."""
+        for layer in _layers(self.model):
+            if layer.finder is not None:
+                return layer.finder
+        finder = TokenFinder(self._architecture.visual_token_ids)
+        for depth, module in enumerate(self._architecture.path):
+            module.register_forward_pre_hook(partial(finder.enter, depth), with_kwargs=True)
+            module.register_forward_hook(partial(finder.leave, depth), always_call=True)
+        return finder
+
+    # ------------------------------------------------------------------ loading
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: MoReSConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_checkpoint(model, adapter_name, mapped)
+        return mapped
+
+    # ------------------------------------------------------------------ calls
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT enters this around the user's forward or generate call, whose prompt is the whole prompt."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names: MoReS does not support batches with several adapters; call the model once per adapter."
+            )
+        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        finders = {id(layer.finder): layer.finder for layer in _layers(self.model) if layer.finder is not None}
+        for finder in finders.values():
+            finder.prompt_length = ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else None
+        try:
+            yield
+        finally:
+            for finder in finders.values():
+                finder.prompt_length = None
+
+    # ------------------------------------------------------------------ merging and unloading
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for layer in _layers(self.model):
+            layer.check_mergeable()
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        layers = list(_layers(self.model))
+        if merge:
+            self._check_merge_allowed()
+            for layer in layers:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        take_out(self.model)
+        return super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+
+
+def _layers(model: nn.Module) -> Iterator[MoReSLayer]:
+    return (module for module in model.modules() if isinstance(module, MoReSLayer))
+
+
+def take_out(model: nn.Module) -> None:
+    """Remove all steering from a model, with its hooks."""
+    for layer in list(_layers(model)):
+        if layer.finder is not None:
+            for module in model.modules():
+                remove_hooks(module, layer.finder.enter)
+                remove_hooks(module, layer.finder.leave)
+        detach(layer)
+
+
+def _connector_linear(architecture: Architecture) -> list[str]:
+    connector = architecture.connector
+    return [connector.linear] if connector is not None and connector.linear is not None else []
+
+
+def _targets(config: MoReSConfig, architecture: Architecture, kind: str) -> set[str]:
+    """The names of the modules to steer.
+
+    Raises:
+        `ValueError`: if the model lacks what the options ask for.
+    """
+    if config.site == "connector":
+        if architecture.connector is None:
+            raise ValueError(f"site='connector', but no connector was found in {kind}; use site='layers'.")
+        if architecture.connector.linear is None:
+            raise ValueError(
+                f"site='connector', but {kind}'s connector '{architecture.connector.name}' has no linear layer to "
+                "steer; use site='layers'."
+            )
+        return {architecture.connector.linear}
+    if config.token_positions is None and not architecture.visual_token_ids:
+        raise ValueError(
+            f"{kind} has no visual tokens: its config has no image_token_id. Pass token_positions, such as 'f7+l7', "
+            "to steer text."
+        )
+    names = list(architecture.layers)
+    layers = config.layers_to_transform
+    if layers is None and config.token_positions is None:
+        names.pop()  # no output depends on visual tokens after the last layer
+        if not names:
+            raise ValueError(
+                f"{kind} has one decoder layer, after which visual tokens reach no output. Pass site='connector', or "
+                "layers_to_transform='all' if something else reads that layer's output."
+            )
+    elif isinstance(layers, (int, list)):
+        numbers = [layers] if isinstance(layers, int) else layers
+        for number in numbers:
+            if not -len(names) <= number < len(names):
+                raise ValueError(f"layers_to_transform has {number}, but {kind} has {len(names)} layers, from 0.")
+        names = [names[number] for number in numbers]
+    return set(names)
