@@ -8,6 +8,7 @@ from typing import Any
 
 
 OCCURRENCES = ("first", "all")
+_INCOMPLETE = "\ufffd"  # what some bytes of a character decode to
 
 
 @dataclass
@@ -120,5 +121,7 @@ def _segment(tokenizer: Any, tokens: Sequence[int], run: list[int]) -> Segment:
         for at in range(shared, len(longer)):
             earlier = before[at - shared] if at - shared < len(before) else []
             owners.append([*earlier, run[count - 1]])
+        if shared == len(longer) and longer.endswith(_INCOMPLETE):
+            owners[-1].append(run[count - 1])  # more bytes of a character, still not all
         text = longer
     return Segment(text, owners)
