@@ -139,6 +139,7 @@ class _Recorder:
         self.final: Tensor | None = None
         self._output: Tensor | None = None
         self._masks: dict[int, tuple[Any, Tensor]] = {}
+        self._slices: dict[int, tuple[Any, Any]] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> None:
@@ -217,7 +218,12 @@ class _Recorder:
         return found
 
     def _sliced(self, name: str, value: Any) -> Any:
-        """An argument for the kept tokens only."""
+        """An argument for the kept tokens only; layers that share one share its part."""
+        if id(value) not in self._slices:
+            self._slices[id(value)] = value, self._slice(name, value)
+        return self._slices[id(value)][1]
+
+    def _slice(self, name: str, value: Any) -> Any:
         if isinstance(value, (tuple, list)):
             return tuple(self._sliced(name, part) for part in value)
         if not isinstance(value, Tensor) or value.dim() == 0:
