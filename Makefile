@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (once; some minutes)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,plot,trl]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	@touch $@
 
 quickstart: $(STAMP) ## the main job: NeuroAda beside six other methods, one table
@@ -37,7 +37,7 @@ quickstart: $(STAMP) ## the main job: NeuroAda beside six other methods, one tab
 test: $(STAMP) ## peft_ext's tests
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -o cache_dir=$(CACHE)/pytest $(ARGS)
 
-test-peft: $(STAMP) ## PEFT's own test-suite, run against NeuroAda
+test-peft: $(STAMP) ## PEFT's own test-suite, run against every sparse method
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/upstream/run.py $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and format

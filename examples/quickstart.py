@@ -137,9 +137,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.model:
-        from _quickstart import causal_lm  # needs TRL, which the offline comparison does without
+        from _quickstart import causal_lm, texts  # need TRL, which the offline comparison does without
 
-        text, checked, content = causal_lm.run(options)
+        try:
+            text, checked, content = causal_lm.run(options)
+        except texts.UsageError as error:
+            parser().error(str(error))
     else:
         text, checked, content = run_digits(options)
     content |= {"checks": [asdict(check) for check in checked], "environment": report.environment()}

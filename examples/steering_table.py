@@ -3,6 +3,8 @@ MoReS of several ranks and token ratios beside LoRA, IA3 and full training, on a
 
     python examples/steering_table.py --out examples/results/steering
 
+A call with the same folder and settings goes on where an interrupted one stopped.
+
 The tiny LLaVA of `examples/shapes_llava` knows four colours. In the shifted task every colour has another name, so
 that it first gets every question about colours wrong. Each method is trained on the same scenes for the same number of
 steps, three seeds, with a learning rate found for each kind of method on another seed (`--search`). The table has the
@@ -26,6 +28,7 @@ from _steering.methods import LEARNING_RATES, Method, trained_parameters
 from tqdm import tqdm
 from transformers import AutoProcessor, LlavaForConditionalGeneration, get_cosine_schedule_with_warmup
 
+from peft_ext.files import write_atomically
 from peft_ext.knockout.modality import ModalityAttention, lmar
 from peft_ext.knockout.modality_plots import plot_modality
 
@@ -40,9 +43,13 @@ METHODS = (
     *(f"mores-{rank}@{percent}" for rank in RANKS for percent in PERCENTS),
     "connector-1",
     "connector-4",
+    "projector",
+    "mores-1@1+",
 )
 # The picture's colours move by one: what looks green is called red now.
 SHIFTED = dict(zip(PALETTE, [*list(PALETTE.values())[1:], next(iter(PALETTE.values()))], strict=True))
+SHOWN = ("none", "full", "lora-8", "ia3", "mores-1@1", "mores-8@100")  # in the figure
+SETTINGS = ("steps", "images", "turns", "questions", "lmar_samples", "system")
 COLOR_TASKS = ("QueryColor", "QueryShape", "ChooseAttr", "ChooseCat", "LogicalObj")
 OTHER_TASKS = ("QueryAttr", "ChooseRel")
 
@@ -83,7 +90,14 @@ def run(name: str, seed: int, options: argparse.Namespace, learning_rate: float 
     }
     batch, _ = Batches(processor, 20_000 + seed, SHIFTED).questions(options.lmar_samples)
     attention = lmar(model, [batch], system=options.system)
-    return {"method": name, "seed": seed, "trained_parameters": trained, "accuracy": scores, "attention": attention}
+    return {
+        "method": name,
+        "seed": seed,
+        "trained_parameters": trained,
+        "accuracy": scores,
+        "lmar": attention.ratio.tolist(),
+        "image_share": attention.image_share.mean(dim=0).tolist(),
+    }
 
 
 def search(options: argparse.Namespace) -> None:
@@ -100,14 +114,16 @@ def search(options: argparse.Namespace) -> None:
 def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per method: mean and standard deviation over seeds."""
     rows = []
-    for name in dict.fromkeys(result["method"] for result in results):
+    known = {result["method"] for result in results}
+    for name in [*(name for name in METHODS if name in known), *sorted(known - set(METHODS))]:
         mine = [result for result in results if result["method"] == name]
         row: dict[str, Any] = {"method": name, "trained_parameters": mine[0]["trained_parameters"]}
+        row["seeds"] = len(mine)
         series = {
             "color": [result["accuracy"]["color"] for result in mine],
             "other": [result["accuracy"]["other"] for result in mine],
-            "lmar": [result["attention"].ratio.mean().item() for result in mine],
-            "image_share": [result["attention"].image_share.mean().item() for result in mine],
+            "lmar": [statistics.mean(result["lmar"]) for result in mine],
+            "image_share": [statistics.mean(result["image_share"]) for result in mine],
         }
         for key, values in series.items():
             row[key] = statistics.mean(values)
@@ -118,12 +134,12 @@ def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| method | trained | accuracy, colours | accuracy, places | LMAR | attention on the image |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| method | trained | seeds | accuracy, colours | accuracy, places | LMAR | attention on the image |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         cells = [f"{row[key]:.3f} ± {row[f'{key}_sd']:.3f}" for key in ("color", "other", "lmar", "image_share")]
-        lines.append(f"| {row['method']} | {row['trained_parameters']:,} | {' | '.join(cells)} |")
+        lines.append(f"| {row['method']} | {row['trained_parameters']:,} | {row['seeds']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -148,9 +164,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         search(options)
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    results: list[dict[str, Any]] = []
+    results = read(options)
+    done = {(result["method"], result["seed"]) for result in results}
     jobs = [(name, seed) for seed in range(options.seeds) for name in options.methods]
-    for name, seed in tqdm(jobs, desc="runs"):
+    # Those of the figure first, so that an interrupted table has all seeds of the methods that matter most.
+    jobs.sort(key=lambda job: job[0] not in SHOWN)
+    for name, seed in tqdm([job for job in jobs if job not in done], desc="runs"):
         results.append(run(name, seed, options))
         write(options, results)
     print(markdown(summarise(results)))
@@ -159,33 +178,40 @@ def main(argv: Sequence[str] | None = None) -> None:
 def write(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     """Everything so far, after every run."""
     rows = summarise(results)
-    plain = [
-        {
-            **{key: value for key, value in result.items() if key != "attention"},
-            "lmar": result["attention"].ratio.tolist(),
-            "image_share": result["attention"].image_share.mean(dim=0).tolist(),
-        }
-        for result in results
-    ]
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    settings["model"] = options.model.name
-    settings["out"] = options.out.name
-    content = {"settings": settings, "learning_rates": LEARNING_RATES, "summary": rows, "runs": plain}
-    (options.out / "steering_table.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    (options.out / "steering_table.md").write_text(markdown(rows) + "\n", encoding="utf-8")
-    shown = [
-        n for n in ("none", "full", "lora-8", "ia3", "mores-1@1", "mores-8@100") if n in {r["method"] for r in rows}
-    ]
+    settings = {key: getattr(options, key) for key in SETTINGS}
+    content = {"settings": settings, "learning_rates": LEARNING_RATES, "summary": rows, "runs": results}
+    write_atomically(str(options.out / "steering_table.json"), json.dumps(content, indent=1) + "\n")
+    write_atomically(str(options.out / "steering_table.md"), markdown(rows) + "\n")
+    shown = [name for name in SHOWN if name in {row["method"] for row in rows}]
     if shown:
-        pooled = {name: pool([r["attention"] for r in results if r["method"] == name]) for name in shown}
+        pooled = {name: pool([result for result in results if result["method"] == name]) for name in shown}
         parameters = {row["method"]: row["trained_parameters"] for row in rows}
         plot_modality(pooled, options.out / "steering_lmar.png", {name: parameters[name] for name in shown})
 
 
-def pool(attentions: list[ModalityAttention]) -> ModalityAttention:
-    """The samples of several seeds together."""
-    parts = [[getattr(attention, name) for attention in attentions] for name in ("image", "text", "image_share")]
-    return ModalityAttention(*(torch.cat(part) for part in parts))
+def read(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The runs of an earlier call with the same settings.
+
+    Raises:
+        `SystemExit`: if the folder has results of other settings.
+    """
+    path = options.out / "steering_table.json"
+    if not path.exists():
+        return []
+    content = json.loads(path.read_text(encoding="utf-8"))
+    settings = {key: getattr(options, key) for key in SETTINGS}
+    if content["settings"] != settings or content["learning_rates"] != LEARNING_RATES:
+        raise SystemExit(
+            f"--out {options.out} has results of other settings, {content['settings']}; name a new folder."
+        )
+    return content["runs"]
+
+
+def pool(results: list[dict[str, Any]]) -> ModalityAttention:
+    """The seeds' LMAR and shares, one sample each."""
+    ratio = torch.tensor([result["lmar"] for result in results], dtype=torch.float64).unsqueeze(2)
+    share = torch.tensor([result["image_share"] for result in results], dtype=torch.float64)
+    return ModalityAttention(ratio, torch.ones_like(ratio), share)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ from torch import nn
 from ._peft_internals import AuxiliaryTrainingWrapper
 from .files import check_weights
 from .saved_config import SavedConfig
-from .sparse.layer import SparseLinear
+from .snapshot import Snapshot
+from .sparse.layers import SparseLayer, SparseMultiheadAttention
+from .sparse.projection import Projection
 from .tuners.mores.checkpoint import check_arrived
 from .tuners.mores.model import take_out as take_out_steering
 
@@ -39,7 +41,7 @@ def all_or_nothing(load_adapter: Callable[..., Any], path_argument: str) -> Call
         given = signature.bind(self, *args, **kwargs).arguments
         name = given.get("adapter_name") or "default"
         known = name in getattr(self, "peft_config", {})
-        modes = [(module, module.training) for module in self.modules()]
+        before = Snapshot(self)
         path = given.get(path_argument) or getattr(given.get("load_config"), "pretrained_model_name_or_path", None)
         try:
             if path is not None:
@@ -55,8 +57,9 @@ def all_or_nothing(load_adapter: Callable[..., Any], path_argument: str) -> Call
             config = getattr(self, "peft_config", {}).get(name)
             if isinstance(config, SavedConfig) and (config.awaits_weights or not known):
                 take_out(self, name)
-                for module, training in modes:
-                    module.training = training
+                if not known:
+                    before.restore()
+                before.restore_modes()
                 if isinstance(error, KeyError):  # PEFT's way to say that a saved module is missing
                     raise ValueError(f"The checkpoint {path} lacks {error}. Save the whole adapter again.") from error
             raise
@@ -84,7 +87,7 @@ def _check_arrived(model: nn.Module, adapter_name: str, result: Any) -> None:
             "was saved with."
         )
     for layer in model.modules():
-        if isinstance(layer, SparseLinear) and adapter_name in layer.deltas:
+        if isinstance(layer, SparseLayer) and adapter_name in layer.deltas:
             layer._ready(adapter_name)
     check_arrived(model, adapter_name)
 
@@ -97,7 +100,9 @@ def take_out(model: Any, adapter_name: str) -> None:
         return
     take_out_steering(model)
     for name, module in list(model.named_modules()):
-        if isinstance(module, SparseLinear):
+        if isinstance(module, SparseLayer) and isinstance(module.get_base_layer(), Projection):
+            continue  # goes with its attention
+        if isinstance(module, (SparseLayer, SparseMultiheadAttention)):
             original = module.get_base_layer()
         elif isinstance(module, AuxiliaryTrainingWrapper):
             original = module.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)

@@ -41,9 +41,10 @@ class SavedConfig(PeftConfig):
         folder's README which package loads the adapter. See `PeftConfig.save_pretrained`."""
         if os.path.isfile(save_directory):
             raise ValueError(f"save_directory={save_directory!r} is a file; pass a folder.")
-        self.peft_ext_version = __version__
         os.makedirs(save_directory, exist_ok=True)
-        content = {key: sorted(value) if isinstance(value, set) else value for key, value in self.to_dict().items()}
+        # Only the file names what wrote it: this object, or a copy of it, may choose anew for another model.
+        fields = {**self.to_dict(), "peft_ext_version": __version__}
+        content = {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
         auto_mapping = kwargs.pop("auto_mapping_dict", None)
         if auto_mapping is not None:
             content["auto_mapping"] = auto_mapping

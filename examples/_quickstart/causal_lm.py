@@ -83,7 +83,10 @@ class LanguageJob:
         # half precision on a CPU is slower than float32 there, and merging into it rounds
         self.dtype = "auto" if self.device == "cuda" else torch.float32
         self.autocast = torch.bfloat16 if self.device == "cuda" and torch.cuda.is_bf16_supported() else None
-        self.tokenizer = AutoTokenizer.from_pretrained(options.model)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(options.model)
+        except OSError as error:
+            raise texts.UsageError(f"--model {options.model}: {error}") from error
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.texts = texts.load(options)

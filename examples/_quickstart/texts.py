@@ -27,6 +27,10 @@ class Texts:
         return {name: len(part) for name, part in vars(self).items()}
 
 
+class UsageError(ValueError):
+    """An option names what is not there."""
+
+
 def _read(source: str, configuration: str | None, split: str) -> Dataset:
     path = Path(source)
     if path.is_dir() and any((path / marker).exists() for marker in ("state.json", "dataset_dict.json")):
@@ -34,11 +38,11 @@ def _read(source: str, configuration: str | None, split: str) -> Dataset:
         if not isinstance(found, DatasetDict):
             return found  # saved without splits
         if split not in found:
-            raise ValueError(f"--split {split} is not in {source}: it has {', '.join(found)}")
+            raise UsageError(f"--split {split} is not in {source}: it has {', '.join(found)}")
         return found[split]
     if path.is_file():
         if path.suffix not in BUILDERS:
-            raise ValueError(f"--dataset {source}: cannot read {path.suffix or 'it'}, only {', '.join(BUILDERS)}")
+            raise UsageError(f"--dataset {source}: cannot read {path.suffix or 'it'}, only {', '.join(BUILDERS)}")
         return load_dataset(BUILDERS[path.suffix], data_files=source, split="train")
     return load_dataset(source, configuration, split=split)
 
@@ -48,19 +52,19 @@ def load(options: argparse.Namespace) -> Texts:
     The texts that `--dataset`, `--dataset-config`, `--split`, `--text-column` and `--max-examples` name.
 
     Raises:
-        `ValueError`: If the column, the split or the file type does not exist, or too few examples are there.
+        [`UsageError`]: If the column, the split or the file type does not exist, or too few examples are there.
     """
     found = _read(options.dataset, options.dataset_config, options.split)
     column = options.text_column
     if column not in found.column_names:
-        raise ValueError(
+        raise UsageError(
             f"--text-column {column} is not in {options.dataset}: choose one of {', '.join(found.column_names)}"
         )
     found = found.select_columns(column).filter(lambda example: bool((example[column] or "").strip()))
     found = found.shuffle(seed=SPLIT_SEED).select(range(min(len(found), options.max_examples)))
     held_out = min(HELD_OUT_LIMIT, round(HELD_OUT * len(found)))
     if held_out < 1:
-        raise ValueError(f"--dataset {options.dataset}: {len(found)} non-empty examples are too few to hold any out")
+        raise UsageError(f"--dataset {options.dataset}: {len(found)} non-empty examples are too few to hold any out")
     return Texts(
         train=found.select(range(2 * held_out, len(found))),
         validation=found.select(range(held_out)),

@@ -24,9 +24,12 @@ LEARNING_RATES = {
     "oft": 5e-3,
     "mores": 1e-2,
     "connector": 2e-2,
+    "projector": 1e-2,  # that of mores, for the comparison of the two
     "neuroada": 5e-3,
 }
-_NAME = re.compile(r"(?P<kind>full|lora|ia3|oft|mores|connector|neuroada)(-(?P<size>\d+))?(@(?P<percent>\d+))?")
+_NAME = re.compile(
+    r"(?P<kind>full|lora|ia3|oft|mores|connector|projector|neuroada)(-(?P<size>\d+))?(@(?P<percent>\d+))?(\+)?"
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class Method:
 
     Args:
         name (`str`): as given: `full`, `lora-8`, `ia3`, `oft-8`, `neuroada-1`, `mores-2@25` (rank 2, a quarter of the
-            visual tokens), `connector-4` (MoReS of rank 4 at the connector's output).
+            visual tokens), `mores-2@25+` (the connector is trained too, as in the published recipe), `connector-4`
+            (MoReS of rank 4 at the connector's output), `projector` (the connector is trained and nothing else).
     """
 
     name: str
@@ -50,7 +54,8 @@ class Method:
         if match is None:
             raise ValueError(
                 f"method={name!r} is not known: use full, lora-<rank>, ia3, oft-<block>, neuroada-<k>, "
-                "mores-<rank>@<percent of visual tokens> or connector-<rank>"
+                "mores-<rank>@<percent of visual tokens>, the same with a + (trains the connector too), "
+                "connector-<rank> or projector"
             )
         default = {"lora": 8, "oft": 8}.get(match["kind"], 1)
         return cls(name, match["kind"], int(match["size"] or default), int(match["percent"] or 1))
@@ -60,11 +65,16 @@ class Method:
         return LEARNING_RATES[self.kind]
 
     def config(self) -> Any:
-        """The PEFT configuration; `None` for full training."""
-        if self.kind == "full":
+        """The PEFT configuration; `None` for methods that train the model's own parameters."""
+        if self.kind in ("full", "projector"):
             return None
         if self.kind == "mores":
-            return MoReSConfig(rank=self.size, token_ratio=self.percent / 100, token_selection=self.selection)
+            return MoReSConfig(
+                rank=self.size,
+                token_ratio=self.percent / 100,
+                token_selection=self.selection,
+                connector="train" if self.name.endswith("+") else "frozen",
+            )
         if self.kind == "connector":
             return MoReSConfig(rank=self.size, token_ratio=1.0, site="connector")
         if self.kind == "neuroada":
@@ -85,10 +95,12 @@ class Method:
     def adapt(self, model: Any) -> Any:
         """The model prepared for training by this method. Full training leaves the vision tower alone."""
         model.requires_grad_(False)
-        if self.kind != "full":
+        if self.config() is not None:
             return get_peft_model(model, self.config())
-        for part in (model.get_decoder(), model.get_output_embeddings(), model.model.multi_modal_projector):
-            part.requires_grad_(True)
+        model.model.multi_modal_projector.requires_grad_(True)
+        if self.kind == "full":
+            model.get_decoder().requires_grad_(True)
+            model.get_output_embeddings().requires_grad_(True)
         return model
 
 

@@ -16,6 +16,7 @@ import argparse
 import copy
 import gc
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base (float32)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:<n> (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="the process's CPU time instead of wall time: for a machine in use"
+    )
     parser.add_argument("--steps", type=int, default=20, help="timed rounds, one step of each method (%(default)s)")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before (%(default)s)")
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD", help=f"({' '.join(METHODS)})")
@@ -108,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     steppers = {name: Stepper(adapt(base, name), batch) for name in dict.fromkeys(args.methods)}
     gc.collect()
     gc.disable()  # a collection would fall on some method's step
-    times = interleave(steppers, args.steps, args.warmup, device)
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    times = interleave(steppers, args.steps, args.warmup, device, clock=clock)
     gc.enable()
     references = [name for name in ("frozen", "lora-r8") if name in times]
     rows, results = [], {}

@@ -50,10 +50,13 @@ def hotswap_adapter(
     new_config = type(config).from_pretrained(model_name_or_path, **kwargs)
     if new_config.peft_type != config.peft_type:
         raise ValueError(f"The new adapter is a {new_config.peft_type.value}, not a {config.peft_type.value}.")
-    if config.bias != "none" or config.modules_to_save or new_config.bias != "none" or new_config.modules_to_save:
-        raise ValueError(
-            "Adapters with trained biases or modules_to_save can't be swapped in place; use load_adapter."
-        )
+    others = [
+        option
+        for option, none in (("bias", "none"), ("modules_to_save", None), ("trainable_token_indices", None))
+        if (getattr(config, option) or none) != none or (getattr(new_config, option) or none) != none
+    ]
+    if others:
+        raise ValueError(f"Adapters with {' and '.join(others)} can't be swapped in place; use load_adapter.")
     for layer in tuner_cls.sparse_layers(model):
         if adapter_name in layer.merged_adapters:
             raise ValueError(f"Adapter {adapter_name!r} is merged into the base; unmerge it before swapping.")

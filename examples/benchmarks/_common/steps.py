@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -41,8 +41,8 @@ class Stepper:
         return sum(value.nbytes for value in entries if isinstance(value, Tensor))
 
 
-def seconds(stepper: Stepper, device: torch.device) -> float:
-    """Wall time of one step; on CUDA between two events on the stream, nothing else in flight."""
+def seconds(stepper: Stepper, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Time of one step by `clock`; on CUDA between two events on the stream, nothing else in flight."""
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(device)
@@ -51,13 +51,18 @@ def seconds(stepper: Stepper, device: torch.device) -> float:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1000
-    begin = time.perf_counter()
+    begin = clock()
     stepper()
-    return time.perf_counter() - begin
+    return clock() - begin
 
 
 def interleave(
-    steppers: Mapping[str, Stepper], rounds: int, warmup: int, device: torch.device, seed: int = 0
+    steppers: Mapping[str, Stepper],
+    rounds: int,
+    warmup: int,
+    device: torch.device,
+    seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """
     Times of every method's steps, one of each per round, so that a slow spell of the machine hits all of them.
@@ -70,7 +75,7 @@ def interleave(
     for turn in tqdm(range(warmup + rounds), desc="timing", unit="round"):
         shuffle(order)
         for name in order:
-            elapsed = seconds(steppers[name], device)
+            elapsed = seconds(steppers[name], device, clock)
             if turn >= warmup:
                 times[name].append(elapsed)
     return times

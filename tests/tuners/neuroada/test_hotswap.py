@@ -268,3 +268,13 @@ def test_good_adapter_is_swapped_in_after_a_refused_one(model, save, ids):
     _refused(model, ids, "shape", str(bad))
     hotswap_adapter(model, str(good))
     assert torch.equal(logits(model, ids), expected)
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_trained_tokens_are_refused(tiny, tmp_path, loaded):
+    tokens = {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]}
+    plain = {"target_modules": ["q_proj"]}
+    adapted(tiny("llama"), **(plain if loaded else tokens)).save_pretrained(tmp_path)
+    model = adapted(tiny("llama"), **(tokens if loaded else plain))
+    with Untouched(model), pytest.raises(ValueError, match="trainable_token_indices"):
+        hotswap_adapter(model, str(tmp_path))

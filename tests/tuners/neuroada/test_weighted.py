@@ -283,3 +283,15 @@ def test_merged_adapters_combine_from_their_values(llama):
     model.unmerge_adapter()
     for layer in wrapped(model).values():
         torch.testing.assert_close(dense(layer, "c"), dense(layer, "default") + dense(layer, "b"))
+
+
+@pytest.mark.parametrize("values_dtype", [None, "bfloat16"])
+def test_values_keep_their_dtype_on_a_half_precision_base(tiny, values_dtype):
+    model = adapted(tiny("llama").bfloat16(), values_dtype=values_dtype)
+    add(model, "b", values_dtype=values_dtype)
+    model.add_weighted_adapter(["default", "b"], [0.3, 0.3], "c")
+    for layer in wrapped(model).values():
+        delta = layer.neuroada_delta
+        assert delta["c"].weight.dtype == delta["b"].weight.dtype == getattr(torch, values_dtype or "float32")
+        expected = 0.3 * delta["default"].weight.float() + 0.3 * delta["b"].weight.float()
+        torch.testing.assert_close(delta["c"].weight, expected.to(delta["c"].weight.dtype))

@@ -1,0 +1,72 @@
+"""What a model was like before an adapter was loaded, to return to if loading fails."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ._peft_internals import AuxiliaryTrainingWrapper, BaseTunerLayer
+from .sparse.layers import SparseLayer, SparseMultiheadAttention
+from .sparse.projection import Projection
+
+
+class Snapshot:
+    """
+    Modes, trainable parameters, biases, and which adapters were active and merged.
+
+    Weights are not copied: loading an adapter writes into none of the base's but biases.
+
+    Args:
+        model (`torch.nn.Module`): a `PeftModel`, or a model of transformers with or without adapters.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.modules = set(model.modules())
+        self.modes = [(module, module.training) for module in self.modules]
+        self.parameters = [
+            (module, name, parameter, parameter.requires_grad)
+            for module in self.modules
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        self.biases = [(p, p.detach().clone()) for _, name, p, _ in self.parameters if name.endswith("bias")]
+        self.layers = [
+            (layer, layer._active_adapter, layer._disable_adapters, list(layer.merged_adapters))
+            for layer in self.modules
+            if isinstance(layer, BaseTunerLayer) and not isinstance(layer, SparseMultiheadAttention)
+        ]
+        tuners = (model, getattr(model, "base_model", None))
+        self.active = [(t, t.active_adapter) for t in tuners if t is not None and "active_adapter" in vars(t)]
+
+    def restore(self) -> None:
+        """Undo what a load has done, once the adapter itself has been deleted."""
+        for name, module in list(self.model.named_modules()):
+            if module in self.modules or not name:
+                continue
+            if isinstance(module, SparseLayer) and isinstance(module.get_base_layer(), Projection):
+                continue  # goes with its attention
+            if isinstance(module, (SparseLayer, SparseMultiheadAttention)):
+                original = module.base_layer
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                original = module.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
+            else:
+                continue
+            parent, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, original)
+        for module, name, parameter, trainable in self.parameters:
+            if module._parameters.get(name) is not parameter:
+                module._parameters[name] = parameter
+            parameter.requires_grad_(trainable)
+        for parameter, before in self.biases:
+            parameter.data.copy_(before)
+        for layer, active, disabled, merged in self.layers:
+            layer._active_adapter, layer._disable_adapters = active, disabled
+            if merged and not layer.merged_adapters:  # PEFT unmerges to activate what it has loaded
+                layer.merge(adapter_names=merged)
+        for tuner, name in self.active:
+            tuner.active_adapter = name
+
+    def restore_modes(self) -> None:
+        """Put every module that was there into training or evaluation mode again."""
+        for module, training in self.modes:
+            module.training = training

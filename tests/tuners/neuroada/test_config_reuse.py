@@ -1,0 +1,56 @@
+"""One config object for several adapters, read from a file, or copied: each adapter is its own."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from peft_ext import NeuroAdaConfig
+from tests.tuners.neuroada._common import fill, logits
+
+
+TARGETS = ["q_proj", "v_proj"]
+
+
+def test_two_models_with_one_config(tiny, ids, tmp_path):
+    config = NeuroAdaConfig(k=2, selection="random_network", target_modules=TARGETS)
+    models = []
+    for number in range(2):
+        config.seed = number
+        models.append(fill(get_peft_model(tiny("llama"), config)).eval())
+        models[-1].add_adapter("b", config)
+    for number, model in enumerate(models):
+        model.save_pretrained(tmp_path / str(number))
+        for name, folder in (("default", tmp_path / str(number)), ("b", tmp_path / str(number) / "b")):
+            model.set_adapter(name)
+            loaded = PeftModel.from_pretrained(tiny("llama"), folder)
+            assert torch.equal(logits(loaded, ids), logits(model, ids))
+
+
+@pytest.mark.parametrize("selection", ["magnitude_network", "magnitude"])
+def test_copy_after_saving_chooses_anew(tiny, ids, tmp_path, selection):
+    config = NeuroAdaConfig(k=2, selection="magnitude_network", target_modules=TARGETS)
+    get_peft_model(tiny("llama"), config).save_pretrained(tmp_path / "first")
+    model = fill(get_peft_model(tiny("llama"), replace(config, k=3, selection=selection))).eval()
+    fresh_config = NeuroAdaConfig(k=3, selection=selection, target_modules=TARGETS)
+    fresh = fill(get_peft_model(tiny("llama"), fresh_config)).eval()
+    assert torch.equal(logits(model, ids), logits(fresh, ids))
+    model.save_pretrained(tmp_path / "second")
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny("llama"), tmp_path / "second"), ids), logits(fresh, ids))
+
+
+@pytest.mark.parametrize(
+    "options", [{"selection": "magnitude_network"}, {"selection": "gradient", "inference_mode": True}]
+)
+def test_adapter_without_entries_is_not_saved(tiny, ids, tmp_path, options):
+    """A config that was read from a file awaits the file's entries."""
+    config = NeuroAdaConfig(k=2, target_modules=TARGETS, **options)
+    if not config.inference_mode:
+        get_peft_model(tiny("llama"), config).save_pretrained(tmp_path / "first")
+        config = NeuroAdaConfig.from_pretrained(tmp_path / "first")
+    model = get_peft_model(tiny("llama"), config)
+    with pytest.raises(RuntimeError, match=r"can't be saved.*PeftModel\.from_pretrained.*make a new config"):
+        model.save_pretrained(tmp_path / "second")
+    with pytest.raises(RuntimeError, match="not known yet"):
+        logits(model, ids)

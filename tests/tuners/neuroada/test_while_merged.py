@@ -1,0 +1,75 @@
+"""What is added, combined, swapped or loaded while another adapter is merged belongs to the original base weight."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from peft_ext import NeuroAdaConfig, hotswap_adapter
+from tests.tuners.neuroada._common import Untouched, adapted, add, fill, logits
+
+
+OPTIONS = {"k": 1, "target_modules": ["q_proj", "down_proj"]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_added(tiny, ids, tmp_path, dtype):
+    model = adapted(tiny("llama").to(dtype), **OPTIONS)
+    model.merge_adapter()
+    model.add_adapter("b", NeuroAdaConfig(**OPTIONS))
+    fill(model, "b", seed=2)
+    model.set_adapter("b")
+    expected = adapted(tiny("llama").to(dtype), seed=2, **OPTIONS)
+    assert torch.equal(logits(model, ids), logits(expected, ids))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny("llama").to(dtype), tmp_path / "b")
+    assert torch.equal(logits(loaded, ids), logits(expected, ids))
+
+
+def test_combined(tiny, ids, tmp_path):
+    model = add(adapted(tiny("llama"), **OPTIONS), "b", **OPTIONS)
+    model.merge_adapter(["default"])
+    model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "c")
+    model.set_adapter("c")
+    expected = logits(model, ids)
+    model.save_pretrained(tmp_path, selected_adapters=["c"])
+    loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path / "c")
+    assert torch.equal(logits(loaded, ids), expected)
+
+
+def test_swapped_for_one_of_another_base(tiny, tmp_path):
+    adapted(tiny("llama"), k=2).save_pretrained(tmp_path)
+    other = tiny("llama")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(-1.5)
+    model = add(adapted(other, k=2), "merged", k=1)
+    model.merge_adapter(["merged"])
+    with Untouched(model), pytest.raises(ValueError, match="another base model"):
+        hotswap_adapter(model, str(tmp_path))
+
+
+def test_refused_file_leaves_the_merge(tiny, ids, tmp_path):
+    adapted(tiny("llama"), **OPTIONS).save_pretrained(tmp_path)
+    other = tiny("llama")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(-1.5)
+    model = adapted(other, **OPTIONS)
+    model.merge_adapter()
+    expected = logits(model, ids)
+    with pytest.raises(ValueError, match="another base model"):
+        model.load_adapter(tmp_path, "b")
+    assert model.base_model.model.model.layers[0].self_attn.q_proj.merged_adapters == ["default"]
+    assert torch.equal(logits(model, ids), expected)
+
+
+def test_merge_that_is_not_finite_leaves_no_layer_merged(tiny, ids):
+    model = adapted(tiny("llama"), **OPTIONS)
+    expected = logits(model.base_model.model, ids)
+    last = model.base_model.model.model.layers[1].mlp.down_proj
+    last.neuroada_delta["default"].weight.data[3, 0] = torch.nan
+    with Untouched(model), pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_adapter(safe_merge=True)
+    assert not any(layer.merged for layer in model.base_model.sparse_layers(model))
+    last.neuroada_delta["default"].weight.data[3, 0] = 0.0
+    assert not torch.equal(logits(get_peft_model(tiny("llama"), NeuroAdaConfig(**OPTIONS)), ids), expected)
