@@ -1,0 +1,168 @@
+"""
+Where information flows in a tiny LLaVA that answers questions about coloured shapes.
+
+    python examples/flow_shapes.py
+
+blocks the attention between image, question and last position around each layer, on the checkpoint in
+examples/shapes_llava (no network, no GPU, about a minute), prints what the answer's probability loses, and writes the
+figures. It is a positive control: image → question → last carries the answer, image → last and last → last do not, and
+of the image the patches of the objects in question matter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from _shapes.world import CELL, Question, ask, can_ask, draw_scene, prompt, render
+from PIL import Image
+from tqdm import tqdm
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers.utils import logging
+
+from peft_ext.knockout import (
+    FlowSample,
+    answer_probability_by_layer,
+    answer_tokens,
+    find_token_groups,
+    layer_sweep,
+    plot_answer_probability,
+    plot_jaccard,
+    plot_sweep,
+    plot_token_map,
+    topk_jaccard,
+)
+
+
+CHECKPOINT = Path(__file__).parent / "shapes_llava"
+TASKS = ("ChooseAttr", "ChooseCat", "ChooseRel", "QueryAttr")
+PAIRS = (
+    "image:question",
+    "question:last",
+    "image:last",
+    "last:last",
+    "related_patches:question",
+    "other_patches:question",
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    description, _, usage = (__doc__ or "").strip().partition("\n\n")
+    options = argparse.ArgumentParser(
+        description=description, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--model", type=Path, default=CHECKPOINT, help="folder of the model [examples/shapes_llava]")
+    options.add_argument("--questions", type=int, default=32, help="per task [%(default)s]")
+    options.add_argument("--window", type=int, default=1, help="layers that are blocked together [%(default)s]")
+    options.add_argument(
+        "--engine", default="auto", choices=("auto", "full", "suffix", "packed"), help="[%(default)s]"
+    )
+    options.add_argument("--seed", type=int, default=7, help="of the scenes and questions [%(default)s]")
+    options.add_argument("--out", type=Path, default=Path("flow_shapes_output"), help="[%(default)s]")
+    return options
+
+
+def sample(processor: Any, question: Question, picture: Image.Image, name: str) -> FlowSample:
+    """Inputs, groups and answer of a question about a picture."""
+    text = prompt(question.text)
+    inputs = dict(processor(images=[picture], text=[text], return_tensors="pt"))
+    spans: dict[str, Any] = {"question": question.text}
+    if question.options:
+        spans |= dict(zip(("true_option", "false_option"), question.options, strict=True))
+    boxes = [(thing.column * CELL, thing.row * CELL, CELL, CELL) for thing in question.things]
+    groups = find_token_groups(processor, inputs, image=picture, spans=spans, boxes=boxes)
+    answer = processor.tokenizer.convert_tokens_to_ids(question.answer)
+    return FlowSample(inputs, groups, [[answer]], [name], {"task": question.task})
+
+
+def samples(
+    processor: Any, count: int, seed: int, tasks: Sequence[str] = TASKS
+) -> list[tuple[FlowSample, Question, Image.Image]]:
+    """`count` questions of each task, each about a scene of its own."""
+    generator = random.Random(seed)
+    made = []
+    for task in tasks:
+        for number in range(count):
+            scene = draw_scene(generator)
+            while not can_ask(scene, (task,)):
+                scene = draw_scene(generator)
+            question = ask(scene, generator, (task,))
+            picture = Image.fromarray(render(scene, generator))
+            made.append((sample(processor, question, picture, f"{task} {number}"), question, picture))
+    return made
+
+
+def flow_table(records: Sequence[dict[str, Any]], tasks: Sequence[str] = TASKS) -> str:
+    """For each task and pair the deepest mean change over the layers."""
+    lines = ["mean change of the answer's probability in %, at the layer where it is largest", ""]
+    lines.append(f"{'':28}" + "".join(f"{task:>16}" for task in tasks))
+    for pair in dict.fromkeys(record["pair"] for record in records):
+        cells = []
+        for task in tasks:
+            mean = changes(records, pair, task)
+            layer = min(mean, key=lambda at: mean[at])
+            cells.append(f"{mean[layer]:8.1f} (L{layer})")
+        lines.append(f"{pair.replace(':', ' → '):28}" + "".join(f"{cell:>16}" for cell in cells))
+    return "\n".join(lines)
+
+
+def changes(records: Sequence[dict[str, Any]], pair: str, task: str | None = None) -> dict[int, float]:
+    """Mean change by layer."""
+    own: dict[int, list[float]] = {}
+    for record in records:
+        if record["pair"] == pair and task in (None, record["task"]):
+            own.setdefault(record["layer"], []).append(record["change_percent"])
+    return {layer: sum(values) / len(values) for layer, values in own.items()}
+
+
+def readouts(model: Any, processor: Any, drawn: Sequence[Any], window: int) -> tuple[list[Any], list[Any]]:
+    """Answers by layer and Jaccard similarities."""
+    answers, similarities = [], []
+    for own, question, _ in tqdm(drawn, desc="readouts"):
+        others = {"false option": question.options[1].capitalize()} if question.options else {}
+        words = answer_tokens(processor.tokenizer, question.answer, **others)
+        answers += answer_probability_by_layer(model, own.inputs, words, names=own.names)
+        similarities += topk_jaccard(model, own.inputs, own.groups["question"], window=window, names=own.names)
+    return answers, similarities
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    if options.questions < 1:
+        parser().error(f"--questions is {options.questions}: must be at least 1")
+    start = time.perf_counter()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model = LlavaForConditionalGeneration.from_pretrained(options.model).eval()
+    processor = AutoProcessor.from_pretrained(options.model)
+    drawn = samples(processor, options.questions, options.seed)
+    options.out.mkdir(parents=True, exist_ok=True)
+    records = layer_sweep(
+        model,
+        [own for own, _, _ in drawn],
+        PAIRS,
+        window=options.window,
+        engine=options.engine,
+        output=options.out / f"sweep_window{options.window}_seed{options.seed}.jsonl",
+    )
+    print(flow_table(records))
+    plot_sweep(records, options.out / "flow.png", title=f"window of {options.window}")
+    for task in TASKS:
+        plot_sweep([r for r in records if r["task"] == task], options.out / f"flow_{task}.png", title=task)
+    chosen = [own for own in drawn if own[1].task.startswith("Choose")]
+    answers, similarities = readouts(model, processor, chosen, options.window)
+    plot_answer_probability([a for a in answers if a["word"] != "false option"], options.out / "answer_by_layer.png")
+    plot_jaccard(similarities, options.out / "jaccard.png", title="top words of the question without a module")
+    own, question, picture = drawn[0]
+    related = own.groups["related_patches"][own.groups["image"]].float()
+    plot_token_map(picture, related, options.out / "related_patches.png", title=question.text, label="related")
+    print(f"\n{len(drawn)} questions, {time.perf_counter() - start:.0f} s. Results and figures: {options.out}/")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

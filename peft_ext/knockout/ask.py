@@ -1,0 +1,142 @@
+"""From a question to a sample of a sweep: prompt, inputs, the model's answer, token groups."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .lens import answer_tokens
+from .questions import Question, open_image
+from .samples import FlowSample
+from .token_groups import find_token_groups
+
+
+# Groups that are looked for in the text, by the part of the question that they need.
+_OPTIONS = ("true_option", "false_option", "options", "question_without_options")
+_OBJECTS = ("objects", "question_without_objects")
+_PATCHES = ("related_patches", "other_patches")
+
+
+class Asker:
+    """
+    Asks a model questions about images, and finds what a sweep needs.
+
+    Args:
+        model (`torch.nn.Module`), processor (`ProcessorMixin`): a vision-language model.
+        groups (`Sequence[str]`): names of the groups that are needed, so that no others are looked for.
+        prompt (`str`, *optional*): with `{question}` and the image's placeholder in it; by default the processor's
+            chat template.
+        suffix (`str`, *optional*): what follows the question inside the chat template.
+        image_options (`dict`, *optional*): for the processor, such as `do_pad=True`.
+        only_correct (`bool`): leave out questions that the model does not answer as it should, as the thesis does.
+        max_new_tokens (`int`): of an answer.
+
+    Raises:
+        `ValueError`: if there is no prompt to ask with.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        groups: Sequence[str],
+        prompt: str | None = None,
+        suffix: str = "",
+        image_options: dict[str, Any] | None = None,
+        only_correct: bool = True,
+        max_new_tokens: int = 16,
+    ) -> None:
+        if prompt is not None and "{question}" not in prompt:
+            raise ValueError(
+                f'prompt is {prompt!r}: must hold {{question}}, such as "USER: <image>\\n{{question}} ASSISTANT:".'
+            )
+        if prompt is None and not getattr(processor, "chat_template", None):
+            raise ValueError(
+                f"{type(processor).__name__} has no chat template; give a prompt, such as "
+                '"USER: <image>\\n{question} ASSISTANT:".'
+            )
+        self.model, self.processor, self.groups = model, processor, set(groups)
+        self.prompt, self.suffix, self.image_options = prompt, suffix, image_options or {}
+        self.only_correct, self.max_new_tokens = only_correct, max_new_tokens
+        self.skipped: list[tuple[str, str]] = []
+
+    def sample(self, question: Question) -> FlowSample | None:
+        """The sample, or `None`, with the reason in `skipped`."""
+        try:
+            image = open_image(question.image)
+            inputs = self.inputs(question, image)
+            groups = self.find(question, inputs, image)
+        except (ValueError, OSError) as error:
+            self.skipped.append((question.name, str(error)))
+            return None
+        spoken, text = self.answer(inputs)
+        if not spoken:
+            self.skipped.append((question.name, "the model says nothing"))
+            return None
+        if self.only_correct and _plain(text) != _plain(question.answer):
+            self.skipped.append((question.name, f"the model answers {text!r} instead of {question.answer!r}"))
+            return None
+        info = {"answer": text, **question.info}
+        return FlowSample(inputs, groups, [spoken], [question.name], info)
+
+    def inputs(self, question: Question, image: Any) -> dict[str, Any]:
+        """What the model is called with for a question about an image."""
+        if self.prompt is not None:
+            text = self.prompt.replace("{question}", question.text)
+        else:
+            content = [{"type": "image"}, {"type": "text", "text": question.text + self.suffix}]
+            text = self.processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+            )
+        made = self.processor(images=[image], text=[text], return_tensors="pt", **self.image_options)
+        device = next(self.model.parameters()).device
+        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in made.items()}
+
+    @torch.no_grad()
+    def answer(self, inputs: dict[str, Any]) -> tuple[list[int], str]:
+        """The model's answer: its tokens up to the end, and its text."""
+        model: Any = self.model
+        made = model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+        spoken = made[0, inputs["input_ids"].shape[1] :].tolist()
+        ends = model.generation_config.eos_token_id
+        ends = set(ends if isinstance(ends, list) else [ends])
+        stop = next((at for at, token in enumerate(spoken) if token in ends), len(spoken))
+        tokenizer = self.processor.tokenizer
+        return spoken[:stop], tokenizer.decode(spoken[:stop], skip_special_tokens=True).strip()
+
+    def words(self, question: Question, first: int) -> dict[str, int]:
+        """First tokens of the answer's two spellings and of the false option, by name."""
+        others = {"false option": question.false_option} if question.false_option else {}
+        return answer_tokens(self.processor.tokenizer, question.answer, first, **others)
+
+    def find(self, question: Question, inputs: dict[str, Any], image: Any) -> dict[str, Tensor]:
+        """The token groups of a question. Raises `ValueError` if one that is needed cannot be found."""
+        spans: dict[str, Any] = {"question": question.text}
+        if self.groups & set(_OPTIONS):
+            if not (question.true_option and question.false_option):
+                raise ValueError("the question has no options")
+            spans |= {"true_option": question.true_option, "false_option": question.false_option}
+        if self.groups & set(_OBJECTS):
+            if not question.objects:
+                raise ValueError("the question names no objects")
+            spans["objects"] = question.objects
+        boxes = question.boxes if self.groups & set(_PATCHES) else None
+        if boxes is not None and not boxes:
+            raise ValueError("the question has no boxes")
+        groups = find_token_groups(
+            self.processor, inputs, image=image, spans=spans, boxes=boxes, image_options=self.image_options
+        )
+        lacking = self.groups - set(groups)
+        if lacking:
+            raise ValueError(
+                f"no token is in the group(s) {', '.join(sorted(lacking))}; there are {', '.join(groups)}"
+            )
+        return groups
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())

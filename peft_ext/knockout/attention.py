@@ -1,0 +1,157 @@
+"""Attention knockout: block the edges between groups of tokens in some layers (thesis, section 7.3.2, eq. 7.7)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .architecture import bind, inspect_model
+from .edges import check_pairs
+from .implementation import editable_attention
+from .masks import Span, allowed_edges, encode, open_one, repeat_rows, span_of_call
+from .position import PromptPosition
+
+
+class AttentionKnockout:
+    """
+    Context manager: inside, the target of each pair does not attend to its source in the given layers.
+
+    The model's own mask (causal, padding, sliding window) stays as it is; edges are only taken away. The blocked
+    weights are exactly 0 and the rest of each row sums to 1. A row that loses all its edges adds nothing to the
+    residual stream, in every implementation. Several knockouts can be active at once. On exit, also after an
+    exception, nothing is left behind. With flash or flex attention the decoder runs sdpa meanwhile (or eager, where
+    it has no sdpa).
+
+    Args:
+        model (`torch.nn.Module`): a decoder of transformers, with or without vision or PEFT adapters.
+        layers (`Sequence[int]`): layer numbers from 0; negative ones count from the end.
+        pairs (`list[tuple[torch.Tensor, torch.Tensor]]`): `(source, target)`, each bool `[batch, sequence]` over the
+            prompt. One row serves any batch; beams repeat rows.
+        generated (`str`, *optional*, defaults to `"follow"`): `"follow"`: a group that is the last position of the
+            prompt alone is taken over by each generated token. `"fixed"`: groups are of the prompt only.
+        answer_tokens (`int`, *optional*, defaults to 0): tokens that a call may carry after the prompt, such as a
+            given answer. They count as generated.
+
+    Raises:
+        `ValueError`: if the model lacks a part, or an argument is malformed; before anything is changed. During the
+            forward pass, if the masks do not fit its inputs.
+
+    Warns:
+        `UserWarning`: if the model has none of a pair's edges, so that nothing is blocked.
+
+    Example:
+
+        ```py
+        >>> groups = find_token_groups(processor, inputs, spans={"question": question})
+        >>> with AttentionKnockout(model, range(0, 9), [(groups["image"], groups["question"])]):
+        ...     logits = model(**inputs).logits
+        ```
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[int] | int,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        generated: str = "follow",
+        answer_tokens: int = 0,
+    ) -> None:
+        self.architecture = inspect_model(model)
+        self.layers = self.architecture.check_layers(layers)
+        self.attentions = {index: self.architecture.attention(index) for index in self.layers}
+        self.edges = check_pairs(pairs, generated)
+        self.position = PromptPosition(self.edges[0].length, self.architecture.virtual_tokens, answer_tokens)
+        self._stack: ExitStack | None = None
+        self._implementation = ""
+        self._emptied: dict[int, Tensor] = {}
+        self._checked: set[int] = set()
+
+    def __enter__(self) -> AttentionKnockout:
+        if self._stack is not None:
+            raise RuntimeError("This AttentionKnockout is active already: make another one to nest it.")
+        self.position.reset()
+        self._checked = set()
+        with ExitStack() as stack:
+            self._implementation = stack.enter_context(editable_attention(self.architecture))
+            for index, attention in self.attentions.items():
+                stack.enter_context(attention.register_forward_pre_hook(self._before(index), with_kwargs=True))
+                stack.enter_context(attention.register_forward_hook(self._after(index), prepend=True))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        stack, self._stack, self._emptied = self._stack, None, {}
+        if stack is not None:
+            stack.close()
+
+    def _before(self, index: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+            arguments = bind(module, args, kwargs)
+            arguments["attention_mask"] = self._edit(index, module, arguments)
+            return (), arguments
+
+        return hook
+
+    def _edit(self, index: int, module: nn.Module, arguments: dict[str, Any]) -> Tensor:
+        """The mask of a call, without the blocked edges."""
+        hidden, mask = arguments["hidden_states"], arguments.get("attention_mask")
+        span = span_of_call(arguments, int(getattr(module, "layer_idx", None) or index))
+        start = self.position.start(span.queries, index)
+        allowed = allowed_edges(mask, span, module, hidden.device)  # [batch, heads, queries, keys]
+        blocked = self._blocked(index, span, start, allowed, len(hidden))
+        kept = allowed & ~blocked
+        emptied = ~kept.any(-1) & allowed.any(-1)  # by us: padding rows may have been empty before
+        if emptied.any():
+            open_one(kept, emptied, span)
+            self._emptied[index] = emptied.all(1) if emptied.shape[1] > 1 else emptied[:, 0]
+        else:
+            self._emptied.pop(index, None)
+        if mask is None or mask.dtype == torch.bool:
+            return encode(kept, self._implementation, hidden.dtype)
+        # Where the model's mask holds more than two values, they stay.
+        return mask.masked_fill(~kept, torch.finfo(mask.dtype).min).masked_fill(kept & ~allowed, 0)
+
+    def _blocked(self, index: int, span: Span, start: int, allowed: Tensor, batch: int) -> Tensor:
+        """The union of the pairs' edges, bool `[batch, 1, queries, keys]`."""
+        queries, keys = (range(part.start - start, part.stop - start) for part in span)
+        blocked = None
+        for number, edges in enumerate(self.edges):
+            ours = repeat_rows(edges.blocked(queries, keys, allowed.device), batch, "pairs")[:, None]
+            if index not in self._checked and not (ours & allowed).any():
+                warnings.warn(
+                    f"pairs[{number}] blocks nothing in layer {index}: its targets attend to none of its sources "
+                    "there, since they come earlier or lie outside the layer's window.",
+                    stacklevel=2,
+                )
+            blocked = ours if blocked is None else blocked | ours
+        self._checked.add(index)
+        assert blocked is not None
+        return blocked
+
+    def _after(self, index: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            emptied = self._emptied.pop(index, None)
+            return output if emptied is None else zero_output(output, emptied)
+
+        return hook
+
+
+def zero_output(output: Any, positions: Tensor) -> Any:
+    """
+    A module's output with zeros at some positions.
+
+    Args:
+        output (`torch.Tensor` or `tuple`): `[batch, tokens, D]`, the first part of a tuple.
+        positions (`torch.Tensor`): bool `[batch or 1, tokens]`.
+    """
+    first = output[0] if isinstance(output, tuple) else output
+    first = first.masked_fill(positions.to(first.device).unsqueeze(-1), 0)
+    return (first, *output[1:]) if isinstance(output, tuple) else first

@@ -1,0 +1,247 @@
+"""What the model would answer after each layer: the logit lens, with or without the final norm, and a tuned lens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .architecture import Architecture, bind, inspect_model
+from .records import Record
+from .samples import last_positions
+
+
+@torch.no_grad()
+def residual_stream(model: nn.Module, inputs: Mapping[str, Any], positions: Tensor | None = None) -> Tensor:
+    """
+    The states at one position of each row: before the first layer and after each one, all before the final norm
+    (unlike transformers' `hidden_states`, whose last entry is normed).
+
+    Args:
+        model (`torch.nn.Module`): a decoder of transformers.
+        inputs (`dict`): what it is called with.
+        positions (`torch.Tensor`, *optional*): int64 `[batch]`; by default the last attended token of each row.
+
+    Returns:
+        `torch.Tensor`: `[layers + 1, batch, D]`, on the CPU.
+    """
+    architecture = inspect_model(model)
+    at = (last_positions(inputs) if positions is None else positions) + architecture.virtual_tokens
+    rows = torch.arange(len(at))
+    states: list[Tensor] = []
+
+    def keep(hidden: Tensor) -> None:
+        states.append(hidden[rows.to(hidden.device), at.to(hidden.device)].cpu())
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep(bind(module, args, kwargs)["hidden_states"])
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        keep(output[0] if isinstance(output, tuple) else output)
+
+    with ExitStack() as stack:
+        first = architecture.layers[0].module
+        stack.enter_context(first.register_forward_pre_hook(before, with_kwargs=True))
+        for layer in architecture.layers:
+            stack.enter_context(layer.module.register_forward_hook(after))
+        model(**inputs, use_cache=False)
+    return torch.stack(states)
+
+
+class RidgeLens:
+    """
+    A tuned lens: for each layer an affine map, fitted by ridge regression in closed form, from the state at the last
+    position to what it is after the last layer.
+
+    Args:
+        weight (`torch.Tensor`): float32 `[layers + 1, D, D]`.
+        bias (`torch.Tensor`): float32 `[layers + 1, D]`.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        if weight.dim() != 3 or bias.shape != weight.shape[:2] or weight.shape[1] != weight.shape[2]:
+            raise ValueError(
+                f"weight must be [layers + 1, D, D] and bias [layers + 1, D], but they are {tuple(weight.shape)} and "
+                f"{tuple(bias.shape)}."
+            )
+        self.weight, self.bias = weight, bias
+
+    @classmethod
+    def fit(
+        cls, model: nn.Module, batches: Iterable[Mapping[str, Any]], ridge: float = 1e-2, progress: bool = True
+    ) -> RidgeLens:
+        """
+        Fit on prompts, of which there should be more than D; not those that are read with the lens afterwards.
+
+        Args:
+            ridge (`float`, *optional*, defaults to 0.01): the penalty, relative to the states' mean variance.
+        """
+        if not ridge > 0:
+            raise ValueError(f"ridge is {ridge!r}: must be greater than 0.")
+        parts = [residual_stream(model, inputs) for inputs in tqdm(batches, desc="lens", disable=not progress)]
+        if sum(part.shape[1] for part in parts) < 2:
+            raise ValueError("batches must hold at least two prompts to fit a lens on.")
+        states = torch.cat(parts, dim=1).double()  # [layers + 1, prompts, D]
+        mean = states.mean(1, keepdim=True)
+        centred = states - mean
+        target = centred[-1]
+        weights, biases = [], []
+        for own, average in zip(centred, mean[:, 0], strict=True):
+            gram = own.T @ own
+            penalty = ridge * gram.diagonal().mean().clamp(min=1e-12)
+            gram.diagonal().add_(penalty)
+            weight = torch.linalg.solve(gram, own.T @ target).T  # [D, D]
+            weights.append(weight)
+            biases.append(mean[-1, 0] - weight @ average)
+        weights[-1], biases[-1] = torch.eye(len(target.T), dtype=torch.float64), torch.zeros_like(biases[-1])
+        return cls(torch.stack(weights).float(), torch.stack(biases).float())
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """`[layers + 1, batch, D]` to the same, as if after the last layer."""
+        if states.shape[0] != self.weight.shape[0] or states.shape[-1] != self.weight.shape[-1]:
+            raise ValueError(f"lens is for {tuple(self.bias.shape)} layers + 1 and D, but the model has others.")
+        return torch.einsum("lbd,led->lbe", states.float(), self.weight) + self.bias[:, None]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file."""
+        save_file({"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> RidgeLens:
+        """Read what [`RidgeLens.save`] wrote."""
+        tensors = load_file(path)
+        return cls(tensors["weight"], tensors["bias"])
+
+
+@torch.no_grad()
+def answer_probability_by_layer(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    tokens: Mapping[str, Sequence[int] | int],
+    norm: bool = True,
+    lens: RidgeLens | None = None,
+    positions: Tensor | None = None,
+    names: Sequence[str] | None = None,
+    info: Mapping[str, Any] | None = None,
+) -> list[Record]:
+    """
+    The probability of some words at the last position, read after each layer (thesis, section 7.7).
+
+    Args:
+        model (`torch.nn.Module`): a decoder of transformers.
+        inputs (`dict`): what it is called with.
+        tokens (`dict[str, int | list[int]]`): by a word's name its first token, or one per row, see
+            [`answer_tokens`].
+        norm (`bool`, *optional*, defaults to `True`): whether the final norm comes before the output embeddings, as in
+            the model. `False` is eq. 7.8 as the thesis writes it.
+        lens ([`RidgeLens`], *optional*): applied to the states first.
+        positions (`torch.Tensor`, *optional*): int64 `[batch]`; by default the last attended token of each row.
+        names (`list[str]`, *optional*): of the rows, for the column `sample`.
+        info (`dict`, *optional*): more columns.
+
+    Returns:
+        `list[dict]`: one record per row, word and layer, with `sample`, `word`, `token_id`, `layer` (0 is before the
+            first layer) and `probability`.
+
+    Raises:
+        `ValueError`: naming the argument, if one is malformed.
+    """
+    architecture = inspect_model(model)
+    batch = len(inputs["input_ids"])
+    wanted = _check_tokens(tokens, batch, _vocabulary(architecture))
+    rows = [str(row) for row in range(batch)] if names is None else list(names)
+    if len(rows) != batch:
+        raise ValueError(f"names must hold {batch} names, one per row, but holds {len(rows)}.")
+    if positions is not None and (positions.shape != (batch,) or positions.is_floating_point()):
+        raise ValueError(f"positions must be int64 of shape ({batch},), but is {tuple(positions.shape)}.")
+    states = residual_stream(model, inputs, positions)
+    dtype = next(architecture.norm.parameters(), states).dtype
+    read = states if lens is None else lens(states).to(dtype)
+    records: list[Record] = []
+    for layer, hidden in enumerate(read):
+        probabilities = architecture.logits(hidden, norm=norm).softmax(-1)  # [batch, vocabulary]
+        for word, numbers in wanted.items():
+            records += [
+                {
+                    "sample": name,
+                    "word": word,
+                    "token_id": number,
+                    "layer": layer,
+                    "probability": float(probabilities[row, number]),
+                    "norm": norm,
+                    "lens": "logit" if lens is None else "ridge",
+                    **(info or {}),
+                }
+                for row, (name, number) in enumerate(zip(rows, numbers, strict=True))
+            ]
+    return records
+
+
+def _vocabulary(architecture: Architecture) -> int:
+    head = architecture.model.get_output_embeddings()  # type: ignore[operator]
+    return int(head.weight.shape[0])
+
+
+def _check_tokens(tokens: Any, batch: int, vocabulary: int) -> dict[str, list[int]]:
+    if not isinstance(tokens, Mapping) or not tokens:
+        raise ValueError(f'tokens must be a dict such as {{"answer": 17}}, but is {tokens!r}.')
+    found = {}
+    for word, given in tokens.items():
+        numbers = [int(given)] * batch if hasattr(given, "__index__") else [int(number) for number in given]
+        if len(numbers) != batch or not all(0 <= number < vocabulary for number in numbers):
+            raise ValueError(
+                f"tokens[{word!r}] must be one token per row ({batch}) below {vocabulary}, but is {given!r}."
+            )
+        found[word] = numbers
+    return found
+
+
+def answer_tokens(tokenizer: Any, answer: str, like: int | None = None, **others: str) -> dict[str, int]:
+    """
+    First tokens of an answer with an upper- and a lower-case initial, and of other words, such as the options.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): of the model.
+        answer (`str`): the answer.
+        like (`int`, *optional*): a token that the model says, which tells whether its answers begin with a space.
+        others (`str`): more words by their names; those whose first token is that of the answer are left out, since
+            their probability would be the answer's.
+
+    Raises:
+        `ValueError`: for a word without tokens.
+    """
+    words = {"capitalized": answer[:1].upper() + answer[1:], "noncapitalized": answer[:1].lower() + answer[1:]}
+    found = {name: first_token(tokenizer, word, like) for name, word in words.items()}
+    mine = set(found.values())
+    for name, word in others.items():
+        number = first_token(tokenizer, word, like)
+        if number not in mine:
+            found[name] = number
+    return found
+
+
+def first_token(tokenizer: Any, word: str, like: int | None = None) -> int:
+    """The token that a word begins with, after a space if the token `like` begins with one."""
+    if not word.strip():
+        raise ValueError(f"{word!r} is empty: give a word of which to read the probability.")
+    spaced = None if like is None else _spaced(tokenizer, like)
+    candidates = []
+    for text in (word.strip(), " " + word.strip()):
+        numbers = tokenizer(text, add_special_tokens=False)["input_ids"]
+        candidates += [next((n for n in numbers if tokenizer.decode([n]).strip()), None)]
+    known = [number for number in candidates if number is not None]
+    if not known:
+        raise ValueError(f"The tokenizer has no token for {word!r}.")
+    return int(
+        next((number for number in known if spaced is not None and _spaced(tokenizer, number) == spaced), known[0])
+    )
+
+
+def _spaced(tokenizer: Any, number: int) -> bool:
+    return str(tokenizer.convert_ids_to_tokens(number)).startswith(("▁", "Ġ", " "))

@@ -1,0 +1,102 @@
+"""Module knockout: what a layer's attention or MLP adds at some positions becomes zero (thesis, appendix E.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+
+from .architecture import bind, inspect_model
+from .attention import zero_output
+from .edges import GENERATED, check_mask, extend, is_last
+from .masks import repeat_rows, span_of_call
+from .position import PromptPosition
+
+
+MODULES = ("attention", "mlp")
+
+
+class ModuleKnockout:
+    """
+    Context manager: inside, the attention or the MLP of the given layers adds nothing at the given positions.
+
+    Several can be active at once, with [`AttentionKnockout`] too. On exit, also after an exception, nothing is left
+    behind.
+
+    Args:
+        model (`torch.nn.Module`): a decoder of transformers, with or without vision or PEFT adapters.
+        layers (`Sequence[int]`): layer numbers from 0; negative ones count from the end.
+        positions (`torch.Tensor`): bool `[batch, sequence]` over the prompt. One row serves any batch.
+        module (`str`, *optional*, defaults to `"attention"`): `"attention"` (a in eq. 7.1) or `"mlp"` (f).
+        generated (`str`, *optional*, defaults to `"follow"`): as in [`AttentionKnockout`].
+        answer_tokens (`int`, *optional*, defaults to 0): as in [`AttentionKnockout`].
+
+    Raises:
+        `ValueError`: if the model lacks a part, or an argument is malformed; before anything is changed. During the
+            forward pass, if the positions do not fit its inputs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[int] | int,
+        positions: Tensor,
+        module: str = "attention",
+        generated: str = "follow",
+        answer_tokens: int = 0,
+    ) -> None:
+        if module not in MODULES:
+            raise ValueError(f'module is {module!r}: must be "attention" or "mlp".')
+        if generated not in GENERATED:
+            raise ValueError(f'generated is {generated!r}: must be "follow" or "fixed".')
+        self.architecture = inspect_model(model)
+        self.layers = self.architecture.check_layers(layers)
+        find = self.architecture.attention if module == "attention" else self.architecture.mlp
+        self.targets = {index: find(index) for index in self.layers}
+        self.positions = check_mask(positions, "positions")
+        self.follows = generated == "follow" and is_last(positions)
+        self.position = PromptPosition(positions.shape[1], self.architecture.virtual_tokens, answer_tokens)
+        self._stack: ExitStack | None = None
+        self._rows: dict[int, Tensor] = {}
+
+    def __enter__(self) -> ModuleKnockout:
+        if self._stack is not None:
+            raise RuntimeError("This ModuleKnockout is active already: make another one to nest it.")
+        self.position.reset()
+        with ExitStack() as stack:
+            for index, target in self.targets.items():
+                layer = self.architecture.layers[index].module
+                stack.enter_context(layer.register_forward_pre_hook(self._before(index), with_kwargs=True))
+                # Before the hooks with which transformers collects attentions and states, so that they see the zeros.
+                stack.enter_context(target.register_forward_hook(self._after(index), prepend=True))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        stack, self._stack, self._rows = self._stack, None, {}
+        if stack is not None:
+            stack.close()
+
+    def _before(self, index: int) -> Any:
+        """On the layer, since only its arguments tell where in the sequence a call stands."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            arguments = bind(module, args, kwargs)
+            attention = self.architecture.layers[index].attention
+            queries = span_of_call(arguments, int(getattr(attention, "layer_idx", None) or index)).queries
+            start = self.position.start(queries, index)
+            rows = extend(self.positions, range(queries.start - start, queries.stop - start), self.follows)
+            self._rows[index] = repeat_rows(rows, len(arguments["hidden_states"]), "positions")
+
+        return hook
+
+    def _after(self, index: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            return zero_output(output, self._rows[index])
+
+        return hook

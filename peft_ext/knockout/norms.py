@@ -1,0 +1,70 @@
+"""Norms of image tokens, whose outliers hold global rather than local information (thesis, appendix E.10)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .architecture import inspect_model
+
+
+_CONNECTORS = ("multi_modal_projector", "connector", "merger")
+SITES = ("vision", "decoder")
+
+
+@torch.no_grad()
+def image_token_norms(model: nn.Module, inputs: Mapping[str, Any], image_tokens: Tensor, at: str = "vision") -> Tensor:
+    """
+    The Euclidean norm of each image token's features.
+
+    Args:
+        model (`torch.nn.Module`): a vision-language model of transformers.
+        inputs (`dict`): what it is called with.
+        image_tokens (`torch.Tensor`): bool `[batch, sequence]`, the group `image`.
+        at (`str`, *optional*, defaults to `"vision"`): `"vision"`: what enters the connector, where the outliers of
+            Darcet et al. are; `"decoder"`: what enters the decoder. The thesis does not say which it uses.
+
+    Returns:
+        `torch.Tensor`: float32 `[batch, sequence]`, 0 for other tokens.
+
+    Raises:
+        `ValueError`: if the features at this place are not one per image token, as before a connector that merges
+            patches or adds newlines.
+    """
+    if at not in SITES:
+        raise ValueError(f'at is {at!r}: must be "vision" or "decoder".')
+    architecture = inspect_model(model)
+    place: nn.Module = architecture.layers[0].module
+    if at == "vision":
+        named = [
+            module for name, module in architecture.model.named_modules() if name.rsplit(".", 1)[-1] in _CONNECTORS
+        ]
+        if not named:
+            raise ValueError(
+                f'{type(architecture.model).__name__} has no connector that is known here: use at="decoder".'
+            )
+        place = named[0]
+    seen: list[Tensor] = []
+
+    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        first = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
+        seen.append(first.detach().float().norm(dim=-1))
+
+    with place.register_forward_pre_hook(see, with_kwargs=True):
+        model(**inputs)
+    norms = torch.zeros(image_tokens.shape)
+    group = image_tokens.cpu()
+    if at == "decoder":
+        norms[group] = seen[0].cpu()[group]
+        return norms
+    found = torch.cat([part.flatten() for part in seen]).cpu()
+    if len(found) != int(group.sum()):
+        raise ValueError(
+            f'at="vision": {len(found)} features enter the connector, but the prompt has {int(group.sum())} image '
+            'tokens, so they cannot be matched: use at="decoder".'
+        )
+    norms[group] = found
+    return norms

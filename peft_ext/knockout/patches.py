@@ -1,0 +1,216 @@
+"""Which image tokens a box falls into: an image of the box goes through the same processor as the image did."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d
+
+
+class Coverage(NamedTuple):
+    """
+    Per image token of a prompt, in their order.
+
+    Attributes:
+        share (`torch.Tensor`): float32 `[tokens]`, how much of the token's patch the boxes cover.
+        peak (`torch.Tensor`): float32 `[tokens]`, the same for its most covered pixel.
+        place (`torch.Tensor`): bool `[tokens]`, whether it is a patch at all: not a newline, not a class token.
+    """
+
+    share: Tensor
+    peak: Tensor
+    place: Tensor
+
+
+def image_size(image: Any) -> tuple[int, int]:
+    """
+    `(width, height)` of a PIL image, an array `[height, width, channels]` or `[channels, height, width]`, or of a pair
+    of numbers.
+
+    Raises:
+        `ValueError`: for anything else.
+    """
+    size = getattr(image, "size", None)
+    if isinstance(image, (tuple, list)) and len(image) == 2 and all(isinstance(number, int) for number in image):
+        size = tuple(image)
+    elif getattr(image, "ndim", 0) in (2, 3) and hasattr(image, "shape"):
+        shape = tuple(int(number) for number in image.shape)
+        if len(shape) == 3:
+            shape = shape[:2] if shape[2] in (1, 3, 4) else shape[1:] if shape[0] in (1, 3, 4) else ()
+        size = shape[::-1]
+    if not isinstance(size, tuple) or len(size) != 2 or min(size) < 1:
+        raise ValueError(
+            f"image is a {type(image).__name__}: give the PIL image that the inputs were made from, an array "
+            "[height, width, 3], or (width, height)."
+        )
+    return int(size[0]), int(size[1])
+
+
+def check_boxes(boxes: Any, size: tuple[int, int], box_format: str, name: str) -> list[tuple[int, int, int, int]]:
+    """
+    Boxes as whole pixels `(left, top, right, bottom)` inside the image.
+
+    Raises:
+        `ValueError`: for a box without area or without a pixel in the image.
+    """
+    width, height = size
+    if not isinstance(boxes, (Sequence, Tensor)) or isinstance(boxes, str) or len(boxes) == 0:
+        raise ValueError(f"{name} must be a list of boxes of four numbers, but is {boxes!r}.")
+    found = []
+    for box in boxes:
+        try:
+            numbers = [float(number) for number in box]
+        except (TypeError, ValueError):
+            raise ValueError(f"{name} holds {box!r}, not a box of four numbers.") from None
+        if len(numbers) != 4 or not all(map(math.isfinite, numbers)):
+            raise ValueError(f"{name} holds {box!r}, not a box of four numbers.")
+        left, top, third, fourth = numbers
+        right, bottom = (left + third, top + fourth) if box_format == "xywh" else (third, fourth)
+        if right <= left or bottom <= top:
+            raise ValueError(
+                f'{name} holds {box!r}, which has no area as box_format="{box_format}"; "xywh" is left, top, width, '
+                'height and "xyxy" left, top, right, bottom.'
+            )
+        if left >= width or top >= height or right <= 0 or bottom <= 0:
+            raise ValueError(f"{name} holds {box!r}, which lies outside the image of {width} x {height} pixels.")
+        left, top = max(0, math.floor(left)), max(0, math.floor(top))
+        found.append((left, top, min(width, math.ceil(right)), min(height, math.ceil(bottom))))
+    return found
+
+
+def box_coverage(
+    processor: Any,
+    size: tuple[int, int],
+    boxes: Sequence[tuple[int, int, int, int]],
+    tokens: int,
+    options: Mapping[str, Any],
+) -> Coverage:
+    """
+    How much of each image token's patch lies in any of the boxes.
+
+    Args:
+        processor (`ProcessorMixin`): that made the inputs.
+        size (`tuple[int, int]`): the image's width and height.
+        boxes (`list`): `(left, top, right, bottom)` in its pixels.
+        tokens (`int`): image tokens in the prompt.
+        options (`dict`): what the processor was called with for images, such as `do_pad=True`.
+
+    Raises:
+        `ValueError`: for processors whose order of patches is not known here.
+    """
+    white = torch.zeros(size[1], size[0], 3, dtype=torch.uint8)
+    for left, top, right, bottom in boxes:
+        white[top:bottom, left:right] = 255
+    image_processor = processor.image_processor
+    made = image_processor(
+        images=[white.numpy()],
+        # The colour of padding is the mean: black, so that it is not taken for a box.
+        **{"image_mean": [0.0, 0.0, 0.0], **options, "do_normalize": False, "do_rescale": False},
+        input_data_format="channels_last",
+        return_tensors="pt",
+    )
+    pixels = made["pixel_values"].float() / 255
+    if "image_grid_thw" in made:
+        # [patches, numbers]; a token is merge_size² patches, which lie one after the other
+        merged = pixels.reshape(-1, pixels.shape[1] * int(image_processor.merge_size) ** 2)
+        return _checked(Coverage(merged.mean(1), merged.amax(1), torch.ones(len(merged), dtype=torch.bool)), tokens)
+    while pixels.dim() > 4 and pixels.shape[0] == 1:
+        pixels = pixels[0]  # [tiles, 3, height, width]
+    if "image_sizes" in made and hasattr(image_processor, "image_grid_pinpoints"):
+        return _checked(_tiled(processor, pixels[:, :1], made["image_sizes"][0].tolist()), tokens)
+    if pixels.dim() != 4 or len(pixels) != 1:
+        raise ValueError(
+            f"boxes: {type(image_processor).__name__} cut the image into {len(pixels)} tiles, whose order among the "
+            "image tokens is not known here; switch splitting off (do_image_splitting=False, do_pan_and_scan=False)."
+        )
+    side = math.isqrt(tokens)
+    # vision_feature_select_strategy="full" keeps the class token in front
+    front = tokens - side * side if tokens - side * side in (0, 1) else -1
+    if front < 0:
+        raise ValueError(f"boxes: {tokens} image tokens do not form a square of patches, as one image has.")
+    return _with_front(_grid(pixels[:, :1], side), front)
+
+
+def newline_tokens(processor: Any, height: int, width: int, tokens: int) -> Tensor | None:
+    """Bool `[tokens]`: which of an image's tokens end a row of tiles; `None` for processors without such tokens."""
+    image_processor = getattr(processor, "image_processor", None)
+    if not hasattr(image_processor, "image_grid_pinpoints") or not getattr(processor, "patch_size", None):
+        return None
+    side, _, _ = _tile(processor)
+    rows, columns = _shape(processor, height, width)
+    empty = torch.zeros(1 + rows * columns, 1, side, side)
+    place = _tiled(processor, empty, [height, width]).place
+    if len(place) != tokens:
+        return None
+    newline = ~place
+    newline[: len(newline) - len(place)] = False
+    return newline if not _class_token(processor) else _without_first(newline)
+
+
+def _without_first(mask: Tensor) -> Tensor:
+    mask = mask.clone()
+    mask[0] = False
+    return mask
+
+
+def _grid(pixels: Tensor, side: int) -> Coverage:
+    """`[tiles, 1, height, width]` to `[tiles·side²]`."""
+    share, peak = adaptive_avg_pool2d(pixels, side), adaptive_max_pool2d(pixels, side)
+    return Coverage(share.flatten(), peak.flatten(), torch.ones(share.numel(), dtype=torch.bool))
+
+
+def _with_front(coverage: Coverage, front: int) -> Coverage:
+    return Coverage(*(torch.cat([part.new_zeros(front), part]) for part in coverage))
+
+
+def _class_token(processor: Any) -> bool:
+    return getattr(processor, "vision_feature_select_strategy", "default") == "full"
+
+
+def _tile(processor: Any) -> tuple[int, int, int]:
+    """Patches along a tile's side, and the tile's height and width in pixels."""
+    image_processor = processor.image_processor
+    crop = dict(getattr(image_processor, "crop_size", None) or image_processor.size)
+    height = int(crop.get("height") or crop["shortest_edge"])
+    width = int(crop.get("width") or height)
+    return height // int(processor.patch_size), height, width
+
+
+def _shape(processor: Any, height: int, width: int) -> tuple[int, int]:
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+    _, tile, _ = _tile(processor)
+    rows, columns = get_anyres_image_grid_shape((height, width), processor.image_processor.image_grid_pinpoints, tile)
+    return int(rows), int(columns)
+
+
+def _tiled(processor: Any, tiles: Tensor, size: Sequence[int]) -> Coverage:
+    """LLaVA-NeXT's order: the whole image first, then the tiles' rows without padding, each ended by a newline."""
+    from transformers.models.llava_next.modeling_llava_next import unpad_image
+
+    side, _, _ = _tile(processor)
+    rows, columns = _shape(processor, int(size[0]), int(size[1]))
+    front = int(_class_token(processor))
+    base = _with_front(_grid(tiles[:1], side), front)
+    parts = []
+    for part in _grid(tiles[1 : 1 + rows * columns], side):
+        whole = part.float().view(rows, columns, side, side).transpose(1, 2).reshape(1, rows * side, columns * side)
+        kept = unpad_image(whole, (int(size[0]), int(size[1])))[0]
+        parts.append(torch.cat([kept, kept.new_zeros(len(kept), 1)], dim=1).flatten())
+    return Coverage(
+        torch.cat([base.share, parts[0]]), torch.cat([base.peak, parts[1]]), torch.cat([base.place, parts[2].bool()])
+    )
+
+
+def _checked(coverage: Coverage, tokens: int) -> Coverage:
+    if len(coverage.share) != tokens:
+        raise ValueError(
+            f"boxes: the processor makes {len(coverage.share)} image tokens of an image of this size, but the prompt "
+            f"has {tokens}: give the image that the inputs were made from, one per row, and in image_options what the "
+            "processor was called with."
+        )
+    return coverage

@@ -1,0 +1,233 @@
+"""Sweep knockouts over the layers of a model and the samples of a data set (thesis, sections 7.4 to 7.6)."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .architecture import Architecture, inspect_model
+from .clean_run import NotReusable
+from .engines import ENGINES, Pair, Span, run_engine, span_of
+from .records import Record, RecordFile, read_records
+from .samples import FlowSample, LazySample, Prompt, parse_pairs, prepare
+from .windows import Window, windows
+
+
+# How far a fast engine's log-probabilities of the answer may be from the full one's, by the model's dtype.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_SLOWER = {"packed": "suffix", "suffix": "full"}
+
+
+def layer_sweep(
+    model: nn.Module,
+    samples: Iterable[FlowSample | LazySample] | FlowSample,
+    pairs: Sequence[str | tuple[str, str]] | str,
+    window: int = 9,
+    mode: str = "centred",
+    engine: str = "auto",
+    answer_token: str | int = "first",
+    layers: Sequence[int] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    self_check: bool = True,
+    progress: bool = True,
+) -> list[Record]:
+    """
+    Block each pair of groups in a window around each layer, and measure what the answer's probability loses:
+    `change_percent` = (p₂ − p₁) / p₁ · 100 (thesis, section 7.4). It is a ratio per sample; average it over samples.
+
+    Args:
+        model (`torch.nn.Module`): a decoder of transformers, in eval mode.
+        samples (`Iterable[FlowSample]`): the data set; [`LazySample`]s are made when their turn comes.
+        pairs (`list[str]`): `"source:target"`, names of groups: the target may not attend to the source.
+        window (`int`, *optional*, defaults to 9): layers per window.
+        mode (`str`, *optional*, defaults to `"centred"`): `"centred"` or `"forward"`, see [`windows`].
+        engine (`str`, *optional*, defaults to `"auto"`): `"full"`, `"suffix"` or `"packed"`, or `"auto"` for the
+            fastest that is exact. All pairs of a sample share one clean pass.
+        answer_token (`str` or `int`, *optional*, defaults to `"first"`): the answer's sub-word whose probability is
+            read: `"first"`, `"last"` (appendix E.3) or its number. The sub-words before it are given.
+        layers (`Sequence[int]`, *optional*): report these layers only.
+        output (`str`, *optional*): a file for the results, one JSON object per line, written sample by sample. If it
+            is there already, samples that it holds are not run again.
+        self_check (`bool`, *optional*, defaults to `True`): compare the first sample's largest change of each pair
+            with the full engine, and fall back to a slower engine with a warning where they differ.
+        progress (`bool`, *optional*, defaults to `True`): show a progress bar.
+
+    Returns:
+        `list[dict]`: one record per sample, pair and layer, with `sample`, `pair`, `source`, `target`, `layer`,
+            `window_start`, `window_end` (exclusive), `base_probability`, `probability`, `change_percent`, `answer_id`,
+            the settings, the engine that was used, and the samples' `info`. Under accelerate's launcher each process
+            takes its share of the samples; with `output` all of them return all records.
+
+    Raises:
+        `ValueError`: if an argument or a sample is malformed, naming it; or if `engine` is a fast one that would not
+            be exact, as with PaliGemma's bidirectional prefix.
+    """
+    architecture = inspect_model(model)
+    named = parse_pairs(pairs)
+    if engine != "auto" and engine not in ENGINES:
+        raise ValueError(f"engine is {engine!r}: must be auto, {', '.join(ENGINES)}.")
+    over = windows(len(architecture.layers), window, mode)
+    if layers is not None:
+        over = [over[index] for index in architecture.check_layers(layers)]
+    for index in range(min(w.start for w in over), max(w.end for w in over)):
+        architecture.attention(index)
+    if model.training:
+        raise ValueError("model is in training mode, where dropout changes every pass: call model.eval() first.")
+    share = PartialState()
+    settings = {"window": window, "mode": mode, "answer_token": answer_token}
+    file = None
+    if output is not None:
+        file = RecordFile(output, settings, len(named) * len(over), share.process_index, share.num_processes)
+    sweep = _Sweep(model, architecture, named, over, settings, engine, self_check)
+    found: list[Record] = list(file.kept) if file else []
+    chosen = [samples] if isinstance(samples, FlowSample) else samples
+    total = len(chosen) if isinstance(chosen, Sized) else None
+    try:
+        with tqdm(total=total, desc="samples", disable=not (progress and share.is_main_process)) as bar:
+            for number, sample in _numbered(chosen):
+                bar.update()
+                if number % share.num_processes != share.process_index:
+                    continue
+                if isinstance(sample, LazySample):
+                    if file and sample.name in file.done:
+                        continue
+                    made = sample.make()
+                    if made is None:
+                        continue
+                    made.names = [sample.name]
+                    sample = made
+                prompt = prepare(sample, named, answer_token, number, _device(model))
+                if file and set(prompt.names) <= file.done:
+                    continue
+                records = sweep.run(prompt, sample)
+                found += records
+                if file:
+                    file.add(records)
+    finally:
+        if file:
+            file.close()
+    share.wait_for_everyone()
+    if file and share.is_main_process:
+        file.join()
+    if file and share.num_processes > 1:
+        share.wait_for_everyone()
+        return read_records(file.path)
+    return found
+
+
+def _numbered(samples: Iterable[Any]) -> Iterator[tuple[int, FlowSample | LazySample]]:
+    for number, sample in enumerate(samples):
+        if not isinstance(sample, (FlowSample, LazySample)):
+            raise ValueError(f"samples[{number}] is a {type(sample).__name__}: make it a FlowSample.")
+        yield number, sample
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(parameter.device for parameter in model.parameters())
+
+
+class _Sweep:
+    """The state of one sweep: which engine is trusted by now."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        architecture: Architecture,
+        pairs: list[Pair],
+        over: list[Window],
+        settings: dict[str, Any],
+        engine: str,
+        self_check: bool,
+    ) -> None:
+        self.model, self.architecture, self.pairs, self.over = model, architecture, pairs, over
+        self.settings = settings
+        self.given = engine
+        self.engine = "packed" if engine == "auto" else engine
+        self.unchecked = self_check and self.engine != "full"
+        dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+        self.tolerance = TOLERANCE.get(dtype, 1e-1)
+
+    def run(self, prompt: Prompt, sample: FlowSample) -> list[Record]:
+        spans = {pair: list(dict.fromkeys(map(span_of, self.over))) for pair in self.pairs}
+        engine = self.engine
+        try:
+            clean, knocked = self._checked(prompt, spans) if self.unchecked else self._with(engine, prompt, spans)
+            engine = self.engine
+        except NotReusable as reason:
+            if self.given != "auto":
+                raise ValueError(
+                    f'engine="{self.given}" would not be exact for sample {prompt.names[0]}: {reason}. '
+                    'Use engine="full" or "auto".'
+                ) from reason
+            engine = "full"
+            clean, knocked = self._with(engine, prompt, spans)
+        answer = clean.argmax(-1) if prompt.answer is None else prompt.answer.to(clean.device)
+        base = clean.gather(1, answer[:, None])[:, 0].double()  # [batch]
+        records = []
+        for row, name in enumerate(prompt.names):
+            for pair in self.pairs:
+                for window in self.over:
+                    after = knocked[pair, span_of(window)][row, answer[row]].double()
+                    records.append(
+                        {
+                            "sample": name,
+                            "pair": ":".join(pair),
+                            "source": pair[0],
+                            "target": pair[1],
+                            "layer": window.layer,
+                            "window_start": window.start,
+                            "window_end": window.end,
+                            "answer_id": int(answer[row]),
+                            "base_probability": float(base[row].exp()),
+                            "probability": float(after.exp()),
+                            # of log-probabilities: small differences of large numbers stay exact
+                            "change_percent": float(100 * torch.expm1(after - base[row])),
+                            "engine": engine,
+                            **self.settings,
+                            **sample.info,
+                        }
+                    )
+        return records
+
+    def _with(self, engine: str, prompt: Prompt, spans: Any) -> tuple[Tensor, dict[tuple[Pair, Span], Tensor]]:
+        return run_engine(engine, self.architecture, self.model, prompt, spans)
+
+    def _checked(self, prompt: Prompt, spans: Any) -> tuple[Tensor, dict[tuple[Pair, Span], Tensor]]:
+        """The first sample, whose largest change of each pair must be what the full engine finds."""
+        while self.engine != "full":
+            problem = ""
+            try:
+                clean, knocked = self._with(self.engine, prompt, spans)
+            except NotReusable:
+                raise
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+                problem = f"fails on this model ({error})"
+            else:
+                answer = clean.argmax(-1) if prompt.answer is None else prompt.answer.to(clean.device)
+                rows = torch.arange(len(answer), device=clean.device)
+                for pair in self.pairs:
+                    change = {s: (knocked[pair, s] - clean)[rows, answer].abs().max() for s in spans[pair]}
+                    largest = max(change, key=lambda s: float(change[s]))
+                    base, exact = self._with("full", prompt, {pair: [largest]})
+                    far = (knocked[pair, largest] - exact[pair, largest])[rows, answer].abs().max()
+                    far = torch.maximum(far, (clean - base)[rows, answer].abs().max())
+                    if not float(far) <= self.tolerance:
+                        problem = f"is off by {float(far):.1e} in log-probability for {':'.join(pair)}"
+                        break
+            if not problem:
+                self.unchecked = False
+                return clean, knocked
+            slower = _SLOWER[self.engine]
+            warnings.warn(f'engine="{self.engine}" {problem}; using "{slower}" instead.', stacklevel=4)
+            self.engine = slower
+        self.unchecked = False
+        return self._with("full", prompt, spans)

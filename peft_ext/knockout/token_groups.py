@@ -1,0 +1,264 @@
+"""Token groups: which positions of a prompt are the image, the question, its options and objects, the last one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .patches import box_coverage, check_boxes, image_size, newline_tokens
+from .spans import OCCURRENCES, Segment, segments
+
+
+# Parts of the question; other names are looked for in all of the text.
+IN_QUESTION = ("options", "true_option", "false_option", "objects")
+
+
+def find_token_groups(
+    processor: Any,
+    inputs: Mapping[str, Any],
+    image: Any = None,
+    spans: Any = None,
+    boxes: Any = None,
+    *,
+    box_format: str = "xywh",
+    threshold: float | None = None,
+    occurrence: str = "first",
+    norms: Tensor | None = None,
+    max_norm: float = 57.0,
+    image_options: Mapping[str, Any] | None = None,
+) -> dict[str, Tensor]:
+    """
+    Find the groups of tokens that information flows between (thesis, sections 7.4, 7.6, E.6).
+
+    Args:
+        processor (`ProcessorMixin`): that made the inputs; for text models their tokenizer.
+        inputs (`dict`): its output, with `input_ids` `[batch, sequence]`, padded on either side.
+        image (*optional*): the image, or a list with one per row: PIL, array, or `(width, height)`. With `boxes`.
+        spans (`dict[str, str | list[str]]`, *optional*): phrases by the name of their group, or a list with one such
+            dict per row. `question` comes after the image; `true_option`, `false_option`, `options` and `objects` are
+            looked for inside the question, other names everywhere.
+        boxes (`list`, *optional*): boxes of the related objects, four numbers each in the image's pixels, or a list
+            with one such list per row.
+        box_format (`str`, *optional*, defaults to `"xywh"`): left, top, width, height; or `"xyxy"`.
+        threshold (`float`, *optional*): a patch is related if the boxes cover more than this share of it. By default
+            one covered pixel is enough.
+        occurrence (`str`, *optional*, defaults to `"first"`): of a phrase that comes several times take the `"first"`,
+            as the thesis's code does, or `"all"`.
+        norms (`torch.Tensor`, *optional*): float `[batch, sequence]`, see [`image_token_norms`]. Patches above
+            `max_norm` are then left out of the related and the other patches (appendix E.10).
+        max_norm (`float`, *optional*, defaults to 57): the thesis's threshold for LLaVA-1.5.
+        image_options (`dict`, *optional*): what the processor was called with for images, such as `do_pad=True`.
+
+    Returns:
+        `dict[str, torch.Tensor]`: bool `[batch, sequence]` by name. `text` (neither image nor padding) and `last` (the
+            last attended token) always; `image` (with newlines) and `newline` where there are such tokens; the spans;
+            `options` (both), `question_without_options` and `question_without_objects`; with boxes `related_patches`
+            and `other_patches`; with norms `high_norm_patches`. A derived group that would be empty in some row is
+            left out.
+
+    Raises:
+        `ValueError`: naming the argument, the value and the remedy, if something is malformed, a phrase or a box is
+            not there, or the processor's cropping leaves nothing of it.
+    """
+    tokens = inputs.get("input_ids") if hasattr(inputs, "get") else None
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or 0 in tokens.shape:
+        raise ValueError('inputs must hold input_ids [batch, sequence]: call the processor with return_tensors="pt".')
+    attended = _attended(inputs, tokens)
+    if occurrence not in OCCURRENCES:
+        raise ValueError(f'occurrence is {occurrence!r}: must be "first" or "all".')
+    if box_format not in ("xywh", "xyxy"):
+        raise ValueError(f'box_format is {box_format!r}: must be "xywh" or "xyxy".')
+    tokenizer = getattr(processor, "tokenizer", processor)
+    visual = _visual(processor, tokenizer, tokens) & attended
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    last = (positions * attended).argmax(1, keepdim=True) == positions
+    groups = {"text": attended & ~visual, "last": last}
+    if visual.any():
+        groups["image"] = visual
+        newline = _newlines(processor, inputs, visual)
+        if newline is not None and newline.any():
+            groups["newline"] = newline
+    if spans is not None:
+        groups |= _span_groups(tokenizer, tokens, visual, attended, spans, occurrence)
+    if boxes is not None:
+        groups |= _patch_groups(processor, visual, image, boxes, box_format, threshold, image_options or {})
+    elif image is not None and norms is None:
+        _per_row(image, len(tokens), "image", False)
+    if norms is not None:
+        _leave_out_high_norms(groups, visual, norms, max_norm)
+    return groups
+
+
+def _attended(inputs: Mapping[str, Any], tokens: Tensor) -> Tensor:
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return torch.ones_like(tokens, dtype=torch.bool)
+    if not isinstance(mask, Tensor) or mask.shape != tokens.shape:
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"attention_mask is {shape}, but input_ids are {tuple(tokens.shape)}: they must have one shape."
+        )
+    empty = (~mask.bool().any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"attention_mask is 0 everywhere in row(s) {empty}: there is no prompt to find groups in.")
+    return mask.bool()
+
+
+def _visual(processor: Any, tokenizer: Any, tokens: Tensor) -> Tensor:
+    """Bool `[batch, sequence]`: the placeholders of image features."""
+    number = getattr(processor, "image_token_id", None)
+    if number is None:
+        number = getattr(tokenizer, "image_token_id", None)
+    name = getattr(processor, "image_token", None)
+    if number is None and isinstance(name, str):
+        number = tokenizer.convert_tokens_to_ids(name)
+    return torch.zeros_like(tokens, dtype=torch.bool) if number is None else tokens == number
+
+
+def _newlines(processor: Any, inputs: Mapping[str, Any], visual: Tensor) -> Tensor | None:
+    sizes = inputs.get("image_sizes")
+    if not isinstance(sizes, Tensor) or len(sizes) != len(visual) or not bool(visual.any(1).all()):
+        return None
+    found = torch.zeros_like(visual)
+    for row, (height, width) in enumerate(sizes.tolist()):
+        newline = newline_tokens(processor, int(height), int(width), int(visual[row].sum()))
+        if newline is None:
+            return None
+        found[row, visual[row]] = newline.to(found.device)
+    return found
+
+
+def _per_row(value: Any, batch: int, name: str, single: bool) -> list[Any]:
+    """One entry per row; `single` says whether the value is one row's entry."""
+    if isinstance(value, (list, tuple)) and not single and not (name == "image" and _is_size(value)):
+        if len(value) != batch:
+            raise ValueError(
+                f"{name} holds {len(value)} entries, but the inputs have {batch} row(s): give one per row."
+            )
+        return list(value)
+    if batch != 1 and name != "spans":
+        raise ValueError(f"{name} is for one row, but the inputs have {batch}: give a list with one entry per row.")
+    return [value] * batch
+
+
+def _is_size(value: Sequence[Any]) -> bool:
+    return len(value) == 2 and all(isinstance(number, int) for number in value)
+
+
+def _span_groups(
+    tokenizer: Any, tokens: Tensor, visual: Tensor, attended: Tensor, spans: Any, occurrence: str
+) -> dict[str, Tensor]:
+    rows = _per_row(spans, len(tokens), "spans", False)
+    for row in rows:
+        if not isinstance(row, Mapping) or not row:
+            raise ValueError(
+                f'spans must be a dict such as {{"question": "What is it?"}}, or one per row, but is {spans!r}.'
+            )
+    names = list(rows[0])
+    if any(set(row) != set(names) for row in rows):
+        raise ValueError(f"spans must have the same names in each row, but has {[list(row) for row in rows]}.")
+    found = {name: torch.zeros_like(visual) for name in names}
+    for number, row in enumerate(rows):
+        text = segments(tokenizer, tokens[number].tolist(), (attended & ~visual)[number].tolist())
+        after = int(visual[number].nonzero()[-1]) if visual[number].any() else -1
+        # after the image first, since a template before it may hold the same words
+        text.sort(key=lambda segment: segment.owners[0][0] < after)
+        question: set[int] | None = None
+        for name in sorted(names, key=lambda name: name != "question"):
+            within = question if name in IN_QUESTION else None
+            where = _locate(text, row[name], f"spans[{name!r}]", number, within, occurrence)
+            found[name][number, where] = True
+            if name == "question":
+                question = set(where)
+    options = [found[name] for name in ("true_option", "false_option") if name in found]
+    if options and "options" not in found:
+        found["options"] = torch.stack(options).any(0)
+    for part in ("options", "objects"):
+        rest = found["question"] & ~found[part] if "question" in found and part in found else None
+        if rest is not None and bool(rest.any(1).all()):
+            found[f"question_without_{part}"] = rest
+    return found
+
+
+def _locate(
+    text: Sequence[Segment], phrases: Any, name: str, row: int, within: set[int] | None, occurrence: str
+) -> list[int]:
+    phrases = [phrases] if isinstance(phrases, str) else phrases
+    if not isinstance(phrases, Sequence) or not phrases or not all(isinstance(phrase, str) for phrase in phrases):
+        raise ValueError(f"{name} must be a phrase or a list of phrases, but is {phrases!r}.")
+    found: list[int] = []
+    for phrase in phrases:
+        if not phrase.strip():
+            raise ValueError(f"{name} holds the empty phrase {phrase!r}: leave it out.")
+        hits = [tokens for segment in text for tokens in segment.find(phrase, within)]
+        if not hits:
+            whole = " … ".join(segment.text for segment in text)
+            place = "the question" if within is not None else "the prompt"
+            raise ValueError(
+                f"{name}: {phrase!r} is not in {place} of row {row} as whole words; the text is {whole[:300]!r}."
+            )
+        found += [token for tokens in (hits if occurrence == "all" else hits[:1]) for token in tokens]
+    return found
+
+
+def _patch_groups(
+    processor: Any,
+    visual: Tensor,
+    image: Any,
+    boxes: Any,
+    box_format: str,
+    threshold: float | None,
+    options: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    batch = len(visual)
+    if image is None:
+        raise ValueError("boxes are in the image's pixels: pass the image too, or its (width, height).")
+    if threshold is not None and (isinstance(threshold, bool) or not 0 <= threshold < 1):
+        raise ValueError(f"threshold is {threshold!r}: must be a share of a patch, at least 0 and less than 1.")
+    if not hasattr(processor, "image_processor"):
+        raise ValueError(
+            f"boxes need a processor with an image_processor, but processor is a {type(processor).__name__}."
+        )
+    images = _per_row(image, batch, "image", False)
+    nested = isinstance(boxes, Sequence) and boxes and isinstance(boxes[0], Sequence) and len(boxes[0]) > 0
+    nested = nested and isinstance(boxes[0][0], (Sequence, Tensor))
+    given = _per_row(boxes, batch, "boxes", not nested)
+    related, other = torch.zeros_like(visual), torch.zeros_like(visual)
+    for row in range(batch):
+        tokens = int(visual[row].sum())
+        if tokens == 0:
+            raise ValueError(f"boxes: row {row} of the inputs has no image tokens.")
+        size = image_size(images[row])
+        name = f"boxes[{row}]" if batch > 1 else "boxes"
+        coverage = box_coverage(processor, size, check_boxes(given[row], size, box_format, name), tokens, options)
+        hit = coverage.peak >= 0.5 if threshold is None else coverage.share > threshold
+        if not (hit & coverage.place).any():
+            raise ValueError(
+                f"{name}: nothing of {given[row]} is left in the image tokens, since the processor crops the image, "
+                "or the boxes are thinner than its pixels; pad instead of cropping (do_pad=True, "
+                "do_center_crop=False), lower the threshold, or leave this sample out."
+            )
+        related[row, visual[row]] = (hit & coverage.place).to(related.device)
+        other[row, visual[row]] = (~hit & coverage.place).to(other.device)
+    found = {"related_patches": related}
+    if bool(other.any(1).all()):
+        found["other_patches"] = other
+    return found
+
+
+def _leave_out_high_norms(groups: dict[str, Tensor], visual: Tensor, norms: Tensor, max_norm: float) -> None:
+    if not isinstance(norms, Tensor) or norms.shape != visual.shape or not norms.is_floating_point():
+        raise ValueError(
+            f"norms must be floats [batch, sequence] of shape {tuple(visual.shape)}: see image_token_norms."
+        )
+    high = visual & (norms.to(visual.device) > max_norm)
+    if high.any():
+        groups["high_norm_patches"] = high
+    for name in ("related_patches", "other_patches"):
+        if name in groups:
+            groups[name] = groups[name] & ~high
+            if not bool(groups[name].any(1).all()):
+                raise ValueError(f"max_norm={max_norm} leaves no token of {name} in some row: raise it.")

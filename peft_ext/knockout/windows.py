@@ -1,0 +1,44 @@
+"""Which layers are knocked out together: a window around, or from, each layer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+MODES = ("centred", "forward")
+
+
+class Window(NamedTuple):
+    """
+    Attributes:
+        layer (`int`): the layer that the result is reported for.
+        start (`int`): the first layer of the window.
+        end (`int`): the layer after its last.
+    """
+
+    layer: int
+    start: int
+    end: int
+
+
+def windows(num_layers: int, size: int = 9, mode: str = "centred") -> list[Window]:
+    """
+    One window per layer, clipped to the model.
+
+    Args:
+        num_layers (`int`): L.
+        size (`int`, *optional*, defaults to 9): k, layers per window. The thesis uses 9 (section 7.5), its code 7 for
+            models of 32 layers.
+        mode (`str`, *optional*, defaults to `"centred"`): `"centred"` on the layer (section 7.5; of an even window
+            the larger half comes before), or `"forward"` from the layer on (appendix E.4).
+
+    Raises:
+        `ValueError`: if `size` or `num_layers` is less than 1, or `mode` is neither.
+    """
+    for name, value in (("num_layers", num_layers), ("window", size)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}: must be a whole number of at least 1.")
+    if mode not in MODES:
+        raise ValueError(f'mode is {mode!r}: must be "centred" or "forward".')
+    before, after = (size // 2, (size + 1) // 2) if mode == "centred" else (0, size)
+    return [Window(at, max(0, at - before), min(num_layers, at + after)) for at in range(num_layers)]

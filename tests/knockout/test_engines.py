@@ -1,0 +1,135 @@
+"""The fast engines compute what the full one does, on every family; and say so where they cannot."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+from peft_ext.knockout import FlowSample, layer_sweep
+
+from ._models import CAUSAL, FAMILIES, LAYERS, build, inputs
+from ._sweeps import FAST, PAIRS, assert_same, sweep
+
+
+@pytest.mark.filterwarnings("ignore:.*blocks nothing:UserWarning")  # of a window that does not reach the image
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("family", CAUSAL)
+def test_fast_equals_full(family, padding):
+    batch, groups = inputs(family, padding=padding)
+    records = assert_same(build(family), FlowSample(batch, groups), layers=[0, 2])
+    assert max(abs(record["change_percent"]) for record in records) > 1
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma2", "gpt2"])
+def test_fast_equals_full_in_eager(family):
+    batch, groups = inputs(family)
+    assert_same(build(family, "eager"), FlowSample(batch, groups))
+
+
+@pytest.mark.parametrize("name", ["flex_attention", "flash_attention_2"])
+def test_fast_engines_switch_the_attention(name):
+    batch, groups = inputs("llava")
+    expected, _ = sweep(build("llava", "sdpa"), FlowSample(batch, groups), "packed")
+    model = build("llava", name)
+    found, _ = sweep(model, FlowSample(batch, groups), "packed")
+    assert torch.equal(found, expected)
+    assert model.get_decoder().config._attn_implementation == name
+
+
+def test_rows_emptied_by_us():
+    """The first token has only itself; blocked, its attention adds nothing, in each engine."""
+    model = build("llama")
+    batch, groups = inputs("llama", texts=((3, 7),))
+    first = torch.zeros_like(groups["last"])
+    first[:, 0] = True
+    assert_same(model, FlowSample(batch, {**groups, "first": first}), pairs=["first:first", "first:question"])
+
+
+def test_under_lora():
+    batch, groups = inputs("llava")
+    model = get_peft_model(build("llava"), LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    assert_same(model.eval(), FlowSample(batch, groups))
+
+
+@pytest.mark.parametrize("engine", FAST)
+def test_a_bidirectional_prefix_is_refused(engine):
+    batch, groups = inputs("paligemma")
+    model = build("paligemma")
+    with pytest.raises(ValueError, match='bidirectional prefix.*engine="full"'):
+        sweep(model, FlowSample(batch, groups), engine)
+    records = layer_sweep(model, [FlowSample(batch, groups)], ["image:question"], progress=False)
+    assert {record["engine"] for record in records} == {"full"}
+
+
+@pytest.mark.parametrize("engine", FAST)
+def test_a_target_inside_an_image_that_attends_both_ways(engine):
+    """Gemma 3's image tokens see each other, so a knockout of some changes those before them."""
+    model = build("gemma3")
+    batch, groups = inputs("gemma3", texts=((3, 7),))
+    late = groups["image"] & (groups["image"].cumsum(1) > 2)
+    early = groups["image"] & ~late
+    sample = FlowSample(batch, {**groups, "late": late, "early": early})
+    expected, _ = sweep(model, sample, "full", pairs=["early:late", "late:early"])
+    found, _ = sweep(model, sample, engine, pairs=["early:late", "late:early"])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("engine", FAST)
+def test_virtual_tokens_are_refused(engine):
+    model = get_peft_model(build("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    batch, groups = inputs("llama")
+    with pytest.raises(ValueError, match="virtual tokens"):
+        sweep(model, FlowSample(batch, groups), engine)
+    assert sweep(model, FlowSample(batch, groups), "full")[0].isfinite().all()
+
+
+@pytest.mark.parametrize("engine", FAST)
+def test_a_pair_without_edges_warns(engine):
+    batch, groups = inputs("llama")
+    with pytest.warns(UserWarning, match="question:image blocks nothing"):
+        _, records = sweep(build("llama"), FlowSample(batch, groups), engine, pairs=["question:image"])
+    assert max(abs(record["change_percent"]) for record in records) < 1e-3
+
+
+class _Doubled(torch.nn.Module):
+    """A layer that the fast engines know nothing about: it depends on how many tokens it is called with."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.self_attn, self.mlp = layer, layer.self_attn, layer.mlp
+
+    def forward(self, hidden_states, **kwargs):
+        return self.layer(hidden_states, **kwargs) * (1 + 1 / hidden_states.shape[1])
+
+
+@pytest.mark.parametrize("engine", ["auto", *FAST])
+def test_the_self_check_falls_back(engine):
+    model = build("llama")
+    model.model.layers[1] = _Doubled(model.model.layers[1])
+    batch, groups = inputs("llama")
+    with pytest.warns(UserWarning, match='is off by .* using "full" instead'):
+        records = layer_sweep(model, [FlowSample(batch, groups)], PAIRS, window=2, engine=engine, progress=False)
+    expected = layer_sweep(model, [FlowSample(batch, groups)], PAIRS, window=2, engine="full", progress=False)
+    assert records == expected
+
+
+def test_the_self_check_passes_what_is_exact():
+    batch, groups = inputs("llava")
+    samples = [FlowSample(batch, groups, names=["a", "b"]), FlowSample(batch, groups, names=["c", "d"])]
+    records = layer_sweep(build("llava"), samples, PAIRS, window=2, progress=False)
+    assert {record["engine"] for record in records} == {"packed"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_left_behind(family):
+    model = build(family)
+    batch, groups = inputs(family)
+    state = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        before = model(**batch).logits
+    layer_sweep(model, [FlowSample(batch, groups)], ["image:question", "last:last"], window=LAYERS, progress=False)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.get_decoder().modules())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, before)

@@ -1,0 +1,98 @@
+"""AttentionKnockout while generating: caches, beams, and the last position that generated tokens take over."""
+
+import warnings
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from peft_ext.knockout import AttentionKnockout
+
+from ._models import LAYERS, build, inputs
+
+
+PAIRS = [("image", "question"), ("question", "last"), ("image", "last"), ("last", "last")]
+_PAIR_IDS = [":".join(pair) for pair in PAIRS]
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=_PAIR_IDS)
+@pytest.mark.parametrize("family", ["llava", "llava_mistral", "gemma3", "qwen2_vl", "llama", "mistral", "gpt2"])
+def test_cached_generation_equals_uncached(family, pair):
+    model = build(family)
+    batch, groups = inputs(family, texts=((3, 7),))
+    found = []
+    for cache in (True, False):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a sliding window may leave no edge to block
+            with AttentionKnockout(model, range(LAYERS), [(groups[pair[0]], groups[pair[1]])]):
+                found.append(_generate(model, batch, use_cache=cache))
+    torch.testing.assert_close(*found, rtol=0, atol=2e-4)
+
+
+def _generate(model, batch, **options):
+    """Scores of five generated tokens, `[5, batch, vocabulary]`."""
+    made = model.generate(
+        **batch, max_new_tokens=5, min_new_tokens=5, output_logits=True, return_dict_in_generate=True, do_sample=False,
+        **options,
+    )  # fmt: skip
+    return torch.stack(made.logits)
+
+
+def test_a_static_cache_equals_a_dynamic_one():
+    model = build("llava")
+    batch, groups = inputs("llava")
+    found = []
+    for cache in (DynamicCache(), StaticCache(config=model.config.get_text_config(), max_cache_len=48)):
+        with AttentionKnockout(model, [0, 1], [(groups["question"], groups["last"])]):
+            found.append(_generate(model, batch, past_key_values=cache))
+    torch.testing.assert_close(*found, rtol=0, atol=2e-4)
+
+
+def test_generated_tokens_take_over_the_last_position():
+    """Blocking question → last while generating equals blocking it in one pass over the whole answer."""
+    model = build("llama", dtype=torch.float64)
+    batch, groups = inputs("llama", texts=((3, 7),))
+    pair = (groups["question"], groups["last"])
+    with AttentionKnockout(model, [0, 1], [pair]):
+        tokens = model.generate(**batch, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        scores = _generate(model, batch)
+    whole = {"input_ids": tokens[:, :-1], "attention_mask": torch.ones_like(tokens[:, :-1])}
+    length = batch["input_ids"].shape[1]
+    source = torch.nn.functional.pad(pair[0], (0, 3))
+    target = torch.arange(length + 3)[None] >= length - 1
+    with AttentionKnockout(model, [0, 1], [(source, target)]):
+        expected = logits(model, whole)[0, length - 1 :]
+    torch.testing.assert_close(scores[:4, 0].double(), expected, rtol=0, atol=1e-5)
+    with AttentionKnockout(model, [0, 1], [pair], answer_tokens=3):
+        torch.testing.assert_close(logits(model, whole)[0, length - 1 :], expected)
+    with AttentionKnockout(model, [0, 1], [pair], generated="fixed", answer_tokens=3):
+        assert not torch.allclose(logits(model, whole)[0, -1], expected[-1])
+
+
+def test_beams_repeat_the_rows():
+    """Beam search of a batch finds what it finds for each row alone."""
+    model = build("llava")
+    batch, groups = inputs("llava")
+    options = {"num_beams": 3, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with AttentionKnockout(model, [0, 1], [(groups["image"], groups["question"])]):
+        together = model.generate(**batch, **options)[:, -4:]
+    without = model.generate(**batch, **options)[:, -4:]
+    for number in range(2):
+        own = {name: mask[number : number + 1] for name, mask in groups.items()}
+        single = {name: value[number : number + 1] for name, value in batch.items()}
+        with AttentionKnockout(model, [0, 1], [(own["image"], own["question"])]):
+            assert torch.equal(model.generate(**single, **options)[0, -4:], together[number])
+    assert not torch.equal(together, without)
+
+
+def test_rows_are_repeated_in_order():
+    model = build("llava")
+    batch, groups = inputs("llava")
+    repeated = {name: value.repeat_interleave(3, 0) for name, value in batch.items()}
+    with AttentionKnockout(model, [0, 1], [(groups["image"], groups["question"])]):
+        torch.testing.assert_close(logits(model, repeated)[::3], logits(model, batch))

@@ -1,0 +1,144 @@
+"""Results on disk: resumed after an interruption, refused for other settings, shared by processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_ext.knockout import FlowSample, LazySample, layer_sweep, read_records
+from peft_ext.knockout import sweep as sweep_module
+
+from ._models import LAYERS, build, inputs, row
+
+
+PAIRS = ["image:question", "question:last"]
+OPTIONS = {"window": 2, "engine": "packed", "self_check": False, "progress": False}
+
+
+def samples():
+    batch, groups = inputs("llava", texts=((3, 7), (5, 7), (4, 9)), padding="right")
+    made = [row(batch, groups, number) for number in range(3)]
+    return [FlowSample(single, own, names=[f"s{n}"], info={"task": "t"}) for n, (single, own) in enumerate(made)]
+
+
+def test_the_file_holds_what_is_returned(tmp_path):
+    path = tmp_path / "new" / "sweep.jsonl"
+    records = layer_sweep(build(), samples(), PAIRS, output=path, **OPTIONS)
+    assert read_records(path) == records and len(records) == 3 * len(PAIRS) * LAYERS
+    for record in records:
+        change = 100 * (record["probability"] / record["base_probability"] - 1)
+        assert record["change_percent"] == pytest.approx(change, abs=1e-4)
+        assert record["pair"] == f"{record['source']}:{record['target']}" and record["task"] == "t"
+
+
+@pytest.mark.parametrize("cut", ["line", "record", "sample"])
+def test_an_interrupted_sweep_continues(tmp_path, monkeypatch, cut):
+    path, model = tmp_path / "sweep.jsonl", build()
+    whole = layer_sweep(model, samples(), PAIRS, output=path, **OPTIONS)
+    lines = path.read_text().splitlines(keepends=True)
+    kept = {"line": "".join(lines[:13])[:-30], "record": "".join(lines[:13]), "sample": "".join(lines[:8])}[cut]
+    path.write_text(kept)
+    ran = []
+    real = sweep_module.prepare
+    monkeypatch.setattr(sweep_module._Sweep, "run", _counting(sweep_module._Sweep.run, ran))
+    assert sweep_module.prepare is real
+    records = layer_sweep(model, samples(), PAIRS, output=path, **OPTIONS)
+    assert ran == ["s1", "s2"]
+    assert records == whole == read_records(path)
+    layer_sweep(model, samples(), PAIRS, output=path, **OPTIONS)
+    assert ran == ["s1", "s2"]
+
+
+def _counting(run, ran):
+    def counted(self, prompt, sample):
+        ran.extend(prompt.names)
+        return run(self, prompt, sample)
+
+    return counted
+
+
+def test_an_exception_keeps_what_was_done(tmp_path):
+    path = tmp_path / "sweep.jsonl"
+    broken = samples()
+    broken[1].groups["image"][:] = False
+    with pytest.raises(ValueError, match=r"sample s1: group 'image' holds no token in row\(s\) \[0\]"):
+        layer_sweep(build(), broken, PAIRS, output=path, **OPTIONS)
+    assert {record["sample"] for record in read_records(path)} == {"s0"}
+
+
+def test_lazy_samples_are_made_when_needed(tmp_path):
+    path, made = tmp_path / "sweep.jsonl", []
+
+    def lazy(number):
+        def make():
+            made.append(number)
+            return None if number == 1 else samples()[number]
+
+        return LazySample(f"s{number}", make)
+
+    records = layer_sweep(build(), [lazy(n) for n in range(3)], PAIRS, output=path, **OPTIONS)
+    assert made == [0, 1, 2] and {record["sample"] for record in records} == {"s0", "s2"}
+    layer_sweep(build(), [lazy(n) for n in range(3)], PAIRS, output=path, **OPTIONS)
+    assert made == [0, 1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"window": 3}, "other settings"), ({"mode": "forward"}, "other settings"), ({"layers": [0]}, "other pairs")],
+)
+def test_another_sweep_is_not_continued(tmp_path, options, message):
+    path = tmp_path / "sweep.jsonl"
+    layer_sweep(build(), samples(), PAIRS, output=path, **OPTIONS)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        layer_sweep(build(), samples(), PAIRS, output=path, **{**OPTIONS, **options})
+    assert path.read_bytes() == before
+
+
+def test_another_file_is_not_overwritten(tmp_path):
+    path = tmp_path / "notes.jsonl"
+    path.write_text("my notes\nand more\n")
+    with pytest.raises(ValueError, match="line 1 is not a record"):
+        layer_sweep(build(), samples(), PAIRS, output=path, **OPTIONS)
+    assert path.read_text() == "my notes\nand more\n"
+
+
+_WORKER = """
+import sys
+from tests.knockout.test_records import OPTIONS, PAIRS, build, samples
+from peft_ext.knockout import layer_sweep
+records = layer_sweep(build(), samples(), PAIRS, output=sys.argv[1], **OPTIONS)
+assert len(records) == 24, len(records)
+"""
+
+
+def test_two_processes_share_the_samples(tmp_path):
+    path = tmp_path / "sweep.jsonl"
+    root = Path(__file__).parents[2]
+    worker = tmp_path / "worker.py"
+    worker.write_text(_WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(worker)]
+    paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(path)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert os.listdir(tmp_path) == ["worker.py", "sweep.jsonl"] or set(os.listdir(tmp_path)) == {
+        "worker.py",
+        "sweep.jsonl",
+    }
+    alone = layer_sweep(build(), samples(), PAIRS, **OPTIONS)
+    key = ("sample", "pair", "layer")
+    shared = sorted(read_records(path), key=lambda record: tuple(record[name] for name in key))
+    assert shared == sorted(alone, key=lambda record: tuple(record[name] for name in key))
+
+
+def test_records_are_plain_json(tmp_path):
+    path = tmp_path / "sweep.jsonl"
+    layer_sweep(build(), samples()[:1], PAIRS, output=path, **OPTIONS)
+    for line in path.read_text().splitlines():
+        assert all(isinstance(value, (str, int, float)) for value in json.loads(line).values())
+    assert torch.tensor([r["change_percent"] for r in read_records(path)]).isfinite().all()

@@ -1,0 +1,56 @@
+"""Windows, packing, batches and later tokens of the answer: the same numbers from each engine."""
+
+import pytest
+import torch
+
+from peft_ext.knockout import FlowSample, engines
+
+from ._models import build, inputs, row
+from ._sweeps import PAIRS, assert_same, sweep
+
+
+@pytest.mark.parametrize("window", [1, 3, 9])
+@pytest.mark.parametrize("mode", ["centred", "forward"])
+def test_windows(mode, window):
+    batch, groups = inputs("llava")
+    assert_same(build("llava"), FlowSample(batch, groups), mode=mode, window=window, pairs=PAIRS[:2])
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 40, 10_000])
+def test_any_packing(monkeypatch, tokens):
+    monkeypatch.setattr(engines, "PACKED_TOKENS", tokens)
+    batch, groups = inputs("llava")
+    assert_same(build("llava"), FlowSample(batch, groups))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3", "mistral"])
+def test_batches_equal_single_rows(family):
+    model = build(family)
+    batch, groups = inputs(family, padding="right")
+    together, _ = sweep(model, FlowSample(batch, groups), "packed", pairs=["image:question", "question:last"])
+    alone = []
+    for number in range(2):
+        single, own = row(batch, groups, number, family)
+        alone.append(sweep(model, FlowSample(single, own), "packed", pairs=["image:question", "question:last"])[0])
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("token", ["first", "last", 1])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3", "llama", "gpt2"])
+def test_later_tokens_of_the_answer(family, token):
+    batch, groups = inputs(family)
+    sample = FlowSample(batch, groups, answer_ids=[[5, 9, 12], [7, 8, 11]])
+    assert_same(build(family), sample, answer_token=token, layers=[1])
+
+
+def test_the_answers_last_token_is_what_a_cached_pass_gives():
+    """The probability that the full engine reports, from the model's own logits on prompt and answer."""
+    model = build("llava")
+    batch, groups = inputs("llava", texts=((3, 7),))
+    answer = [5, 9, 12]
+    records = sweep(model, FlowSample(batch, groups, answer_ids=[answer]), "full", answer_token="last")[1]
+    ids = torch.cat([batch["input_ids"], torch.tensor([answer[:-1]])], 1)
+    with torch.no_grad():
+        clean = model(**{**batch, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[0, -1].softmax(-1)
+    assert all(record["base_probability"] == pytest.approx(float(clean[12]), rel=1e-5) for record in records)
+    assert {record["answer_id"] for record in records} == {12}
