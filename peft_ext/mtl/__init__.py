@@ -10,12 +10,38 @@ from .gramian import aggregate
 
 
 if TYPE_CHECKING:
-    pass
+    from .config import MTLArguments, MTLConfig
+    from .conflicts import ConflictRecorder, conflict_incidence
+    from .sft import MTLSFTConfig, MTLSFTTrainer
+    from .trainer import MTLTrainer, MTLTrainerMixin
 
 # Imported on first use: they pull in transformers' Trainer, TRL or matplotlib.
-_LAZY: dict[str, str] = {}
+_LAZY = {
+    "ConflictRecorder": "conflicts",
+    "MTLArguments": "config",
+    "MTLConfig": "config",
+    "MTLSFTConfig": "sft",
+    "MTLSFTTrainer": "sft",
+    "MTLTrainer": "trainer",
+    "MTLTrainerMixin": "trainer",
+    "conflict_incidence": "conflicts",
+}
 
-__all__ = ["METHODS", "Aggregator", "TorchJDAggregator", "aggregate", "make_aggregator"]
+__all__ = [
+    "METHODS",
+    "Aggregator",
+    "ConflictRecorder",
+    "MTLArguments",
+    "MTLConfig",
+    "MTLSFTConfig",
+    "MTLSFTTrainer",
+    "MTLTrainer",
+    "MTLTrainerMixin",
+    "TorchJDAggregator",
+    "aggregate",
+    "conflict_incidence",
+    "make_aggregator",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,9 +19,9 @@ class FAMO(Aggregator):
     """
     Fast adaptive multi-task optimisation (Liu et al. 2023, https://arxiv.org/abs/2306.03792, Algorithm 1).
 
-    The direction is the gradient of `Σ zᵢ log(ℓᵢ − minᵢ) / c` with `z = softmax(ξ)` and `c = Σ zᵢ / (ℓᵢ − minᵢ)`, so that
-    the weights sum to one. After the optimiser's step, `ξ` moves by Adam against the change of the log losses on the same
-    batch. In [`MTLTrainer`] that second forward pass replays the first one's random numbers, dropout included.
+    The direction is the gradient of `Σ zᵢ log(ℓᵢ − minᵢ) / c` with `z = softmax(ξ)` and `c = Σ zᵢ / (ℓᵢ − minᵢ)`, so
+    that the weights sum to one. After the optimiser's step, `ξ` moves by Adam against the change of the log losses on
+    the same batch. In [`MTLTrainer`] that second forward pass replays the random numbers of the first.
 
     Args:
         num_tasks (`int`): number of tasks.
