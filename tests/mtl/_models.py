@@ -47,7 +47,11 @@ class WithTaskLosses(TwoLayers):
     """Returns the losses per task itself."""
 
     def forward(self, x, labels_a, labels_b, labels_c):
-        return {"task_losses": task_losses(super().forward(x), dict(labels_a=labels_a, labels_b=labels_b, labels_c=labels_c))}
+        return {
+            "task_losses": task_losses(
+                super().forward(x), dict(labels_a=labels_a, labels_b=labels_b, labels_c=labels_c)
+            )
+        }
 
 
 LABELS = ["labels_a", "labels_b", "labels_c"]
