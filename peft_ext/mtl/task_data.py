@@ -19,6 +19,19 @@ else:
     _Trainer = object
 
 
+def refuse_packing(config: Any) -> None:
+    """
+    Raises:
+        `ValueError`: if TRL is told to put several samples into one row.
+    """
+    for option in ("packing", "padding_free"):
+        if getattr(config, option, False):
+            raise ValueError(
+                f"{option}=True puts samples of several tasks into one row, which cannot be taken apart by task; set "
+                "packing=False and padding_free=False."
+            )
+
+
 class TaskDataMixin(_Trainer):
     """Part of [`MTLTrainerMixin`]: data."""
 
@@ -58,11 +71,7 @@ class TaskDataMixin(_Trainer):
                 f"Column {config.task_column!r} holds numbers from {int(ids.min())} to {count - 1}, and there are "
                 f"{len(self._task_names)} tasks: {self._task_names}."
             )
-        if getattr(self, "padding_free", False) or getattr(config, "packing", False):
-            raise ValueError(
-                "packing=True and padding_free=True put samples of several tasks into one row, which cannot be taken "
-                "apart by task; set both to False."
-            )
+        refuse_packing(config)
         if config.task_sampling not in MIXED_SAMPLINGS and config.mtl_method != "joint":
             window = config.gradient_accumulation_steps
             if window % len(self._task_names):

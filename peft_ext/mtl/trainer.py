@@ -27,7 +27,7 @@ from .gradients import TaskGradients
 from .losses import Window, batch_size_of
 from .parallel import processes, refuse_unsupported, sum_over_processes
 from .probe import collect_rows, cosines_of_halves, halves_of, undisturbed
-from .task_data import TaskDataMixin
+from .task_data import TaskDataMixin, refuse_packing
 from .task_passes import TaskPassesMixin
 
 
@@ -68,11 +68,13 @@ class MTLTrainerMixin(TaskEvaluationMixin, TaskDataMixin, TaskPassesMixin):
         self._skipped_steps = 0
         train_dataset = given.get("train_dataset")
         if isinstance(train_dataset, dict):
+            refuse_packing(config)
             self._take_names(list(train_dataset))
             given["train_dataset"] = concatenate_tasks(train_dataset, config.task_column)
         super().__init__(*bound.args, **bound.kwargs)
         refuse_unsupported(self)
         if compute_task_losses_func is None and task_ids_of(self._train_data, config.task_column) is not None:
+            self._splits = True
             self._prepare_split()
         if self._task_names is not None:
             self._make_aggregator()

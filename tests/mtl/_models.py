@@ -49,7 +49,7 @@ class WithTaskLosses(TwoLayers):
     def forward(self, x, labels_a, labels_b, labels_c):
         return {
             "task_losses": task_losses(
-                super().forward(x), dict(labels_a=labels_a, labels_b=labels_b, labels_c=labels_c)
+                super().forward(x), {"labels_a": labels_a, "labels_b": labels_b, "labels_c": labels_c}
             )
         }
 
