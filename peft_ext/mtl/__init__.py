@@ -10,14 +10,17 @@ from .gramian import aggregate
 
 
 if TYPE_CHECKING:
+    from .callback import GradientConflictCallback, log_gradient_conflicts
     from .config import MTLArguments, MTLConfig
     from .conflicts import ConflictRecorder, conflict_incidence
+    from .metrics import relative_task_drop
     from .sft import MTLSFTConfig, MTLSFTTrainer
     from .trainer import MTLTrainer, MTLTrainerMixin
 
 # Imported on first use: they pull in transformers' Trainer, TRL or matplotlib.
 _LAZY = {
     "ConflictRecorder": "conflicts",
+    "GradientConflictCallback": "callback",
     "MTLArguments": "config",
     "MTLConfig": "config",
     "MTLSFTConfig": "sft",
@@ -25,12 +28,15 @@ _LAZY = {
     "MTLTrainer": "trainer",
     "MTLTrainerMixin": "trainer",
     "conflict_incidence": "conflicts",
+    "log_gradient_conflicts": "callback",
+    "relative_task_drop": "metrics",
 }
 
 __all__ = [
     "METHODS",
     "Aggregator",
     "ConflictRecorder",
+    "GradientConflictCallback",
     "MTLArguments",
     "MTLConfig",
     "MTLSFTConfig",
@@ -40,7 +46,9 @@ __all__ = [
     "TorchJDAggregator",
     "aggregate",
     "conflict_incidence",
+    "log_gradient_conflicts",
     "make_aggregator",
+    "relative_task_drop",
 ]
 
 

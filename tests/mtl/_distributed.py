@@ -1,4 +1,4 @@
-"""Runs one training in one or several processes over gloo; `python -m tests.mtl._distributed OPTIONS` in each."""
+"""Runs trainings in one or several processes over gloo: `python -m tests.mtl._distributed FOLDER CASES` in each."""
 
 import json
 import os
@@ -9,8 +9,8 @@ import sys
 import torch
 
 
-def launch(folder, processes, **options):
-    """Train in `processes` processes; returns the weights after it, from every process."""
+def launch(folder, processes, cases):
+    """Train every case (a dict of options) in `processes` processes; returns each process's list of results."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -29,7 +29,7 @@ def launch(folder, processes, **options):
         if processes == 1:
             for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK"):
                 mine.pop(name)
-        command = [sys.executable, "-m", "tests.mtl._distributed", str(folder), json.dumps(options)]
+        command = [sys.executable, "-m", "tests.mtl._distributed", str(folder), json.dumps(cases)]
         running.append(
             subprocess.Popen(command, env=mine, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
@@ -39,7 +39,8 @@ def launch(folder, processes, **options):
     return [torch.load(folder / f"result{rank}.pt") for rank in range(processes)]
 
 
-def main(folder, options):
+def train(folder, options):
+    """The weights after a training, its cosines, and whether the weights were sharded."""
     from tests.mtl._models import TwoLayers, samples, trainer
 
     shard = options.pop("shard", False)
@@ -78,14 +79,30 @@ def main(folder, options):
         run.accelerator.prepare_model = lambda model, **kwargs: model
         run._save_optimizer_and_scheduler = lambda folder: None
     run.train()
-    rank = int(os.environ.get("RANK", "0"))
     weights = {
         name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
         for name, p in run.accelerator.unwrap_model(run.model).named_parameters()
     }
     cosines = torch.tensor([c.tolist() for c in run.conflicts.cosines], dtype=torch.float64)
-    sharded = any(hasattr(p, "full_tensor") for p in run.model.parameters())
-    torch.save({"weights": weights, "cosines": cosines, "sharded": sharded}, os.path.join(folder, f"result{rank}.pt"))
+    return {
+        "weights": weights,
+        "cosines": cosines,
+        "sharded": any(hasattr(p, "to_local") for p in run.model.parameters()),
+    }
+
+
+def main(folder, cases):
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        torch.distributed.init_process_group("gloo")
+    results = []
+    for case in cases:
+        try:
+            results.append(train(folder, dict(case)))
+        except ValueError as error:
+            results.append({"error": str(error)})
+    torch.save(results, os.path.join(folder, f"result{os.environ.get('RANK', '0')}.pt"))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
