@@ -3,17 +3,33 @@
 from ._version import __version__
 from .registration import make_loading_all_or_nothing, make_saving_atomic
 from .sparse.hotswap import hotswap_adapter
+from .sparse.report import SelectionReport, selection_report
+from .sparse.scoring import SupervisedContrastiveLoss, TwoViewCollator, activation_scores, gradient_scores
+from .tuners.gps import GPS_PRESETS, GPSConfig, GPSModel, gps
 from .tuners.neuroada import NEUROADA_PRESETS, NEUROADA_SEARCH_SPACES, NeuroAdaConfig, NeuroAdaModel
+from .tuners.psn import PSNConfig, PSNModel
 
 
 make_loading_all_or_nothing()
 make_saving_atomic()
 
 __all__ = [
+    "GPS_PRESETS",
     "NEUROADA_PRESETS",
     "NEUROADA_SEARCH_SPACES",
+    "GPSConfig",
+    "GPSModel",
     "NeuroAdaConfig",
     "NeuroAdaModel",
+    "PSNConfig",
+    "PSNModel",
+    "SelectionReport",
+    "SupervisedContrastiveLoss",
+    "TwoViewCollator",
     "__version__",
+    "activation_scores",
+    "gps",
+    "gradient_scores",
     "hotswap_adapter",
+    "selection_report",
 ]

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import (
     _get_tuner_state_dict_key_prefixes,
     _maybe_include_all_linear_layers,
     check_adapters_to_merge,
+    check_target_module_exists,
 )
 from peft.utils import (
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
@@ -41,6 +42,7 @@ __all__ = [
     "QuantizationBackend",
     "adapter_key_prefixes",
     "check_adapters_to_merge",
+    "check_target_module_exists",
     "filter_by_key_prefixes",
     "get_quantization_kwargs",
     "in_out_features",

@@ -18,7 +18,7 @@ from torch import nn
 from ._peft_internals import AuxiliaryTrainingWrapper
 from .files import check_weights
 from .sparse.config import SparseConfig
-from .sparse.layer import SparseLinear
+from .sparse.layers import SparseLayer
 
 
 def all_or_nothing(load_adapter: Callable[..., Any], path_argument: str) -> Callable[..., Any]:
@@ -76,7 +76,7 @@ def _check_arrived(model: nn.Module, adapter_name: str, result: Any) -> None:
             "with other options. Save the whole adapter again."
         )
     for layer in model.modules():
-        if isinstance(layer, SparseLinear) and adapter_name in layer.deltas:
+        if isinstance(layer, SparseLayer) and adapter_name in layer.deltas:
             layer._ready(adapter_name)
 
 
@@ -87,7 +87,7 @@ def take_out(model: Any, adapter_name: str) -> None:
         model.delete_adapter(adapter_name)
         return
     for name, module in list(model.named_modules()):
-        if isinstance(module, SparseLinear):
+        if isinstance(module, SparseLayer):
             original = module.get_base_layer()
         elif isinstance(module, AuxiliaryTrainingWrapper):
             original = module.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)

@@ -81,10 +81,14 @@ class Comparison:
         steps = settings.pretraining.steps(digits.pretrain) + runs * settings.adaptation.steps(digits.train)
         self.progress = tqdm(total=steps, unit="step", smoothing=0.05)
 
+    def build_base(self) -> nn.Module:
+        """The model before pretraining; a subclass may take another one."""
+        return pretraining.build(self.settings.hidden, self.settings.layers, seed=0)
+
     def pretrain(self) -> float:
         """Train the base model, save it, and return its accuracy on held-out digits 0-4."""
         self.progress.set_description("pretraining on 0-4")
-        self.base = pretraining.build(self.settings.hidden, self.settings.layers, seed=0)
+        self.base = self.build_base()
         accuracy = pretraining.pretrain(
             self.base, self.digits, self.settings.pretraining, seed=0, on_step=self.progress.update
         )

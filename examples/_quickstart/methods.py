@@ -38,11 +38,11 @@ class Method:
     adapt: Callable[[nn.Module, int], nn.Module]
 
 
-def _through_peft(config: Callable[[nn.Module, int], PeftConfig]) -> Callable[[nn.Module, int], nn.Module]:
+def through_peft(config: Callable[[nn.Module, int], PeftConfig]) -> Callable[[nn.Module, int], nn.Module]:
     return lambda model, seed: get_peft_model(model, config(model, seed))
 
 
-def _train_only(wanted: Callable[[str], bool]) -> Callable[[nn.Module, int], nn.Module]:
+def train_only(wanted: Callable[[str], bool]) -> Callable[[nn.Module, int], nn.Module]:
     """For the methods that train parameters which the model has already: PEFT has no part in them."""
 
     def adapt(model: nn.Module, seed: int) -> nn.Module:
@@ -106,24 +106,24 @@ def methods(k: int) -> list[Method]:
             "neuroada",
             f"NeuroAda k={k}",
             1e-1,
-            _through_peft(lambda model, seed: NeuroAdaConfig(k=k, target_modules=targets, modules_to_save=head)),
+            through_peft(lambda model, seed: NeuroAdaConfig(k=k, target_modules=targets, modules_to_save=head)),
         ),
         Method(
             "lora",
             f"LoRA r={LORA_RANK}",
             1e-2,
-            _through_peft(
+            through_peft(
                 lambda model, seed: LoraConfig(
                     r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=targets, modules_to_save=head
                 )
             ),
         ),
-        Method("shira", "SHiRA", 1e-1, _through_peft(lambda model, seed: _shira(model, seed, k))),
+        Method("shira", "SHiRA", 1e-1, through_peft(lambda model, seed: _shira(model, seed, k))),
         Method(
             "supertuning",
             "Super-Tuning",
             3e-1,
-            _through_peft(
+            through_peft(
                 lambda model, seed: SupertuningConfig(
                     sparsity=supertuning_sparsity(model, neuroada_count(model, k)),
                     target_modules=targets,
@@ -131,9 +131,9 @@ def methods(k: int) -> list[Method]:
                 )
             ),
         ),
-        Method("bitfit", "BitFit", 3e-2, _train_only(lambda name: name.endswith("bias"))),
-        Method("probe", "Linear probe", 3e-1, _train_only(lambda name: False)),
-        Method("full", "Full fine-tuning", 1e-3, _train_only(lambda name: True)),
+        Method("bitfit", "BitFit", 3e-2, train_only(lambda name: name.endswith("bias"))),
+        Method("probe", "Linear probe", 3e-1, train_only(lambda name: False)),
+        Method("full", "Full fine-tuning", 1e-3, train_only(lambda name: True)),
     ]
 
 

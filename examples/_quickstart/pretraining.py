@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 
 import torch
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from .data import CLASSES, Digits
 from .training import Recipe, evaluate, train
@@ -34,14 +34,14 @@ def build(hidden: int, layers: int, seed: int) -> ViTForImageClassification:
 
 
 def pretrain(
-    model: ViTForImageClassification, digits: Digits, recipe: Recipe, seed: int, on_step: Callable[[], object]
+    model: PreTrainedModel, digits: Digits, recipe: Recipe, seed: int, on_step: Callable[[], object]
 ) -> float:
     """Train `model` on digits 0-4 and return its accuracy on the held-out ones."""
     train(model, digits.pretrain, recipe, LEARNING_RATE, seed, on_step)
     return evaluate(model, digits.pretrain_test)[0]
 
 
-def fresh_task(base: ViTForImageClassification, seed: int) -> ViTForImageClassification:
+def fresh_task(base: PreTrainedModel, seed: int) -> PreTrainedModel:
     """A copy of `base` with an untrained classifier: the state in which a user starts on a new task."""
     model = copy.deepcopy(base)
     torch.manual_seed(seed)

@@ -86,13 +86,19 @@ def table(rows: Sequence[Row], metric: str, percent: bool, reference: str) -> st
         ]
         for row in rows
     ]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header[0]))]
-    aligned = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
-    text = ["  ".join(cells) for cells in aligned]
-    text.insert(len(header), "-" * len(text[0]))
+    text = aligned(lines, headers=len(header))
     if any(row.edge for row in rows):
         text.append("* best learning rate at the edge of its grid: a wider search might do better")
-    return "\n".join(line.rstrip() for line in text)
+    return "\n".join(text)
+
+
+def aligned(lines: Sequence[Sequence[str]], headers: int) -> list[str]:
+    """Cells in columns, the first to the left and the others to the right, with a rule below the header lines."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    rows = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    text = ["  ".join(cells) for cells in rows]
+    text.insert(headers, "-" * len(text[0]))
+    return [line.rstrip() for line in text]
 
 
 def environment() -> dict[str, Any]:

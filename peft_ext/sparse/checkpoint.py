@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .layer import SparseLinear
+from .layers import SparseLayer, attention_biases
 from .support import Support, narrowest_index_dtype
 
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class CheckpointMixin:
     """The state-dict hooks that PEFT calls on a tuner class when it saves and loads."""
 
-    tuner_layer_cls: type[SparseLinear]
+    tuner_layer_cls: type[SparseLayer]
 
     @classmethod
     def _get_adapter_state_dict(
@@ -34,12 +34,27 @@ class CheckpointMixin:
         selected = super()._get_adapter_state_dict(  # type: ignore[misc]
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
+        seen: set[int] = set()
         for prefix, layer in cls._layers_with(model, adapter_name):
             key = f"{prefix}.indices"
+            if id(layer.deltas[adapter_name]) in seen:  # of a shared weight: safetensors stores no tensor twice
+                for name in layer.deltas[adapter_name].state_dict():
+                    if f"{prefix}.{name}" in selected:
+                        selected[f"{prefix}.{name}"] = selected[f"{prefix}.{name}"].clone()
+            seen.add(id(layer.deltas[adapter_name]))
             if key in selected:
                 fan_in = layer.deltas[adapter_name].fan_in
                 selected[key] = selected[key].to(narrowest_index_dtype(fan_in))
         return selected
+
+    @classmethod
+    def _get_learnable_bias_state_dict(
+        cls, model: nn.Module, state_dict: dict[str, Tensor], config: SparseConfig
+    ) -> dict[str, Tensor]:
+        """As PEFT selects it, with the biases that `nn.MultiheadAttention` keeps under names of its own."""
+        found = super()._get_learnable_bias_state_dict(model, state_dict, config)  # type: ignore[misc]
+        names = (name for name, _ in attention_biases(model, config.bias))
+        return {**found, **{name: state_dict[name] for name in names if name in state_dict}}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -56,8 +71,12 @@ class CheckpointMixin:
             model, config, adapter_name, state_dict
         )
         known = set()
+        first: dict[int, str] = {}
         for prefix, layer in cls._layers_with(model, adapter_name):
             _check_entry(prefix, layer, adapter_name, mapped)
+            _check_shared(
+                first.setdefault(id(layer.deltas[adapter_name]), prefix), prefix, layer, adapter_name, mapped
+            )
             known |= {f"{prefix}.{name}" for name in layer.deltas[adapter_name].state_dict()}
         biases = cls._get_learnable_bias_state_dict(model, model.state_dict(), config)  # type: ignore[attr-defined]
         lacking = sorted(biases.keys() - mapped.keys())
@@ -76,7 +95,7 @@ class CheckpointMixin:
         return mapped
 
     @classmethod
-    def _layers_with(cls, model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseLinear]]:
+    def _layers_with(cls, model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseLayer]]:
         """State-dict prefix of an adapter's tensors and the layer, for each layer that has the adapter."""
         container = cls.tuner_layer_cls.adapter_layer_names[0]
         for name, module in model.named_modules():
@@ -85,7 +104,17 @@ class CheckpointMixin:
                 yield f"{name}.{container}.{adapter_name}" if name else f"{container}.{adapter_name}", module
 
 
-def _check_entry(prefix: str, layer: SparseLinear, adapter_name: str, mapped: dict[str, Tensor]) -> None:
+def _check_shared(first: str, prefix: str, layer: SparseLayer, adapter_name: str, mapped: dict[str, Tensor]) -> None:
+    """Layers with one weight have one set of values, so a checkpoint must not have two."""
+    for name in layer.deltas[adapter_name].state_dict():
+        if not torch.equal(mapped[f"{first}.{name}"], mapped[f"{prefix}.{name}"]):
+            raise ValueError(
+                f"'{first}' and '{prefix}' share one weight in this model, but differ in the checkpoint, which was "
+                "trained with a weight for each. Nothing was loaded; untie the weights first."
+            )
+
+
+def _check_entry(prefix: str, layer: SparseLayer, adapter_name: str, mapped: dict[str, Tensor]) -> None:
     delta = layer.deltas[adapter_name]
     for name, here in delta.state_dict().items():
         key = f"{prefix}.{name}"

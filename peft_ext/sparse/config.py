@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft import PeftConfig
@@ -28,16 +28,20 @@ class SparseConfig(PeftConfig):
 
     Args:
         k (`int`, *optional*, defaults to 1):
-            Trained entries per neuron (row of a Linear's weight, column of a Conv1D's), capped at the fan-in.
+            Trained entries per neuron (row of a Linear's weight, column of a Conv1D's), capped at the fan-in. Wider
+            selections share out as many entries as the neurons would have.
         target_modules (`list[str]` or `str`, *optional*):
-            Modules to adapt: names matched by suffix, a regular expression, or `"all-linear"`. By default all linear
-            layers of a transformers model except its output layer.
+            Modules to adapt: names matched by suffix, a regular expression, `"all-linear"`, or `"all-neurons"`: every
+            layer that has neurons, so also the convolutions of a ResNet or ConvNeXt and the attention of
+            `nn.MultiheadAttention`, except output layers, heads and `modules_to_save`. By default all linear layers of
+            a transformers model except its output layer.
         exclude_modules (`list[str]` or `str`, *optional*):
             Modules to leave out, matched in the same way.
         selection (`str`, *optional*, defaults to `"magnitude"`):
-            How entries are chosen: `"magnitude"`, `"reverse"` (smallest magnitude), `"random"` or `"gradient"` (scores
-            given by [`~SparseConfig.with_scores`]), each per neuron; with `_layer` or `_network` appended, the same
-            number of entries is shared out over a whole weight or over all of them.
+            How entries are chosen: `"magnitude"`, `"reverse"` (smallest magnitude), `"random"`, or by the scores given
+            with [`~SparseConfig.with_scores`]: `"gradient"` (of [`gradient_scores`]) or `"activation"` (of
+            [`activation_scores`]). Each per neuron; with `_layer` or `_network` appended, the same number of entries
+            is shared out over a whole weight or over all of them.
         neuron_ratio (`float`, *optional*, defaults to 1.0):
             Share of the neurons of each weight that get trained entries, drawn at random.
         seed (`int`, *optional*, defaults to 0):
@@ -52,6 +56,9 @@ class SparseConfig(PeftConfig):
         bias (`str`, *optional*, defaults to `"none"`):
             Which biases of the base model to train: `"none"`, `"all"`, or `"<method>_only"` for those of the adapted
             layers. Trained biases change the base model itself, as in PEFT's other methods.
+        train_bias (`bool`, *optional*, defaults to `False`):
+            Train the biases of the adapted layers as a part of the adapter: what is learned is added to them, so it is
+            switched, disabled, saved and merged with the adapter, and several adapters can have it.
         init_weights (`bool`, *optional*, defaults to `True`):
             Start from zero, so that the adapted model equals the base. `False` draws random values, for tests.
         modules_to_save (`list[str]`, *optional*):
@@ -67,9 +74,9 @@ class SparseConfig(PeftConfig):
     """
 
     peft_type: Any = field(default=None, metadata={"help": "Set by each method."})
-    k: int = field(default=1, metadata={"help": "Trained entries per neuron, capped at the fan-in."})
+    k: int | None = field(default=1, metadata={"help": "Trained entries per neuron, capped at the fan-in."})
     target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names (by suffix), a regex, 'all-linear', or None for all linear layers."}
+        default=None, metadata={"help": "Names (by suffix), a regex, 'all-linear', 'all-neurons', or None."}
     )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
     selection: str = field(default="magnitude", metadata={"help": "How the trained entries are chosen."})
@@ -78,6 +85,7 @@ class SparseConfig(PeftConfig):
     backend: str = field(default="auto", metadata={"help": "auto, bypass, folded, dense or reference."})
     values_dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16, float16, or None."})
     bias: str = field(default="none", metadata={"help": "Biases to train: none, all, or <method>_only."})
+    train_bias: bool = field(default=False, metadata={"help": "Train the adapted layers' biases with the adapter."})
     init_weights: bool = field(default=True, metadata={"help": "Start from zero (True) or random values (False)."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Block numbers to adapt."})
@@ -105,8 +113,7 @@ class SparseConfig(PeftConfig):
                 setattr(self, name, set(value))
 
     def _check(self) -> None:
-        if type(self.k) is not int or self.k < 1:
-            raise ValueError(f"k={self.k!r} must be a whole number of at least 1: entries trained per neuron.")
+        self._check_size()
         if self.target_modules is not None and not self.target_modules:
             raise ValueError(
                 f"target_modules={self.target_modules!r} adapts nothing; name modules, or leave it out to adapt all "
@@ -127,6 +134,8 @@ class SparseConfig(PeftConfig):
                 f"layers_pattern={self.layers_pattern!r} is set but layers_to_transform is not; set both or neither."
             )
         _, scope = parse_selection(self.selection)
+        if type(self.train_bias) is not bool:
+            raise ValueError(f"train_bias={self.train_bias!r} must be True or False.")
         if not 0.0 < self.neuron_ratio <= 1.0:
             raise ValueError(f"neuron_ratio={self.neuron_ratio!r} must lie in (0, 1].")
         if self.neuron_ratio != 1.0 and scope != "neuron":
@@ -139,18 +148,31 @@ class SparseConfig(PeftConfig):
         if self.bias not in ("none", "all", f"{method}_only"):
             raise ValueError(f"bias={self.bias!r} must be 'none', 'all' or '{method}_only'.")
 
+    def _check_size(self) -> None:
+        if type(self.k) is not int or self.k < 1:
+            raise ValueError(f"k={self.k!r} must be a whole number of at least 1: entries trained per neuron.")
+
+    def entries_per_neuron(self, fan_in: int) -> int:
+        """How many entries a neuron with `fan_in` inputs gets."""
+        return min(self.k or 0, fan_in)
+
+    def as_table(self, k: int) -> Any:
+        """A copy that leads to tables of exactly `k` entries per neuron."""
+        return replace(self, k=k, selection="magnitude", neuron_ratio=1.0)
+
     def with_scores(self, scores: Mapping[str, Tensor]) -> Any:
         """
-        Give the scores that `selection="gradient"` ranks by.
+        Give the scores that `selection="gradient"` and `selection="activation"` rank by.
 
         Args:
             scores (`dict[str, torch.Tensor]`): per module name, a tensor in the shape of the module's weight, such as
-                its gradient. The sign does not matter.
+                its gradient. The sign does not matter. Any mapping will do; each score is asked for when its module's
+                turn comes.
 
         Returns:
             The config itself, to be passed to `get_peft_model`.
         """
-        self.scores = dict(scores)
+        self.scores = scores
         return self
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .ops import bypass
+from .ops import ConvGeometry, bypass, bypass_conv
+from .ops.conv import entries_by_tap
 from .support import FINGERPRINT_LENGTH, Support
 
 
 class SparseDelta(nn.Module):
     """
-    Values and support of one adapter on one weight. A leaf module whose only parameter is `weight`, which is what
-    FSDP's wrapping policy in PEFT looks for.
+    Values and support of one adapter on one weight, and what it adds to the layer's bias. A leaf module with a
+    `weight`, which is what FSDP's wrapping policy in PEFT looks for.
 
     Args:
         support ([`Support`]):
@@ -23,34 +24,50 @@ class SparseDelta(nn.Module):
             Of the values.
         pending (`bool`, *optional*, defaults to `False`):
             The support is a placeholder until a checkpoint is loaded; using it before is an error.
+        taps (`int`, *optional*):
+            Of a convolution's weight: the number of positions of its kernel.
 
     Attributes:
         weight (`nn.Parameter`): the values, `[rows, k]` or `[entries]`.
+        bias (`nn.Parameter` or `None`): what is added to the layer's bias, `[rows]`.
         indices, offsets: see [`Support`]; `offsets` is `None` for a table.
         fingerprint (`torch.Tensor`): int64, see [`Support.fingerprint`]; zeros if unknown.
+        transposed_entries, transposed_offsets: the entries grouped for backward, see [`Support.transposed`]; those of
+            a convolution by kernel position, see [`entries_by_tap`].
     """
 
     weight: Tensor
+    bias: Tensor | None
     indices: Tensor
     offsets: Tensor | None
     fingerprint: Tensor
     transposed_entries: Tensor
     transposed_offsets: Tensor
+    taps: int | None
 
-    def __init__(self, support: Support, dtype: torch.dtype, pending: bool = False) -> None:
+    def __init__(self, support: Support, dtype: torch.dtype, pending: bool = False, taps: int | None = None) -> None:
         super().__init__()
+        self.taps = taps
         device = support.indices.device
         self.fan_in = support.fan_in
         self.weight = nn.Parameter(torch.zeros(support.indices.shape, dtype=dtype, device=device))
+        self.register_parameter("bias", None)
         self.register_buffer("indices", support.indices)
         self.register_buffer("offsets", support.offsets)
         self.register_buffer("fingerprint", torch.zeros(FINGERPRINT_LENGTH, dtype=torch.int64, device=device))
         self.register_buffer("transposed_entries", None, persistent=False)
-        self.register_buffer("transposed_offsets", None, persistent=False)
+        if taps is None:
+            self.register_buffer("transposed_offsets", None, persistent=False)
+        else:  # no buffer: it stays on the CPU, where the loop over kernel positions reads it
+            self.__dict__["transposed_offsets"] = None
         self.pending = pending
         self.checked = True  # whether the support was compared with the base weight since it was last set
         self.stale = True  # whether the transposed table is that of another support
         self.refresh()
+
+    def add_bias(self) -> None:
+        """Let the adapter also learn something to add to the layer's bias."""
+        self.bias = nn.Parameter(self.weight.detach().new_zeros(self.support.rows))
 
     @property
     def support(self) -> Support:
@@ -70,7 +87,8 @@ class SparseDelta(nn.Module):
         if not self.pending:
             self.support.check()
         self.stale = False
-        for name, new in zip(("transposed_entries", "transposed_offsets"), self.support.transposed(), strict=True):
+        tables = self.support.transposed() if self.taps is None else entries_by_tap(self.indices, self.taps)
+        for name, new in zip(("transposed_entries", "transposed_offsets"), tables, strict=True):
             old = getattr(self, name)
             if old is not None and old.shape == new.shape and old.device == new.device:
                 old.copy_(new)
@@ -100,12 +118,15 @@ class SparseDelta(nn.Module):
         self.checked = False
         self.stale = True
 
-    def forward(self, result: Tensor, x: Tensor) -> Tensor:
-        """`result + S x` by the bypass: `result` `[..., rows]`, `x` `[..., fan_in]`."""
-        return bypass(
-            result, x, self.weight, self.indices, self.offsets, self.transposed_entries, self.transposed_offsets
-        )
+    def forward(self, result: Tensor, x: Tensor, geometry: ConvGeometry | None = None) -> Tensor:
+        """`result + S x` by the bypass: `result` `[..., rows]`, `x` `[..., fan_in]`; with `geometry`, as a convolution
+        has them."""
+        support = (self.indices, self.offsets, self.transposed_entries, self.transposed_offsets)
+        if geometry is not None:
+            return bypass_conv(result, x, self.weight, *support, geometry)
+        return bypass(result, x, self.weight, *support)
 
     def extra_repr(self) -> str:
         shape = "x".join(map(str, self.weight.shape))
-        return f"values={shape}, fan_in={self.fan_in}" + (", pending" if self.pending else "")
+        extras = (", bias" if self.bias is not None else "") + (", pending" if self.pending else "")
+        return f"values={shape}, fan_in={self.fan_in}{extras}"

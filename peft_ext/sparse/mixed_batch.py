@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._peft_internals import AuxiliaryTrainingWrapper
-from .layer import BASE_ADAPTER, SparseLinear
+from .layers import BASE_ADAPTER, SparseLayer
 
 
 class MixedBatchMixin:
     """The context that PEFT enters around a forward or generate call."""
 
-    tuner_layer_cls: type[SparseLinear]
+    tuner_layer_cls: type[SparseLayer]
     training: bool
 
     @contextmanager

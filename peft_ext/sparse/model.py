@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,24 +13,21 @@ from torch import Tensor, nn
 from .._peft_internals import (
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
     BaseTuner,
-    BaseTunerLayer,
-    get_quantization_kwargs,
-    resolve_all_linear,
-    resolve_quantization_backend,
 )
 from .checkpoint import CheckpointMixin
 from .config import SparseConfig
-from .layer import SparseLinear
+from .delta import SparseDelta
+from .layers import LayerTypes, SparseLayer, SparseMultiheadAttention, attention_biases, weights_of_layer
+from .merge import MergeMixin
 from .mixed_batch import MixedBatchMixin
-from .neurons import SUPPORTED, is_supported, neuron_view
-from .selection import parse_selection, select_supports
+from .neurons import SUPPORTED, is_supported, matrix_shape, neuron_view, weights_of
+from .quantised import backend_of, float_weight
+from .selection import SCORED, ScoreMatrices, parse_selection, select_supports
 from .selection.plan import kept_neurons
+from .sharing import note_sharing, weight_key
 from .support import Support
+from .targets import base_of, inside_adapter, named_by_target, resolve_targets, without_parts
 from .weighted import WeightedAdapterMixin
-
-
-# Heads of transformers' classification and question-answering models: never adapted by default.
-HEADS = ("classifier", "score", "qa_outputs")
 
 
 @dataclass
@@ -42,17 +38,27 @@ class Planned:
     pending: bool = False
 
 
-class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTuner):
+class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTuner):
     """
-    Base of the sparse tuners' models; see [`NeuroAdaModel`]. Subclasses set `prefix` and `tuner_layer_cls`.
+    Base of the sparse tuners' models; see [`NeuroAdaModel`]. Subclasses set `prefix` and are named `<Method>Model`;
+    the classes of their layers, `<Method>Linear` and so on, are made from that.
 
     Everything that can go wrong is found before the first module is replaced: targets of an unsupported type,
     weights that are not finite, missing scores.
     """
 
-    tuner_layer_cls: type[SparseLinear]
+    prefix: str
+    layer_types: ClassVar[LayerTypes]
+    tuner_layer_cls: type[SparseLayer]
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    default_targets: ClassVar[str] = INCLUDE_LINEAR_LAYERS_SHORTHAND  # what `target_modules=None` means
     _given_supports: dict[str, Support] | None = None  # entries chosen elsewhere, for the next injection
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "prefix" in vars(cls):
+            cls.layer_types = LayerTypes.of_method(cls.__name__.removesuffix("Model"), cls.prefix, cls.__module__)
+            cls.tuner_layer_cls = cls.layer_types.layer
 
     # ------------------------------------------------------------------ injection
 
@@ -69,7 +75,12 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
         config.awaits_weights = config.from_checkpoint
         config.trainable_before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._plan: dict[str, Planned] = {}
+        self._deltas: dict[Any, SparseDelta] = {}  # of this adapter, by the weight that they are for
+        self._dense_dtype = _float_dtype(model)
+        self._kept_padded = getattr(self, "_kept_padded", [])
         self._inject_by_state_dict = state_dict is not None
+        if state_dict is not None:
+            state_dict = named_by_target(model, state_dict)
         try:
             super().inject_adapter(
                 model,
@@ -85,43 +96,23 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
                 model.__dict__.pop("_hf_peft_config_loaded", None)
             raise
         finally:
-            self._plan = {}
+            self._plan, self._deltas = {}, {}
+        note_sharing(model, self.tuner_layer_cls)
         self.peft_config[adapter_name].scores = None  # dense, and of no use once the entries are chosen
 
     def _prepare_adapter_config(self, peft_config: SparseConfig, model_config: dict[str, Any]) -> SparseConfig:
-        if peft_config.target_modules is None:
-            if not model_config.get("model_type") or model_config["model_type"] == "custom":
-                raise ValueError(
-                    "Please specify `target_modules` in `peft_config`: this is no transformers model, so its linear "
-                    "layers and its output layer can't be told apart."
-                )
-            peft_config.target_modules = INCLUDE_LINEAR_LAYERS_SHORTHAND
-            resolve_all_linear(peft_config, self.model)
-            # PEFT's model classes wrap these heads in modules_to_save only after the injection.
-            peft_config.target_modules = sorted(
-                name
-                for name in peft_config.target_modules or ()
-                if name.split(".")[0] not in HEADS and _in_layers(name, peft_config)
-            )
+        resolve_targets(peft_config, self.model, self.default_targets)
         return peft_config
 
     def _prepare_model(self, peft_config: SparseConfig, model: nn.Module) -> None:
         if self._inject_by_state_dict:
             return  # the state dict's keys decide what is adapted
-        resolve_all_linear(peft_config, model)
         targets = {
             name: module
             for name, module in model.named_modules()
-            if name and not self._inside_adapter(model, name) and self._check_target_module_exists(peft_config, name)
+            if name and not inside_adapter(model, name) and self._check_target_module_exists(peft_config, name)
         }
-        self._plan = self._make_plan(peft_config, targets)
-
-    def _inside_adapter(self, model: nn.Module, name: str) -> bool:
-        """Whether a module is part of an adapter's own machinery, such as the base layer inside it."""
-        parts = name.split(".")
-        return any(
-            isinstance(model.get_submodule(".".join(parts[:depth])), BaseTunerLayer) for depth in range(1, len(parts))
-        )
+        self._plan = self._make_plan(peft_config, without_parts(model, targets))
 
     def _make_plan(self, config: SparseConfig, targets: dict[str, nn.Module]) -> dict[str, Planned]:
         """Check the targets and choose their entries.
@@ -130,66 +121,63 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
             `TypeError`: if a target is of a type that has no neurons.
             `ValueError`: if a weight is not finite, or scores are missing or of another shape.
         """
-        bases = {name: _base_of(module) for name, module in targets.items()}
-        backends = {name: self._quantization_backend(base) for name, base in bases.items()}
-        for name, base in bases.items():
-            if not is_supported(base, backends[name]):
-                raise TypeError(
-                    f"Target module '{name}' is a {type(base).__name__}, which is not supported. Supported are "
-                    f"{SUPPORTED}. Narrow `target_modules`, or add '{name}' to `exclude_modules`."
-                )
+        bases: dict[str, Any] = {}
+        for name, module in targets.items():
+            base = base_of(module)
+            self._check_type(name, module, base)
+            bases.update(weights_of(name, base))
+        backends = {name: backend_of(self, base) for name, base in bases.items()}
         if self._given_supports is not None:
             return {name: Planned(self._given_supports[name]) for name in bases}
+        # Layers that share a weight share their entries: each weight is looked at once, under its first name.
+        first: dict[Any, str] = {}
+        source = {name: first.setdefault(weight_key(base) or name, name) for name, base in bases.items()}
+        for name, base in bases.items():
+            other = bases[source[name]]
+            ours, theirs = getattr(base, "bias", None), getattr(other, "bias", None)
+            if config.train_bias and base is not other and ours is not theirs:
+                raise ValueError(
+                    f"'{source[name]}' and '{name}' share a weight, so they share what an adapter trains, but their "
+                    "biases differ. Set train_bias=False, or adapt only one of the two."
+                )
         criterion, scope = parse_selection(config.selection)
-        shapes = {name: self._matrix_shape(base) for name, base in bases.items()}
-        without_scores = criterion == "gradient" and config.scores is None
+        shapes = {name: matrix_shape(base) for name, base in bases.items()}
+        without_scores = criterion in SCORED and config.scores is None
         if without_scores and not config.from_checkpoint and not config.inference_mode:
             raise ValueError(
-                f"selection={config.selection!r} needs scores; give them before the model is adapted:\n"
-                "    config.with_scores({module_name: module.weight.grad, ...})\n"
-                "    model = get_peft_model(model, config)"
+                f"selection={config.selection!r} needs scores; compute them before the model is adapted:\n"
+                f"    scores = peft_ext.{criterion}_scores(model, dataloader)\n"
+                "    model = get_peft_model(model, config.with_scores(scores))"
             )
         # Nothing to choose from, or a checkpoint brings the entries: shapes are all that is needed.
         in_checkpoint = config.from_checkpoint and config.support_sizes is not None
         no_data = self._low_cpu_mem_usage or any(_has_no_data(base) for base in bases.values())
-        if without_scores or in_checkpoint or no_data:
+        sealed = {name: b for name, b in backends.items() if b is not None and not b.supports_merge}
+        if without_scores or in_checkpoint or no_data or (sealed and config.from_checkpoint):
             device = torch.device("meta" if no_data else "cpu")
             return {
                 name: Planned(self._placeholder(config, name, *shapes[name]).to(device), pending=True)
                 for name in bases
             }
-        if criterion != "gradient":
-            for name, backend in backends.items():
-                if backend is not None and not backend.supports_merge:
-                    raise TypeError(
-                        f"Target module '{name}' is quantised by {backend.backend_name}, which can't give its weights "
-                        "back, so no entries can be ranked. Choose them on the unquantised model and load them here."
-                    )
-        views = {name: partial(self._matrix, base, backends[name]) for name, base in bases.items()}
-        scores = None
-        if criterion == "gradient":
-            scores = {name: _scores_of(config, name, base, shapes[name]) for name, base in bases.items()}
-        supports = select_supports(views, config.selection, config.k, config.neuron_ratio, config.seed, scores)
+        for name, backend in sealed.items():
+            raise TypeError(
+                f"Target module '{name}' is quantised by {backend.backend_name}, which can't give its weights back, "
+                "so no entries can be ranked. Choose them on the unquantised model, save that adapter, and load it "
+                "here."
+            )
+        chosen = {name: bases[name] for name in first.values()}
+        views = {name: partial(_matrix, base, backends[name]) for name, base in chosen.items()}
+        scores = ScoreMatrices(config.scores, chosen, shapes) if criterion in SCORED else None
+        supports = select_supports(
+            views, config.selection, config.entries_per_neuron, config.neuron_ratio, config.seed, scores
+        )
         if scope == "network":
-            config.support_sizes = {name: support.entries for name, support in supports.items()}
-        return {name: Planned(support) for name, support in supports.items()}
-
-    def _quantization_backend(self, base_layer: nn.Module) -> Any:
-        return resolve_quantization_backend(base_layer, **get_quantization_kwargs(self))
-
-    def _matrix(self, base_layer: Any, backend: Any) -> Tensor:
-        weight = base_layer.weight.detach() if backend is None else backend.get_base_weight(base_layer)
-        return neuron_view(base_layer, weight)
-
-    def _matrix_shape(self, base_layer: Any) -> tuple[int, int]:
-        if hasattr(base_layer, "out_features"):  # packed weights have another shape
-            return base_layer.out_features, base_layer.in_features
-        rows, fan_in = neuron_view(base_layer, base_layer.weight).shape
-        return rows, fan_in
+            config.support_sizes = {name: supports[source[name]].entries for name in bases}
+        return {name: Planned(supports[source[name]]) for name in bases}
 
     def _placeholder(self, config: SparseConfig, name: str, rows: int, fan_in: int) -> Support:
         """A support of the shape that the config leads to, with arbitrary entries."""
-        k = min(config.k, fan_in)
+        k = config.entries_per_neuron(fan_in)
         _, scope = parse_selection(config.selection)
         if config.support_sizes is not None:
             entries = config.support_sizes.get(name, 0)
@@ -211,24 +199,62 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        planned = self._plan.get(current_key)
-        if planned is None:  # chosen by the keys of a state dict, not by the config
-            planned = self._make_plan(peft_config, {current_key: target})[current_key]
-        if isinstance(target, self.tuner_layer_cls):
-            target.update_layer(adapter_name, peft_config, planned.support, planned.pending)
+        if isinstance(parent, SparseMultiheadAttention):
+            return  # an attention's projection, adapted with it
+        base = base_of(target)
+        if not weights_of(current_key, base).keys() <= self._plan.keys():  # chosen by the keys of a state dict
+            self._plan.update(self._make_plan(peft_config, {current_key: target}))
+        is_new = not isinstance(target, (self.tuner_layer_cls, self.layer_types.attention))
+        layer: Any = self._create_new_module(target, adapter_name) if is_new else target
+        for name, part in weights_of_layer(current_key, layer).items():
+            self._update_layer(part, adapter_name, peft_config, self._plan[name])
+        if not is_new:
             return
-        layer = self._create_new_module(peft_config, adapter_name, target, planned)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable until it is activated
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            # In inference this class reads the weights of its layers, unless one of them has a hook; and the encoder
+            # around it packs padded batches for that.
+            layer.register_forward_pre_hook(_keep_calling)
+            for encoder in self.model.modules():
+                if isinstance(encoder, nn.TransformerEncoder) and parent in encoder.layers:
+                    self._kept_padded += [encoder] if encoder.use_nested_tensor else []
+                    encoder.use_nested_tensor = False
         self._replace_module(parent, target_name, layer, target)
 
-    def _create_new_module(
-        self, config: SparseConfig, adapter_name: str, target: nn.Module, planned: Planned
-    ) -> SparseLinear:
-        layer = self.tuner_layer_cls(target, self._quantization_backend(_base_of(target)))
+    def _create_new_module(self, target: nn.Module, adapter_name: str) -> SparseLayer | SparseMultiheadAttention:
+        layer = self.layer_types.around(target, backend_of(self, base_of(target)))
+        for part in weights_of_layer("", layer).values():
+            part._active_adapter = adapter_name
+            part.dense_dtype = self._dense_dtype
         layer._active_adapter = adapter_name
-        layer.update_layer(adapter_name, config, planned.support, planned.pending)
         return layer
+
+    def _update_layer(self, layer: SparseLayer, adapter_name: str, config: SparseConfig, planned: Planned) -> None:
+        key = weight_key(layer.get_base_layer())
+        shared = None if key is None else self._deltas.get(key)
+        layer.update_layer(adapter_name, config, planned.support, planned.pending, shared)
+        if key is not None:
+            self._deltas[key] = layer.deltas[adapter_name]
+
+    def _check_type(self, name: str, module: nn.Module, base: nn.Module) -> None:
+        advice = f"Narrow `target_modules`, or add '{name}' to `exclude_modules`."
+        if not is_supported(base, backend_of(self, base)):
+            fused = [key for key, parameter in base.named_parameters(recurse=False) if parameter.dim() == 3]
+            hint = f" Its '{fused[0]}' fuses the weights of several layers into one." if fused else ""
+            raise TypeError(
+                f"Target module '{name}' is a {type(base).__name__}, which is not supported.{hint} Supported are "
+                f"{SUPPORTED}. {advice}"
+            )
+        own = (nn.MultiheadAttention, self.layer_types.attention)
+        if isinstance(base, nn.MultiheadAttention) and not isinstance(module, own):
+            raise TypeError(f"Target module '{name}' is an attention that another method has adapted. {advice}")
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        for adapter_name in self.active_adapters:
+            for _, parameter in attention_biases(model, self.peft_config[adapter_name].bias):
+                parameter.requires_grad = True
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         dtype = self.peft_config[adapter_name].values_dtype
@@ -243,21 +269,8 @@ class SparseModel(CheckpointMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTu
         # hands over `child.weight`, which is no parameter where a wrapper computes it (trainable tokens).
         setattr(parent, child_name, new_module)
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        owners: dict[int, str] = {}
-        for name, layer in self.model.named_modules():
-            if isinstance(layer, self.tuner_layer_cls):
-                weight = layer.get_base_layer()._parameters.get("weight")
-                first = name if weight is None else owners.setdefault(id(weight), name)
-                if first != name:
-                    raise ValueError(
-                        f"'{first}' and '{name}' share one weight, so merging their adapters would add both to each. "
-                        "Untie the weights before adapting, or adapt only one of the two."
-                    )
-
     @classmethod
-    def sparse_layers(cls, model: nn.Module) -> Iterator[SparseLinear]:
+    def sparse_layers(cls, model: nn.Module) -> Iterator[SparseLayer]:
         """The adapted layers of a model."""
         return (module for module in model.modules() if isinstance(module, cls.tuner_layer_cls))
 
@@ -269,37 +282,19 @@ def _parameters_go_to_meta() -> bool:
     return next(probe.parameters()).is_meta
 
 
-def _base_of(module: nn.Module) -> Any:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+def _keep_calling(module: nn.Module, args: Any) -> None:
+    """A hook that changes nothing."""
 
 
-def _in_layers(name: str, config: SparseConfig) -> bool:
-    """Whether a module is in one of the blocks of `layers_to_transform`. PEFT asks that of suffixes, not of the whole
-    names that default targets are."""
-    if config.layers_to_transform is None:
-        return True
-    wanted, pattern = config.layers_to_transform, config.layers_pattern or []
-    match = re.match(r"(?:.*\.)?(?P<blocks>[^.]+)\.(?P<number>\d+)\.", name)
-    return (
-        match is not None
-        and int(match["number"]) in ([wanted] if isinstance(wanted, int) else wanted)
-        and (not pattern or match["blocks"] in ([pattern] if isinstance(pattern, str) else pattern))
-    )
+def _matrix(base_layer: nn.Module, backend: Any) -> Tensor:
+    return neuron_view(base_layer, float_weight(base_layer, backend))
+
+
+def _float_dtype(model: nn.Module) -> torch.dtype | None:
+    """What an unquantised part of a model computes in."""
+    return next((p.dtype for p in model.parameters() if type(p) is nn.Parameter and p.is_floating_point()), None)
 
 
 def _has_no_data(base_layer: nn.Module) -> bool:
     weight = getattr(base_layer, "weight", None)
     return isinstance(weight, Tensor) and weight.is_meta
-
-
-def _scores_of(config: SparseConfig, name: str, base_layer: Any, shape: tuple[int, int]) -> Tensor:
-    scores = config.scores or {}
-    if name not in scores:
-        raise ValueError(f"scores lack the target module '{name}'; add them, or leave it out of `target_modules`.")
-    matrix = neuron_view(base_layer, scores[name])
-    if tuple(matrix.shape) != shape:
-        raise ValueError(
-            f"scores['{name}'] has shape {tuple(scores[name].shape)}, but the module's weight is "
-            f"{tuple(base_layer.weight.shape)}; give one score per weight."
-        )
-    return matrix

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,26 +13,82 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from .._peft_internals import QuantizationBackend
+from .projection import PROJECTIONS, Projection
 
 
-SUPPORTED = "torch.nn.Linear, transformers' Conv1D, and quantised linear layers that PEFT has a backend for"
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+SUPPORTED = (
+    "torch.nn.Linear, Conv1d, Conv2d, Conv3d and MultiheadAttention, transformers' Conv1D, and quantised linear "
+    "layers that PEFT has a backend for"
+)
+
+
+def weights_of(name: str, module: nn.Module) -> dict[str, Any]:
+    """The layers with one weight each that a target stands for, by name: itself, or an attention's projections."""
+    if isinstance(module, nn.MultiheadAttention):
+        return {f"{name}.{part}": Projection(module, part) for part in PROJECTIONS}
+    return {name: module}
+
+
+def is_convolution(base_layer: nn.Module) -> bool:
+    """Whether a layer is a convolution that computes what its class says, with a weight per output channel."""
+    return isinstance(base_layer, CONVOLUTIONS) and _forward_of(base_layer) in map(_forward_of, CONVOLUTIONS)
+
+
+def _forward_of(conv: Any) -> tuple[Any, Any]:
+    """What computes a convolution: a subclass may pad or standardise its weight here, which the update must share."""
+    kind: Any = conv if isinstance(conv, type) else type(conv)
+    return kind.forward, kind._conv_forward
 
 
 def is_supported(base_layer: nn.Module, backend: QuantizationBackend | None) -> bool:
     """Whether a layer has neurons that we can adapt."""
     if backend is not None:
         return backend.layer_type == "linear"
-    return isinstance(base_layer, (nn.Linear, Conv1D))
+    linear = (nn.Linear, Conv1D, Projection, nn.MultiheadAttention)
+    return isinstance(base_layer, linear) or is_convolution(base_layer)
 
 
 def neuron_view(base_layer: nn.Module, weight: Tensor) -> Tensor:
-    """The weight (or a gradient of it) as `[rows, fan_in]`, a view: Conv1D keeps a neuron in a column."""
+    """
+    The weight (or a gradient of it) as `[rows, fan_in]`: Conv1D keeps a neuron in a column, a convolution spreads one
+    over its kernel. A view, but a copy of a convolution's weight in another memory format than the default.
+    """
+    if isinstance(base_layer, CONVOLUTIONS):
+        return weight.flatten(1)
     return weight.t() if isinstance(base_layer, Conv1D) else weight
+
+
+def weight_view(base_layer: nn.Module, matrix: Tensor) -> Tensor:
+    """The inverse of [`neuron_view`]: `[rows, fan_in]` in the shape of the layer's weight."""
+    if isinstance(base_layer, CONVOLUTIONS):
+        return matrix.view(base_layer.weight.shape)
+    return matrix.t() if isinstance(base_layer, Conv1D) else matrix
+
+
+def matrix_shape(base_layer: Any) -> tuple[int, int]:
+    """Rows and fan-in of a layer, which a packed weight does not show."""
+    if isinstance(base_layer, CONVOLUTIONS):
+        return base_layer.weight.shape[0], base_layer.weight[0].numel()
+    if hasattr(base_layer, "out_features"):
+        return base_layer.out_features, base_layer.in_features
+    rows, fan_in = neuron_view(base_layer, base_layer.weight).shape
+    return rows, fan_in
+
+
+def taps_of(base_layer: Any) -> int | None:
+    """Positions of a convolution's kernel; `None` for a linear layer."""
+    return math.prod(base_layer.kernel_size) if isinstance(base_layer, CONVOLUTIONS) else None
+
+
+def has_writable_weight(base_layer: nn.Module) -> bool:
+    """Whether writing into a layer's weight changes the layer: a parametrization computes it anew each time."""
+    return "weight" in base_layer._parameters or isinstance(base_layer, Projection)
 
 
 def is_plain(base_layer: nn.Module) -> bool:
     """Whether the layer computes `W x + b` and nothing else, so that calling it and multiplying by W are the same."""
-    if type(base_layer) not in (nn.Linear, Conv1D) or "forward" in vars(base_layer):
+    if type(base_layer) not in (nn.Linear, Conv1D, Projection, *CONVOLUTIONS) or "forward" in vars(base_layer):
         return False
     weight = base_layer.weight
     if type(weight) not in (nn.Parameter, Tensor) or isinstance(weight, DTensor) or weight.requires_grad:
@@ -44,7 +102,14 @@ def is_plain(base_layer: nn.Module) -> bool:
     return not any(hooks) and not _has_any_global_hook()
 
 
+def stored_weight(base_layer: nn.Module) -> Tensor:
+    """What a layer's weight is stored in: some quantised layers have no `weight`, but packed tensors."""
+    named = (getattr(base_layer, name, None) for name in ("weight", "qweight", "W_q"))
+    found = next((tensor for tensor in named if isinstance(tensor, Tensor)), None)
+    return next(chain(base_layer.parameters(), base_layer.buffers())) if found is None else found
+
+
 def values_dtype_of(base_layer: Any) -> torch.dtype:
     """The dtype that PEFT gives to new adapter weights: the base's, or fp32 over packed weights."""
-    dtype: torch.dtype = getattr(base_layer, "compute_dtype", None) or base_layer.weight.dtype
+    dtype: torch.dtype = getattr(base_layer, "compute_dtype", None) or stored_weight(base_layer).dtype
     return dtype if dtype.is_floating_point else torch.float32

@@ -14,7 +14,7 @@ from .support import Support, union
 
 if TYPE_CHECKING:
     from .config import SparseConfig
-    from .layer import SparseLinear
+    from .layers import SparseLayer
 
 CombinationType = Literal["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 _PRUNING = {"ties": "magnitude", "magnitude_prune": "magnitude", "dare_linear": "random", "dare_ties": "random"}
@@ -24,7 +24,7 @@ class WeightedAdapterMixin:
     """`add_weighted_adapter` for sparse tuners."""
 
     peft_config: dict[str, SparseConfig]
-    tuner_layer_cls: type[SparseLinear]
+    tuner_layer_cls: type[SparseLayer]
     _given_supports: dict[str, Support] | None
 
     @torch.no_grad()
@@ -42,7 +42,7 @@ class WeightedAdapterMixin:
 
         Args:
             adapters (`list[str]`): names of the adapters to combine.
-            weights (`list[float]`): one weight per adapter.
+            weights (`list[float]`): one weight per adapter. Trained biases are always summed with these weights.
             adapter_name (`str`): name of the new adapter. It is not activated.
             combination_type (`str`, *optional*, defaults to `"linear"`):
                 `"linear"` (the weighted sum), `"ties"`, `"dare_linear"`, `"dare_ties"` or `"magnitude_prune"`.
@@ -61,6 +61,7 @@ class WeightedAdapterMixin:
         factors = torch.tensor(weights, dtype=torch.float32)
         supports: dict[str, Support] = {}
         values: dict[str, Tensor] = {}
+        biases: dict[str, Tensor] = {}
         for name, layer in self.model.named_modules():  # type: ignore[attr-defined]
             if not isinstance(layer, self.tuner_layer_cls):
                 continue
@@ -78,12 +79,17 @@ class WeightedAdapterMixin:
                     values[name] = ties(aligned, share, 1.0, majority_sign_method)
                 else:
                     values[name] = task_arithmetic(aligned, share)
+                added = [factor * delta.bias.float() for delta, factor in present if delta.bias is not None]
+                if added:
+                    biases[name] = torch.stack(added).sum(0)
         config = _combined_config(configs, supports)
         self._inject_given(adapter_name, config, supports)
         for name, layer in self.model.named_modules():  # type: ignore[attr-defined]
             if name in values:
-                weight = layer.deltas[adapter_name].weight
-                weight.data.copy_(values[name].view_as(weight))
+                delta = layer.deltas[adapter_name]
+                delta.weight.data.copy_(values[name].view_as(delta.weight))
+                if name in biases:
+                    delta.bias.data.copy_(biases[name])
 
     def _check_combination(
         self,
@@ -149,12 +155,13 @@ def _combined_config(configs: list[SparseConfig], supports: dict[str, Support]) 
     )
     k = max((s.indices.shape[1] for s in supports.values() if s.is_table), default=0)
     if all(s.is_table and s.indices.shape[1] == min(k, s.fan_in) for s in supports.values()):
-        first, sizes = replace(configs[0], k=k, selection="magnitude", neuron_ratio=1.0), None
+        first, sizes = configs[0].as_table(k), None
     else:
         for name, support in supports.items():
             supports[name] = _ragged(support)
         first, sizes = configs[0], {name: support.entries for name, support in supports.items()}
-    return replace(first, target_modules=merged, support_sizes=sizes, peft_ext_version=None)
+    train_bias = any(config.train_bias for config in configs)
+    return replace(first, target_modules=merged, train_bias=train_bias, support_sizes=sizes, peft_ext_version=None)
 
 
 def _ragged(support: Support) -> Support:

@@ -1,12 +1,16 @@
 """What runs inside an op: the tensors that it allocates and those that it keeps for backward."""
 
-from collections.abc import Iterator
+import json
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -60,3 +64,19 @@ def saved_for_backward(module: nn.Module) -> Iterator[dict[int, int]]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most that torch's CPU allocator has handed out at once during some work, above what it had before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = [event for event in events if event.get("name") == "[memory]"]
+    live = peak = 0
+    for event in sorted(changes, key=lambda event: (event["ts"], event["args"]["Ev Idx"])):
+        live += event["args"]["Bytes"]
+        peak = max(peak, live)
+    return peak

@@ -217,18 +217,6 @@ def test_a_copy_of_a_merged_layer_unmerges_by_itself(dtype, copied):
     assert_same_bits(layer.base_layer.weight, original)
 
 
-def test_layers_that_share_a_weight_are_not_merged():
-    """Each would add its values to both, and unmerging them in PEFT's order could not restore the weight."""
-    one, two = random_linear(10, 10), random_linear(10, 10)
-    two.weight = one.weight
-    model = get_peft_model(nn.Sequential(one, two), NeuroAdaConfig(target_modules=["0", "1"], init_weights=False))
-    original = bits(one.weight)
-    for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match="'0' and '1' share one weight"):
-            merge()
-        assert_same_bits(one.weight, original)
-
-
 def test_a_model_merges_and_unmerges_all_its_layers():
     base = nn.Sequential(random_linear(10, 10), nn.Tanh(), random_linear(10, 10, "conv1d", seed=1))
     model = get_peft_model(base, NeuroAdaConfig(k=6, target_modules=["0", "2"], init_weights=False))

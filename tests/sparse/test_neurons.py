@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
+from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
 from transformers.pytorch_utils import Conv1D
 
 from peft_ext.sparse.neurons import is_plain, is_supported, neuron_view, values_dtype_of
@@ -38,7 +39,11 @@ def test_the_view_shares_memory_with_the_weight(kind):
         (nn.Linear(2, 3), True),
         (Conv1D(3, 2), True),
         (nn.modules.linear.NonDynamicallyQuantizableLinear(2, 3), True),
-        (nn.Conv1d(2, 3, 1), False),
+        (nn.Conv1d(2, 3, 1), True),
+        (nn.Conv3d(2, 4, 1, groups=2), True),
+        (nn.MultiheadAttention(4, 2), True),
+        (nn.ConvTranspose2d(2, 3, 1), False),
+        (WeightStandardizedConv2d(2, 3, 1), False),
         (nn.Embedding(2, 3), False),
         (nn.Bilinear(2, 2, 3), False),
         (nn.LayerNorm(3), False),

@@ -21,12 +21,8 @@ SHARED_KEYS = (
 
 # Why a layer that other methods of PEFT target is none of ours.
 UNSUPPORTED_LAYERS = {
-    "Conv1d": "`nn.Conv1d` is not supported yet (issue 3)",
-    "Conv2d": "`nn.Conv2d` is not supported yet (issue 3)",
-    "Conv3d": "`nn.Conv3d` is not supported yet (issue 3)",
     "Embedding": "`nn.Embedding` is a look-up: it has no neurons with inputs to choose from",
     "LayerNorm": "`nn.LayerNorm` has one weight per channel, so there is nothing to choose from",
-    "MultiheadAttention": "`nn.MultiheadAttention` is not supported yet (issue 3)",
 }
 
 _SETTINGS_ONLY_OTHERS_HAVE = {

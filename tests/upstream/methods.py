@@ -32,7 +32,7 @@ class Method:
     config: str
     kwargs: dict[str, Any] = field(default_factory=dict)
     variants: tuple[dict[str, Any], ...] = ()
-    layers: tuple[str, ...] = ("Linear", "Conv1D")
+    layers: tuple[str, ...] = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention")
     parameter: str = "neuroada_delta"
     mixed_batches: bool = True
     weighted_adapters: bool = True
@@ -52,6 +52,19 @@ _NEUROADA_VARIANTS = (
     {"k": 1000},  # capped at the fan-in
 )
 
+# GPS is run by magnitude, since PEFT's tests have no data to score by; its trained biases and heads are what is new.
 METHODS = {
     "neuroada": Method("peft_ext:NeuroAdaConfig", {"k": 4}, _NEUROADA_VARIANTS),
+    "gps": Method(
+        "peft_ext:GPSConfig",
+        {"k": 4, "selection": "magnitude"},
+        ({"train_bias": False}, {"backend": "dense"}, {"selection": "magnitude_network"}),
+        parameter="gps_delta",
+    ),
+    "psn": Method(
+        "peft_ext:PSNConfig",
+        {"density": 0.5},
+        ({"density": None, "k": 3}, {"train_bias": True}),
+        parameter="psn_delta",
+    ),
 }

@@ -56,17 +56,10 @@ RULES = [
     # Models and classes whose tests need a layer that is not supported
     Rule("custom_models", r"targeting_lora_to_embedding_layer|resized_embedding|repr_lora_embedding", _EMBEDDING),
     Rule("custom_models", r"lora_emb_conv1d|batches_lora_conv1d_emb", _EMBEDDING),
-    Rule("custom_models", r"mha|multihead_attention", _MHA),
-    Rule("custom_models", r"conv2d", _CONV),
     Rule("custom_models", r"plain_lora_and_dora.*(emb|conv2d)", "compares with DoRA, which LoRA has"),
     Rule("decoder_models", r"targeting_lora_to_embedding_layer|embed_scale|fixes_tie_word_embeddings", _EMBEDDING),
     Rule("initialization", r"test_lora_\w*embedding|trainable_token_indices_targets_lora", _EMBEDDING),
-    Rule("initialization", r"conv2d|groups", _CONV),
-    Rule("initialization", r"test_lora_with_bias_(argument|extra_params)", _CONV),
-    Rule("initialization", r"mha", _MHA),
-    Rule("lora_conversion", r"unsupported_layers_raises", _CONV),
     Rule("other", r"targeting_trainable_tokens_raises", _EMBEDDING),
-    Rule("other", r"self_targeting_is_ignored\[\w+-config_kwargs1\]", _CONV),
     Rule(
         "tuners_utils", r"TestModelAndLayerStatus::.*(large|enabled_irregular$|target_parameters|injected_layers)",
         "its model is adapted in an `nn.Embedding` and an `nn.Conv2d`",

@@ -1,9 +1,23 @@
 """Products with a sparse update: `y += S x` and its gradients, by three paths and a dense oracle."""
 
 from .bypass import bypass
+from .conv import bypass_conv
 from .dense import dense
-from .dispatch import BACKENDS, Backend, choose_backend
+from .dispatch import BACKENDS, Backend, choose_backend, choose_conv_backend
 from .folded import folded
+from .folded_conv import folded_conv
+from .geometry import ConvGeometry
 
 
-__all__ = ["BACKENDS", "Backend", "bypass", "choose_backend", "dense", "folded"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "ConvGeometry",
+    "bypass",
+    "bypass_conv",
+    "choose_backend",
+    "choose_conv_backend",
+    "dense",
+    "folded",
+    "folded_conv",
+]

@@ -52,3 +52,24 @@ def choose_backend(
     if entries > (DENSE_ABOVE if is_table else DENSE_ABOVE_RAGGED) * rows * x.shape[-1]:
         return "dense"
     return "folded" if is_table else "bypass"
+
+
+# The same for convolutions: share of trained entries above which one dense weight gradient beats windows entry by
+# entry. One thread, fp32: 0.02 for ungrouped kernels of 1x1 and 3x3; 0.6 for depthwise 7x7, whose dense one is slow.
+DENSE_CONV_ABOVE = 0.02
+DENSE_GROUPED_CONV_ABOVE = 0.5
+
+
+def choose_conv_backend(requested: str, x: Tensor, weight: Tensor | None, entries: int, groups: int = 1) -> str:
+    """The path to take for one call of a convolution; see [`choose_backend`]. The folded path takes any support."""
+    if requested == "bypass" or entries == 0 or weight is None:
+        return "bypass"
+    if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return "bypass"
+    if requested != "auto":
+        return requested
+    wide = weight.dtype in (torch.float32, torch.float64)
+    if not wide or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return "bypass"
+    share = min(DENSE_CONV_ABOVE * groups, DENSE_GROUPED_CONV_ABOVE)
+    return "dense" if entries > share * weight.numel() else "folded"

@@ -81,8 +81,8 @@ class Random(Criterion):
             yield torch.rand(part.shape, generator=generator).to(part.device)
 
 
-class Gradient(Criterion):
-    """Largest |score| first, for scores computed beforehand, such as a loss's gradient (thesis eq. 4.2)."""
+class Scored(Criterion):
+    """Largest |score| first, for scores computed beforehand, such as a loss's gradient (thesis section 4.3.1)."""
 
     def __init__(self, scores: Mapping[str, Tensor]) -> None:
         self.scores = scores

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..support import Support, offsets_from_counts
-from .criteria import Criterion, Gradient, Magnitude, Random, Reverse
+from .criteria import Criterion, Magnitude, Random, Reverse, Scored
 from .scopes import top_overall, top_per_neuron
 
 
-CRITERIA = ("magnitude", "reverse", "random", "gradient")
+SCORED = ("gradient", "activation")  # criteria that need scores computed beforehand
+CRITERIA = ("magnitude", "reverse", "random", *SCORED)
 SCOPES = ("neuron", "layer", "network")
 SELECTIONS: tuple[str, ...] = tuple(
     criterion if scope == "neuron" else f"{criterion}_{scope}" for criterion in CRITERIA for scope in SCOPES
@@ -35,15 +37,15 @@ def parse_selection(selection: str) -> tuple[str, str]:
 def _criterion(name: str, seed: int, scores: Mapping[str, Tensor] | None) -> Criterion:
     if name == "random":
         return Random(seed)
-    if name == "gradient":
-        return Gradient(scores or {})
+    if name in SCORED:
+        return Scored(scores or {})
     return Magnitude() if name == "magnitude" else Reverse()
 
 
 def select_supports(
     weights: Mapping[str, Callable[[], Tensor]],
     selection: str,
-    k: int,
+    k: int | Callable[[int], int],
     neuron_ratio: float = 1.0,
     seed: int = 0,
     scores: Mapping[str, Tensor] | None = None,
@@ -55,26 +57,28 @@ def select_supports(
         weights: per module, a function that returns its weight as float `[rows, fan_in]`. Called once per pass, so
             that a dequantised weight lives no longer than needed.
         selection (`str`): one of `SELECTIONS`.
-        k (`int`): entries per neuron, capped at the fan-in; wider scopes share out as many as the neurons would have.
+        k (`int` or `Callable[[int], int]`): entries per neuron, capped at the fan-in, or a function of the fan-in;
+            wider scopes share out as many as the neurons would have.
         neuron_ratio (`float`): share of neurons that get entries, drawn at random per weight (thesis section 5.4).
         seed (`int`): for random choices.
-        scores: per module, scores in the shape of the weight, for the gradient criterion.
+        scores: per module, scores `[rows, fan_in]`, for the criteria in `SCORED`. Looked up once per pass.
 
     Returns:
         Supports on their weight's device: tables, or ragged for a wider scope or a `neuron_ratio` below 1.
     """
     criterion_name, scope = parse_selection(selection)
     criterion = _criterion(criterion_name, seed, scores)
+    entries = k if callable(k) else partial(min, k)
     if scope == "neuron":
         return {
-            module: _per_neuron(criterion, module, weight(), k, neuron_ratio, seed)
+            module: _per_neuron(criterion, module, weight(), entries, neuron_ratio, seed)
             for module, weight in weights.items()
         }
     groups = [[module] for module in weights] if scope == "layer" else [list(weights)]
     supports = {}
     for group in groups:
         shapes = {module: weights[module]().shape for module in group}
-        budget = sum(rows * min(k, fan_in) for rows, fan_in in shapes.values())
+        budget = sum(rows * entries(fan_in) for rows, fan_in in shapes.values())
         passes = {module: lambda module=module: criterion.chunks(module, weights[module]()) for module in group}
         supports.update(top_overall(passes, budget, {module: shape[1] for module, shape in shapes.items()}))
     return supports
@@ -85,9 +89,11 @@ def kept_neurons(rows: int, neuron_ratio: float) -> int:
     return max(1, round(neuron_ratio * rows))
 
 
-def _per_neuron(criterion: Criterion, module: str, weight: Tensor, k: int, ratio: float, seed: int) -> Support:
+def _per_neuron(
+    criterion: Criterion, module: str, weight: Tensor, entries: Callable[[int], int], ratio: float, seed: int
+) -> Support:
     rows, fan_in = weight.shape
-    support = top_per_neuron(criterion.chunks(module, weight), min(k, fan_in), fan_in)
+    support = top_per_neuron(criterion.chunks(module, weight), entries(fan_in), fan_in)
     if ratio == 1.0:
         return support
     order = torch.randperm(rows, generator=Random(seed).generator(f"neurons of {module}"))

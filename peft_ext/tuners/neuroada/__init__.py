@@ -2,7 +2,7 @@
 
 from ...registration import register
 from .config import NeuroAdaConfig
-from .model import NeuroAdaLinear, NeuroAdaModel
+from .model import NeuroAdaConv, NeuroAdaLinear, NeuroAdaModel, NeuroAdaMultiheadAttention
 from .presets import NEUROADA_PRESETS, NEUROADA_SEARCH_SPACES, Preset, SearchSpace
 
 
@@ -12,8 +12,10 @@ __all__ = [
     "NEUROADA_PRESETS",
     "NEUROADA_SEARCH_SPACES",
     "NeuroAdaConfig",
+    "NeuroAdaConv",
     "NeuroAdaLinear",
     "NeuroAdaModel",
+    "NeuroAdaMultiheadAttention",
     "Preset",
     "SearchSpace",
 ]

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from ...sparse.layer import SparseLinear
 from ...sparse.model import SparseModel
-
-
-class NeuroAdaLinear(SparseLinear):
-    """A linear layer with NeuroAda adapters in `neuroada_delta`."""
-
-    adapter_layer_names = ("neuroada_delta",)
 
 
 class NeuroAdaModel(SparseModel):
@@ -29,4 +22,8 @@ class NeuroAdaModel(SparseModel):
     """
 
     prefix: str = "neuroada_"
-    tuner_layer_cls = NeuroAdaLinear
+
+
+NeuroAdaLinear = NeuroAdaModel.layer_types.linear
+NeuroAdaConv = NeuroAdaModel.layer_types.conv
+NeuroAdaMultiheadAttention = NeuroAdaModel.layer_types.attention

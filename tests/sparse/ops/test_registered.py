@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from .._inputs import SHAPES, make_inputs
+from peft_ext.sparse.ops import ConvGeometry
+from peft_ext.sparse.ops.conv import entries_by_tap
+
+from .._convs import CONVS
+from .._inputs import SHAPES, make_inputs, random_support
 
 
 TABLE_OPS = ("folded_linear", "folded_grad_input")
@@ -16,6 +20,15 @@ OPS = (
     "dense_linear",
     "dense_grad_input",
     "dense_grad_values",
+)
+CONV_OPS = (
+    "bypass_conv",
+    "conv_add",
+    "conv_grad_input",
+    "conv_grad_values",
+    "dense_conv_grad_values",
+    "folded_conv",
+    "folded_conv_grad_input",
 )
 
 
@@ -61,7 +74,58 @@ def test_op_passes_torch_library_opcheck(op, shape, dtypes, layout):
 
 def test_every_registered_op_is_checked():
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("peft_ext::")}
-    assert registered == {f"peft_ext::{op}" for op in OPS}
+    assert registered == {f"peft_ext::{op}" for op in (*OPS, *CONV_OPS)}
+
+
+def _conv_arguments(op, case, dtype, entries):
+    layer, x = CONVS[case].build(dtype), CONVS[case].draw_input(dtype)
+    weight, bias = layer.weight, layer.bias
+    rows, fan_in = weight.shape[0], weight[0].numel()
+    support = random_support(rows, fan_in, entries, torch.Generator().manual_seed(0))
+    values = torch.randn(support.indices.shape)
+    geometry = ConvGeometry.of(layer)
+    tables = (support.indices, support.offsets, *entries_by_tap(support.indices, geometry.taps))
+    y, packed, size = layer(x.detach()), geometry.pack(), list(x.shape)
+    grad, trained = torch.randn_like(y), values.clone().requires_grad_()
+    return {
+        "bypass_conv": (y.requires_grad_(), x, trained, *tables, packed),
+        "conv_add": (y.detach(), x.detach(), values, *tables, packed),
+        "conv_grad_input": (grad, size, x.dtype, values, *tables, packed),
+        "conv_grad_values": (grad, x.detach(), *tables, packed),
+        "dense_conv_grad_values": (grad, x.detach(), weight, *tables[:2], packed),
+        "folded_conv": (x, weight, bias, trained, *tables, packed, False),
+        "folded_conv_grad_input": (grad, size, weight, values, *tables[:2], packed),
+    }[op]
+
+
+CONV_CASES = pytest.mark.parametrize(
+    ("case", "dtype", "entries"),
+    [
+        ("2d stride", torch.float32, 2),
+        ("1d same, even kernel", torch.float32, (0, 2, 1, 0, 4, 1)),
+        ("2d depthwise", torch.bfloat16, 1),
+        ("3d", torch.float64, 0),
+    ],
+    ids=str,
+)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("op", CONV_OPS)
+@CONV_CASES
+def test_convolution_op_passes_torch_library_opcheck(op, case, dtype, entries):
+    torch.library.opcheck(getattr(torch.ops.peft_ext, op).default, _conv_arguments(op, case, dtype, entries))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("op", CONV_OPS)
+@CONV_CASES
+def test_fake_kernel_of_a_convolution_foretells_shape_and_dtype(op, case, dtype, entries):
+    arguments = _conv_arguments(op, case, dtype, entries)
+    real = getattr(torch.ops.peft_ext, op)(*arguments)
+    meta = [argument.to("meta") if isinstance(argument, torch.Tensor) else argument for argument in arguments]
+    fake = getattr(torch.ops.peft_ext, op)(*meta)
+    assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
 
 
 @pytest.mark.parametrize(

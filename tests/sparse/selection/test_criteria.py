@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peft_ext.sparse.selection import criteria
-from peft_ext.sparse.selection.criteria import Gradient, Magnitude, Random, Reverse
+from peft_ext.sparse.selection.criteria import Magnitude, Random, Reverse, Scored
 
 
 def _scores(criterion, weight, module="m"):
@@ -20,7 +20,7 @@ WEIGHT = torch.tensor([[3.0, -4.0, 0.5], [-1.0, 0.0, 2.0]])
     [
         (Magnitude(), [[3.0, 4.0, 0.5], [1.0, 0.0, 2.0]]),
         (Reverse(), [[-3.0, -4.0, -0.5], [-1.0, 0.0, -2.0]]),
-        (Gradient({"m": 2 * WEIGHT.flip(1)}), [[1.0, 8.0, 6.0], [4.0, 0.0, 2.0]]),
+        (Scored({"m": 2 * WEIGHT.flip(1)}), [[1.0, 8.0, 6.0], [4.0, 0.0, 2.0]]),
     ],
     ids=["magnitude", "reverse", "gradient"],
 )
@@ -37,7 +37,7 @@ def test_scores_of_16_bit_weights_are_exact(dtype):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "criterion", [Magnitude(), Reverse(), Random(0), Gradient({"block.linear": torch.ones(5, 4)})], ids=type
+    "criterion", [Magnitude(), Reverse(), Random(0), Scored({"block.linear": torch.ones(5, 4)})], ids=type
 )
 def test_a_weight_that_is_not_finite_is_an_error_that_names_the_module(monkeypatch, criterion, dtype, value):
     monkeypatch.setattr(criteria, "CHUNK_ELEMENTS", 4)  # the last chunk is checked too
@@ -53,7 +53,7 @@ def test_scores_that_are_not_finite_are_an_error_that_names_the_module(value):
     scores = torch.ones(5, 4)
     scores[2, 1] = value
     with pytest.raises(ValueError, match=r"scores of module 'block\.linear'"):
-        _scores(Gradient({"block.linear": scores}), torch.ones(5, 4), "block.linear")
+        _scores(Scored({"block.linear": scores}), torch.ones(5, 4), "block.linear")
 
 
 def test_random_scores_repeat_and_differ_between_seeds_and_modules():
@@ -76,9 +76,7 @@ def test_random_scores_depend_on_neither_the_weight_nor_the_global_generator():
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize(
-    "criterion", [Magnitude(), Reverse(), Random(0), Gradient({"m": torch.randn(23, 7)})], ids=type
-)
+@pytest.mark.parametrize("criterion", [Magnitude(), Reverse(), Random(0), Scored({"m": torch.randn(23, 7)})], ids=type)
 @pytest.mark.parametrize("elements", [1, 7, 20, 100])
 def test_chunks_are_bounded_and_make_up_the_whole(monkeypatch, criterion, elements):
     weight = torch.randn(23, 7)

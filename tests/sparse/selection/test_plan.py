@@ -5,14 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_ext.sparse.selection import SELECTIONS, criteria, parse_selection, select_supports
+from peft_ext.sparse.selection import SCORED, SELECTIONS, criteria, parse_selection, select_supports
 from peft_ext.sparse.selection.criteria import Random
 
 from .._asserts import assert_same_support
 from ._oracle import best_overall, best_per_row
 
 
-CRITERIA = ("magnitude", "reverse", "random", "gradient")
+CRITERIA = ("magnitude", "reverse", "random", "gradient", "activation")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MODULES = {"block.0.up": (6, 10), "block.0.down": (4, 3), "block.1.up": (5, 10)}
 
@@ -31,7 +31,7 @@ def _weights(dtype=torch.float32, seed=0, values=None):
 
 
 def _select(weights, selection, k, **options):
-    scores = {name: weight.flip(0) for name, weight in weights.items()} if selection.startswith("gradient") else None
+    scores = {name: weight.flip(0) for name, weight in weights.items()} if selection.startswith(SCORED) else None
     views = {name: lambda weight=weight: weight for name, weight in weights.items()}
     return select_supports(views, selection, k, scores=scores, **options)
 
@@ -43,6 +43,7 @@ def _scores(weights, selection, seed=0):
         "magnitude": lambda name, weight: weight.float().abs(),
         "reverse": lambda name, weight: -weight.float().abs(),
         "gradient": lambda name, weight: weight.flip(0).float().abs(),
+        "activation": lambda name, weight: weight.flip(0).float().abs(),
         "random": lambda name, weight: torch.cat(list(Random(seed).chunks(name, weight))),
     }[criterion]
     return {name: rank(name, weight) for name, weight in weights.items()}

@@ -158,12 +158,14 @@ class Mixed(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(10, 8)
-        self.conv = nn.Conv2d(1, 2, 3)
+        self.conv = nn.ConvTranspose2d(1, 2, 3)
         self.norm = nn.LayerNorm(8)
         self.linear = nn.Linear(8, 4)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("embed", "Embedding"), ("conv", "Conv2d"), ("norm", "LayerNorm")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("embed", "Embedding"), ("conv", "ConvTranspose2d"), ("norm", "LayerNorm")]
+)
 def test_unsupported_type(name, kind):
     model = Mixed()
     with Untouched(model), pytest.raises(TypeError) as error:

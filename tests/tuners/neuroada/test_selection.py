@@ -5,12 +5,12 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 
 from peft_ext import NeuroAdaConfig
-from peft_ext.sparse.selection import SELECTIONS
+from peft_ext.sparse.selection import SCORED, SELECTIONS
 from tests.tuners.neuroada._common import adapter_bits, assert_equal_bits, fill, logits, wrapped
 
 
-WITHOUT_SCORES = [name for name in SELECTIONS if not name.startswith("gradient")]
-WITH_SCORES = [name for name in SELECTIONS if name.startswith("gradient")]
+WITHOUT_SCORES = [name for name in SELECTIONS if not name.startswith(SCORED)]
+WITH_SCORES = [name for name in SELECTIONS if name.startswith("gradient")] + ["activation"]
 LOW = pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 EXTRA = [{}, {"neuron_ratio": 0.3}]
 

@@ -1,47 +1,32 @@
-"""A base layer with sparse adapters: which path computes it, how adapters merge and unmerge."""
+"""A base layer with sparse adapters on its weight: what all layer types share."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._peft_internals import (
-    BaseTunerLayer,
-    QuantizationBackend,
-    check_adapters_to_merge,
-    in_out_features,
-    quantization_extra_repr,
-)
-from .config import SparseConfig
-from .delta import SparseDelta
-from .neurons import is_plain, neuron_view, values_dtype_of
-from .ops import choose_backend, dense, folded
-from .ops.reference import dense_delta, sparse_linear
-from .support import Support
+from ..._peft_internals import BaseTunerLayer, QuantizationBackend, in_out_features, quantization_extra_repr
+from ..config import SparseConfig
+from ..delta import SparseDelta
+from ..neurons import is_plain, neuron_view, stored_weight, taps_of, values_dtype_of, weight_view
+from ..ops.reference import dense_delta
+from ..projection import Projection
+from ..support import Support
+from .merging import MergingMixin
 
 
 BASE_ADAPTER = "__base__"  # PEFT's name for "no adapter" in a mixed batch
 
 
-@dataclass
-class Merged:
-    """One merged adapter and the weights that it replaced, in the shape of its support."""
-
-    adapter_name: str
-    support: Support
-    originals: Tensor
-
-
-class SparseLinear(nn.Module, BaseTunerLayer):
+class SparseLayer(MergingMixin, nn.Module, BaseTunerLayer):
     """
-    A linear layer (`nn.Linear`, transformers' `Conv1D`, or quantised) with sparse adapters.
+    A layer with one weight and sparse adapters on it.
 
-    Subclasses name the container of the adapters after their method's prefix in `adapter_layer_names`.
+    Subclasses compute the base layer and one adapter together in `_with_base`. Each method has subclasses of its own
+    (see `types.py`), which name the container of the adapters after the method in `adapter_layer_names`.
 
     Args:
         base_layer (`nn.Module`):
@@ -52,7 +37,6 @@ class SparseLinear(nn.Module, BaseTunerLayer):
 
     # Of PEFT's mixin, which has no types.
     get_base_layer: Callable[[], Any]
-    get_base_weight: Callable[[], Tensor]
     set_adapter: Callable[..., None]
     merged: bool
     disable_adapters: bool
@@ -65,12 +49,14 @@ class SparseLinear(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.quantization_backend = quantization_backend
-        self.merged_adapters: list[str] = []
-        self._merged: list[Merged] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.backends: dict[str, str] = {}
-        self.in_features, self.out_features = in_out_features(self.get_base_layer())
+        base: Any = self.get_base_layer()
+        if isinstance(base, Projection):  # PEFT warns of types that it does not know
+            self.in_features, self.out_features = base.in_features, base.out_features
+        else:
+            self.in_features, self.out_features = in_out_features(base)
         setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
 
     @property
@@ -79,11 +65,17 @@ class SparseLinear(nn.Module, BaseTunerLayer):
         return getattr(self, self.adapter_layer_names[0])
 
     def base_matrix(self) -> Tensor:
-        """The base weight as `[rows, fan_in]`: a view of it, or a dequantised copy."""
+        """The base weight as `[rows, fan_in]`: a view of it, or a copy (dequantised, or of another memory format)."""
         return neuron_view(self.get_base_layer(), self.get_base_weight())
 
     def update_layer(
-        self, adapter_name: str, config: SparseConfig, support: Support, pending: bool = False, **kwargs: Any
+        self,
+        adapter_name: str,
+        config: SparseConfig,
+        support: Support,
+        pending: bool = False,
+        delta: SparseDelta | None = None,
+        **kwargs: Any,
     ) -> None:
         """
         Add an adapter.
@@ -93,24 +85,32 @@ class SparseLinear(nn.Module, BaseTunerLayer):
             config ([`SparseConfig`]): its options.
             support ([`Support`]): its entries, or a placeholder of the right shape.
             pending (`bool`): whether `support` is a placeholder.
+            delta ([`SparseDelta`], *optional*): the values of another layer with the same weight, to be shared.
         """
-        base_layer = self.get_base_layer()
-        dtype = getattr(torch, config.values_dtype) if config.values_dtype else values_dtype_of(base_layer)
-        delta = SparseDelta(support, dtype, pending)
-        if not config.init_weights and not delta.weight.is_meta:
-            nn.init.normal_(delta.weight)
-        if not pending and not support.indices.is_meta:
-            delta.fingerprint.copy_(support.fingerprint(self.base_matrix()))
-        self.deltas[adapter_name] = delta
+        self.deltas[adapter_name] = delta or self._new_delta(config, support, pending)
         self.backends[adapter_name] = config.backend
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _new_delta(self, config: SparseConfig, support: Support, pending: bool) -> SparseDelta:
+        base_layer = self.get_base_layer()
+        dtype = getattr(torch, config.values_dtype) if config.values_dtype else values_dtype_of(base_layer)
+        delta = SparseDelta(support, dtype, pending, taps_of(base_layer))
+        if config.train_bias and getattr(base_layer, "bias", None) is not None:
+            delta.add_bias()
+        if not config.init_weights and not delta.weight.is_meta:
+            for parameter in delta.parameters():
+                nn.init.normal_(parameter)
+        readable = self.quantization_backend is None or self.quantization_backend.supports_merge
+        if readable and not pending and not support.indices.is_meta:
+            delta.fingerprint.copy_(support.fingerprint(self.base_matrix()))
+        return delta
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Called by PEFT after loading. PEFT's own version also casts to the base's dtype, which would round fp32
         values loaded onto a bf16 base with `low_cpu_mem_usage=True`."""
         if adapter_name in self.deltas and not self.deltas[adapter_name].weight.is_meta:
-            self.deltas[adapter_name].to(device or self.get_base_layer().weight.device)
+            self.deltas[adapter_name].to(device or stored_weight(self.get_base_layer()).device)
 
     # ------------------------------------------------------------------ forward
 
@@ -127,28 +127,35 @@ class SparseLinear(nn.Module, BaseTunerLayer):
         active = [name for name in self.active_adapters if name in self.deltas]
         if self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
-        result = self._first(active[0], x, *args, **kwargs)
+        result = self._with_base(active[0], x, *args, **kwargs)
         for name in active[1:]:
-            result = self._ready(name)(result, x)
+            result = self._add(name, result, x)
+        return self._with_biases(result, active)
+
+    def _with_biases(self, result: Tensor, adapter_names: list[str]) -> Tensor:
+        """A layer's output plus what adapters add to its bias."""
+        for name in adapter_names:
+            bias = self.deltas[name].bias
+            if bias is not None:
+                result = result + self._like_output(bias.to(result.dtype))
         return result
 
-    def _first(self, adapter_name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _like_output(self, bias: Tensor) -> Tensor:
+        """A bias `[rows]` in a shape that broadcasts over the layer's output."""
+        return bias
+
+    def _with_base(self, adapter_name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base layer and one adapter together, by the path that suits them."""
-        delta = self._ready(adapter_name)
-        support = delta.support
+        raise NotImplementedError
+
+    def _add(self, adapter_name: str, result: Tensor, x: Tensor) -> Tensor:
+        """`result + S x` by the bypass."""
+        return self._ready(adapter_name)(result, x)
+
+    def _plain_weight(self) -> Tensor | None:
+        """The base weight, if the base layer is a product with it and nothing else."""
         base_layer: Any = self.base_layer
-        weight = neuron_view(base_layer, base_layer.weight) if is_plain(base_layer) else None
-        path = choose_backend(
-            self.backends[adapter_name], x, weight, support.entries, self.out_features, support.is_table
-        )
-        if weight is None or path == "bypass":
-            return delta(self._base_result(x, *args, **kwargs), x)
-        bias = base_layer.bias
-        if path == "folded":
-            return folded(x, weight, bias, delta.weight, delta.indices)
-        if path == "dense":
-            return dense(x, weight, bias, delta.weight, delta.indices, delta.offsets)
-        return sparse_linear(x, weight, bias, delta.weight, delta.indices, delta.offsets)
+        return base_layer.weight if is_plain(base_layer) else None
 
     def _base_result(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result = self.base_layer(x, *args, **kwargs)
@@ -173,7 +180,7 @@ class SparseLinear(nn.Module, BaseTunerLayer):
             if name == BASE_ADAPTER or name not in self.deltas:
                 continue
             chosen = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-            result[chosen] = self._ready(name)(result[chosen], x[chosen])
+            result[chosen] = self._with_biases(self._add(name, result[chosen], x[chosen]), [name])
         return result
 
     def _ready(self, adapter_name: str) -> SparseDelta:
@@ -210,89 +217,21 @@ class SparseLinear(nn.Module, BaseTunerLayer):
     def base_mismatch(self, support: Support, fingerprint: Tensor) -> str | None:
         """What differs between the base weight and a stored fingerprint; `None` if nothing, or if it can't be told."""
         backend = self.quantization_backend
-        if self.merged or self.get_base_layer().weight.is_meta or (backend is not None and not backend.supports_merge):
+        readable = backend is None or backend.supports_merge
+        if self.merged or not readable or stored_weight(self.get_base_layer()).is_meta:
             return None
         matrix = self.base_matrix()
         return support.to(matrix.device).mismatch(fingerprint, matrix, quantised=backend is not None)
-
-    # ------------------------------------------------------------------ merging
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The adapter's update as a dense tensor in the shape of the base weight and the dtype of the values."""
         delta = self._ready(adapter_name)
         matrix = dense_delta(delta.weight.detach(), delta.indices, delta.fan_in, delta.offsets)
-        return neuron_view(self.get_base_layer(), matrix)
-
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """
-        Add adapters to the base weight at their entries and keep the weights they replace, so that
-        [`~SparseLinear.unmerge`] restores every bit.
-
-        Args:
-            safe_merge (`bool`, *optional*, defaults to `False`):
-                Check for NaN and infinity before anything is written.
-            adapter_names (`list[str]`, *optional*):
-                Which adapters; by default the active ones.
-
-        Raises:
-            `ValueError`: with `safe_merge`, if a merged weight would not be finite.
-            `NotImplementedError`: if the base weight is quantised.
-            `ValueError`: if the base weight is computed by a parametrization.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.deltas]
-        if not names:
-            return
-        if "weight" not in self.get_base_layer()._parameters:
-            raise ValueError(
-                "The base layer's weight is computed by a parametrization, so nothing can be written into it. Remove "
-                "the parametrization (torch.nn.utils.parametrize.remove_parametrizations) before merging."
-            )
-        if self.quantization_backend is not None:
-            raise NotImplementedError(
-                f"Merging into {self.quantization_backend.backend_name} weights is not supported yet; load the base "
-                "model unquantised to merge."
-            )
-        matrix = self.base_matrix()
-        done = len(self._merged)
-        for name in names:
-            delta = self._ready(name)
-            support = delta.support.to(matrix.device)
-            originals = support.gather(matrix)
-            merged = (originals + delta.weight.to(matrix.device)).to(matrix.dtype)
-            if safe_merge and not bool(torch.isfinite(merged).all()):
-                self._restore(done)
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            support.scatter_(matrix, merged)
-            self._merged.append(Merged(name, support, originals))
-            self.merged_adapters.append(name)
-
-    @torch.no_grad()
-    def unmerge(self, adapter_names: list[str] | None = None) -> None:
-        """
-        Take adapters out of the base weight: every bit as before they were merged.
-
-        Args:
-            adapter_names (`list[str]`, *optional*): which ones, in any order; by default all.
-        """
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        kept = [] if adapter_names is None else [name for name in self.merged_adapters if name not in adapter_names]
-        self._restore(0)
-        if kept:
-            self.merge(adapter_names=kept)
-
-    def _restore(self, length: int) -> None:
-        """Undo merges, last first, until `length` remain."""
-        matrix = self.base_matrix()
-        while len(self._merged) > length:
-            merged = self._merged.pop()
-            self.merged_adapters.pop()
-            merged.support.to(matrix.device).scatter_(matrix, merged.originals.to(matrix))
+        return weight_view(self.get_base_layer(), matrix)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+        # LoRA's product has no place for a bias.
+        return adapter_name not in self.deltas or self.deltas[adapter_name].bias is None
 
     def __repr__(self) -> str:
         return f"{self.adapter_layer_names[0].partition('_')[0]}.{super().__repr__()}"

@@ -1,0 +1,1 @@
+"""Parts of `gps_images.py`."""

@@ -1,0 +1,34 @@
+"""Linear layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..neurons import neuron_view
+from ..ops import choose_backend, dense, folded
+from ..ops.reference import sparse_linear
+from .base import SparseLayer
+
+
+class SparseLinear(SparseLayer):
+    """A linear layer (`nn.Linear`, transformers' `Conv1D`, or quantised) with sparse adapters."""
+
+    def _with_base(self, adapter_name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        delta = self._ready(adapter_name)
+        support = delta.support
+        weight = self._plain_weight()
+        if weight is not None:
+            weight = neuron_view(self.get_base_layer(), weight)
+        path = choose_backend(
+            self.backends[adapter_name], x, weight, support.entries, self.out_features, support.is_table
+        )
+        if weight is None or path == "bypass":
+            return delta(self._base_result(x, *args, **kwargs), x)
+        bias = self.get_base_layer().bias
+        if path == "folded":
+            return folded(x, weight, bias, delta.weight, delta.indices)
+        if path == "dense":
+            return dense(x, weight, bias, delta.weight, delta.indices, delta.offsets)
+        return sparse_linear(x, weight, bias, delta.weight, delta.indices, delta.offsets)

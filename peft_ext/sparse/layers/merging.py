@@ -1,0 +1,234 @@
+"""Merging adapters into a base weight and taking them out again, every bit as before."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..._peft_internals import QuantizationBackend, check_adapters_to_merge
+from ..delta import SparseDelta
+from ..neurons import has_writable_weight, neuron_view
+from ..projection import Projection
+from ..quantised import dense_layer, float_weight, requantised_layer
+from ..support import Support
+
+
+@dataclass
+class Merged:
+    """One merged adapter, the weights that it replaced, in the shape of its support, and the bias before it."""
+
+    adapter_name: str
+    support: Support
+    originals: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass
+class SetAside:
+    """What stood in the place of a merged weight that is no change of the original in place: a quantised base layer
+    with its backend, or a weight that others use too."""
+
+    base_layer: nn.Module | None = None
+    backend: QuantizationBackend | None = None
+    weight: nn.Parameter | None = None
+
+
+class MergingMixin:
+    """
+    `merge` and `unmerge` of a sparse layer.
+
+    Attributes:
+        shares_weight (`bool`): whether something else in the model uses the base weight and is not adapted in the same
+            way, so that merging takes a copy. Set by [`~SparseModel.note_sharing`].
+        follows (`bool`): whether another layer with the same weight and adapters merges for both.
+        requantize (`bool`): whether a merged weight is quantised again.
+        requantization_error (`float`, *optional*): relative error that this made.
+        dense_dtype (`torch.dtype`, *optional*): of a weight merged into a dequantised copy.
+    """
+
+    base_layer: nn.Module
+    deltas: Any
+    merged: bool
+    quantization_backend: QuantizationBackend | None
+    base_matrix: Callable[[], Tensor]
+    get_base_layer: Callable[[], Any]
+    _ready: Callable[[str], SparseDelta]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shares_weight = False
+        self.requantize = False
+        self.requantization_error: float | None = None
+        self.dense_dtype: torch.dtype | None = None
+        self._set_aside: SetAside | None = None
+        self.merge_alone()
+
+    def merge_alone(self) -> None:
+        """Keep a record of merges of its own."""
+        self.follows = False
+        self.merged_adapters: list[str] = []
+        self._merged: list[Merged] = []
+
+    def merge_with(self, leader: MergingMixin) -> None:
+        """Share the record of a layer with the same weight and adapters: whichever merges, merges for both."""
+        self.follows = True
+        self.merged_adapters = leader.merged_adapters
+        self._merged = leader._merged
+
+    def get_base_weight(self) -> Tensor:
+        """The base weight, or a dequantised copy."""
+        return float_weight(self.get_base_layer(), self.quantization_backend)
+
+    @property
+    def is_dequantised(self) -> bool:
+        """Whether a dense layer stands in the place of a quantised one."""
+        aside = self._set_aside
+        return aside is not None and aside.base_layer is not None and self.requantization_error is None
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """
+        Add adapters to the base weight at their entries and keep the weights they replace, so that `unmerge` restores
+        every bit. A quantised base layer gives way to a dense `nn.Linear` with its dequantised weight.
+
+        Args:
+            safe_merge (`bool`, *optional*, defaults to `False`):
+                Check for NaN and infinity before anything is written.
+            adapter_names (`list[str]`, *optional*):
+                Which adapters; by default the active ones.
+
+        Raises:
+            `ValueError`: with `safe_merge`, if a merged weight would not be finite; or if the base weight is computed
+                by a parametrization.
+            `TypeError`: if the base weight is quantised by a method that can't give it back.
+        """
+        if self.follows and self.merged:
+            wanted = self.active_adapters if adapter_names is None else adapter_names  # type: ignore[attr-defined]
+            if set(wanted) <= set(self.merged_adapters):
+                return
+        names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.deltas]
+        if not names:
+            return
+        self._check_mergeable()
+        for name in names:
+            self._ready(name)
+        if self.requantization_error is not None:  # start again from the original, not from the rounded weight
+            names = [*self.merged_adapters, *names]
+            self._restore(0)
+        done = len(self._merged)
+        if not done:
+            self._take_copy()
+        for name in names:
+            delta = self.deltas[name]
+            matrix = self.base_matrix()
+            support = delta.support.to(matrix.device)
+            originals = support.gather(matrix)
+            merged = (originals + delta.weight.to(matrix.device)).to(matrix.dtype)
+            bias = None if delta.bias is None else self.get_base_layer().bias + delta.bias.to(matrix.device)
+            if safe_merge and not all(bool(torch.isfinite(new).all()) for new in (merged, bias) if new is not None):
+                self._restore(done)
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            self._write(support, merged)
+            self._merged.append(Merged(name, support, originals, self._write_bias(bias)))
+            self.merged_adapters.append(name)
+        if self.requantize and self._set_aside is not None and self._set_aside.base_layer is not None:
+            self._quantize_again(self._set_aside.base_layer, self._set_aside.backend)
+
+    @torch.no_grad()
+    def unmerge(self, adapter_names: list[str] | None = None) -> None:
+        """
+        Take adapters out of the base weight: every bit as before they were merged.
+
+        Args:
+            adapter_names (`list[str]`, *optional*): which ones, in any order; by default all.
+        """
+        if not self.merged:
+            if not self.follows:
+                warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        kept = [] if adapter_names is None else [name for name in self.merged_adapters if name not in adapter_names]
+        self._restore(0)
+        if kept:
+            self.merge(adapter_names=kept)
+
+    def _check_mergeable(self) -> None:
+        backend = self.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise TypeError(
+                f"{backend.backend_name} can't give its weights back, so nothing can be merged into them. Keep the "
+                "adapter unmerged, or load it onto the unquantised base model and merge there."
+            )
+        if not has_writable_weight(self.get_base_layer()):
+            raise ValueError(
+                "The base layer's weight is computed by a parametrization, so nothing can be written into it. Remove "
+                "the parametrization (torch.nn.utils.parametrize.remove_parametrizations) before merging."
+            )
+        if self.shares_weight and isinstance(self.get_base_layer(), Projection):
+            raise ValueError(
+                "The nn.MultiheadAttention shares its weights with another module, so merging would change both. Give "
+                "each of them parameters of its own before adapting."
+            )
+
+    def _take_copy(self) -> None:
+        """Before the first merge: put something in the place of what must not be changed."""
+        base_layer, backend = self.get_base_layer(), self.quantization_backend
+        if backend is not None:
+            self._set_aside = SetAside(base_layer, backend)
+            weight = self.get_base_weight()
+            self._replace_base(dense_layer(base_layer, weight, self.dense_dtype or weight.dtype), None)
+        elif self.shares_weight:
+            self._set_aside = SetAside(weight=base_layer.weight)
+            base_layer.weight = nn.Parameter(base_layer.weight.detach().clone(), requires_grad=False)
+
+    def _quantize_again(self, original: nn.Module, backend: QuantizationBackend | None) -> None:
+        assert backend is not None
+        layer, self.requantization_error = requantised_layer(original, backend, self.get_base_layer().weight.detach())
+        self._replace_base(layer, backend)
+
+    def _replace_base(self, base_layer: nn.Module, backend: QuantizationBackend | None) -> None:
+        holder: Any = self
+        while hasattr(holder.base_layer, "base_layer"):  # another tuner's layer
+            holder = holder.base_layer
+        holder.base_layer = base_layer
+        self.quantization_backend = backend
+
+    def _restore(self, length: int) -> None:
+        """Undo merges, last first, until `length` remain."""
+        aside = self._set_aside if length == 0 else None
+        bias = None
+        while len(self._merged) > length:
+            merged = self._merged.pop()
+            self.merged_adapters.pop()
+            if aside is None:
+                self._write(merged.support, merged.originals)
+            self._write_bias(merged.bias)
+            bias = merged.bias if merged.bias is not None else bias
+        if aside is None:
+            return
+        if aside.base_layer is not None:
+            self._replace_base(aside.base_layer, aside.backend)
+            self._write_bias(bias)  # a dense layer in its place had the same bias, a requantised one a copy
+        if aside.weight is not None:
+            self.get_base_layer().weight = aside.weight
+        self._set_aside = self.requantization_error = None
+
+    def _write_bias(self, bias: Tensor | None) -> Tensor | None:
+        """Overwrite the base layer's bias, if there is one to write; what it was."""
+        if bias is None:
+            return None
+        before: Tensor = self.get_base_layer().bias.clone()
+        self.get_base_layer().bias.copy_(bias)
+        return before
+
+    def _write(self, support: Support, values: Tensor) -> None:
+        """Overwrite the base weight at a support."""
+        weight = self.get_base_weight()
+        matrix = neuron_view(self.get_base_layer(), weight)
+        support.to(weight.device).scatter_(matrix, values.to(matrix))
+        if matrix.data_ptr() != weight.data_ptr():  # another memory format: the matrix is a copy
+            weight.copy_(matrix.view(weight.shape))

@@ -1,0 +1,243 @@
+"""The bypass path of convolutions: `result + S(values) * x` at a cost that follows entries × output positions.
+
+An entry of a convolution's weight multiplies one input channel, seen through a window that its kernel position (its
+tap) shifts. These windows are gathered, a piece of some entries at a time: tap by tap, where a window is a slice of
+the input, or, with few entries per tap, by one indexing of a view that has all windows (fp32, k=1, 8 samples, one CPU
+thread: 16 and 3 ms for the value gradient of a depthwise 7x7 convolution of 96 channels, 28x28; patches of 16x16: 13
+and 1 ms; a dense 3x3 convolution with k=4 the other way round: 5 and 11 ms). No weight-sized and no unfolded tensor is
+made. Sums are taken in fp32 (fp64 for fp64 tensors).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..support import row_of_entry
+from .geometry import ConvGeometry
+
+
+# Elements of a gathered piece, and of the fp32 sums of a few samples: bounds the transient memory. A GPU wants few
+# large kernels.
+CHUNK_ELEMENTS = 2**20
+CHUNK_ELEMENTS_CUDA = 2**24
+# Mean number of entries per tap from which going tap by tap is faster on a CPU.
+ENTRIES_PER_TAP = 32
+
+
+def entries_by_tap(indices: Tensor, taps: int) -> tuple[Tensor, Tensor]:
+    """
+    Entry numbers int32 `[entries]` grouped by kernel position, and where each group ends: int32 `[taps + 1]` on the
+    CPU, so that reading it does not wait for a device.
+    """
+    tap = indices.reshape(-1) % taps
+    entries = torch.argsort(tap, stable=True).to(torch.int32)
+    ends = torch.zeros(taps + 1, dtype=torch.int32)
+    ends[1:] = torch.bincount(tap, minlength=taps).cumsum(0).cpu()
+    return entries, ends
+
+
+def _accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """The entries of a support in the order of their taps: entry numbers, output and input channels, int64."""
+
+    number: Tensor
+    rows: Tensor
+    channels: Tensor
+    taps: Tensor
+    ends: list[int]
+    geometry: ConvGeometry
+
+    @classmethod
+    def of(
+        cls, indices: Tensor, offsets: Tensor | None, tap_entries: Tensor, tap_ends: Tensor,
+        geometry: ConvGeometry, rows: int, channels: int,
+    ) -> _Entries:  # fmt: skip
+        number = tap_entries.long()
+        columns = indices.reshape(-1).long()[number]
+        row = row_of_entry(indices, offsets)[number]
+        group = row // (rows // geometry.groups)
+        channel = columns // geometry.taps + group * (channels // geometry.groups)
+        return cls(number, row, channel, columns % geometry.taps, tap_ends.tolist(), geometry)
+
+    def by_tap(self, output: Tensor) -> Iterator[tuple[slice, tuple[slice, ...]]]:
+        """Slices of entries of one tap, and what the tap sees of a padded input, for `[samples, rows, *size]`."""
+        for tap, (start, end) in enumerate(pairwise(self.ends)):
+            window = self.geometry.window(tap, output.shape[2:])
+            for part in _slices(start, end, output):
+                yield part, window
+
+    def seen(self, padded: Tensor, output: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of entries, and what they see of a padded input: `[samples, entries, *size]`, a copy."""
+        if padded.is_cuda or len(self.number) < ENTRIES_PER_TAP * self.geometry.taps:
+            windows = self.geometry.windows(padded, output.shape[2:])
+            places = self.geometry.places(self.taps)
+            for part in _slices(0, len(self.number), output):
+                chosen: Any = (slice(None), self.channels[part], *(place[part] for place in places))
+                yield part, windows[chosen]
+        else:
+            for part, window in self.by_tap(output):
+                yield part, padded[window].index_select(1, self.channels[part])
+
+
+def _chunk(tensor: Tensor, elements_each: int) -> int:
+    return max(1, (CHUNK_ELEMENTS_CUDA if tensor.is_cuda else CHUNK_ELEMENTS) // max(1, elements_each))
+
+
+def _slices(start: int, end: int, output: Tensor) -> Iterator[slice]:
+    step = _chunk(output, output.shape[0] * math.prod(output.shape[2:]))
+    return (slice(first, min(first + step, end)) for first in range(start, end, step))
+
+
+def _samples_at_once(tensor: Tensor) -> int:
+    return _chunk(tensor, math.prod(tensor.shape[1:]))
+
+
+def _padded(x: Tensor, geometry: ConvGeometry) -> Tensor:
+    return F.pad(x, geometry.padding) if any(geometry.padding) else x
+
+
+@torch.library.custom_op("peft_ext::conv_add", mutates_args=())
+def conv_add(
+    result: Tensor, x: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, tap_entries: Tensor,
+    tap_ends: Tensor, geometry: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """
+    `result + S * x`, rounded once to the dtype of `result`.
+
+    Args:
+        result (`torch.Tensor`): `[samples, rows, *size]`, the base layer's output.
+        x (`torch.Tensor`): `[samples, channels, *input size]`.
+        values (`torch.Tensor`): `[rows, k]`, or `[entries]` with `offsets`.
+        indices (`torch.Tensor`): int32 in the shape of `values`: columns of the weight flattened to `[rows, fan_in]`.
+        offsets (`torch.Tensor`, *optional*): int32 `[rows + 1]` for a ragged support.
+        tap_entries, tap_ends (`torch.Tensor`): from [`entries_by_tap`].
+        geometry: a packed [`ConvGeometry`].
+    """
+    dtype = _accumulation_dtype(result, x, values)
+    shape = ConvGeometry.unpack(geometry)
+    support = _Entries.of(indices, offsets, tap_entries, tap_ends, shape, result.shape[1], x.shape[1])
+    out = result.clone(memory_format=torch.contiguous_format)
+    weights = values.reshape(-1).to(dtype)[support.number].view(-1, *(1,) * len(shape.kernel))
+    samples = _samples_at_once(result)
+    for x_part, part in zip(x.split(samples), out.split(samples), strict=True):
+        padded = _padded(x_part, shape)
+        total = part if part.dtype == dtype else torch.zeros(part.shape, dtype=dtype, device=x.device)
+        for some, seen in support.seen(padded, part):
+            total.index_add_(1, support.rows[some], seen.to(dtype).mul_(weights[some]))
+        if total is not part:
+            part.copy_(total.add_(part))
+    return out
+
+
+@conv_add.register_fake
+def _(result, x, values, indices, offsets, tap_entries, tap_ends, geometry):  # type: ignore[no-untyped-def]
+    return torch.empty_like(result, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("peft_ext::conv_grad_values", mutates_args=())
+def conv_grad_values(
+    grad: Tensor, x: Tensor, indices: Tensor, offsets: Tensor | None, tap_entries: Tensor, tap_ends: Tensor,
+    geometry: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """The gradient of the weight at the support only, fp32 (or fp64); see [`conv_add`]."""
+    dtype = _accumulation_dtype(grad, x)
+    shape = ConvGeometry.unpack(geometry)
+    support = _Entries.of(indices, offsets, tap_entries, tap_ends, shape, grad.shape[1], x.shape[1])
+    total = torch.zeros(indices.numel(), dtype=dtype, device=x.device)
+    others = [0, *range(2, grad.dim())]
+    samples = _samples_at_once(grad)
+    for grad_part, x_part in zip(grad.split(samples), x.split(samples), strict=True):
+        padded = _padded(x_part, shape)
+        for some, seen in support.seen(padded, grad_part):
+            products = seen.to(dtype).mul_(grad_part.index_select(1, support.rows[some]))
+            total[support.number[some]] += products.sum(others)
+    return total.view(indices.shape)
+
+
+@conv_grad_values.register_fake
+def _(grad, x, indices, offsets, tap_entries, tap_ends, geometry):  # type: ignore[no-untyped-def]
+    return grad.new_empty(indices.shape, dtype=_accumulation_dtype(grad, x))
+
+
+@torch.library.custom_op("peft_ext::conv_grad_input", mutates_args=())
+def conv_grad_input(
+    grad: Tensor, size: Sequence[int], dtype: torch.dtype, values: Tensor, indices: Tensor, offsets: Tensor | None,
+    tap_entries: Tensor, tap_ends: Tensor, geometry: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """The gradient of an input of `size` and `dtype`; see [`conv_add`]."""
+    accumulate = _accumulation_dtype(grad, values)
+    shape = ConvGeometry.unpack(geometry)
+    support = _Entries.of(indices, offsets, tap_entries, tap_ends, shape, grad.shape[1], size[1])
+    weights = values.reshape(-1).to(accumulate)[support.number].view(-1, *(1,) * len(shape.kernel))
+    out = torch.empty(tuple(size), dtype=dtype, device=grad.device)
+    samples = _samples_at_once(out)
+    for part, grad_part in zip(out.split(samples), grad.split(samples), strict=True):
+        total = _padded(torch.zeros(part.shape, dtype=accumulate, device=grad.device), shape)
+        for some, window in support.by_tap(grad_part):
+            back = grad_part.index_select(1, support.rows[some]).to(accumulate).mul_(weights[some])
+            total[window].index_add_(1, support.channels[some], back)
+        part.copy_(F.pad(total, [-width for width in shape.padding]))
+    return out
+
+
+@conv_grad_input.register_fake
+def _(grad, size, dtype, values, indices, offsets, tap_entries, tap_ends, geometry):  # type: ignore[no-untyped-def]
+    return grad.new_empty(tuple(size), dtype=dtype)
+
+
+@torch.library.custom_op("peft_ext::bypass_conv", mutates_args=())
+def _bypass_conv(
+    result: Tensor, x: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, tap_entries: Tensor,
+    tap_ends: Tensor, geometry: Sequence[int],
+) -> Tensor:  # fmt: skip
+    return conv_add(result, x, values, indices, offsets, tap_entries, tap_ends, geometry)
+
+
+@_bypass_conv.register_fake
+def _(result, x, values, indices, offsets, tap_entries, tap_ends, geometry):  # type: ignore[no-untyped-def]
+    return torch.empty_like(result, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, x, values, *support, ctx.geometry = inputs
+    ctx.x_size, ctx.x_dtype = x.shape, x.dtype
+    ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, values, *support)
+
+
+def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    x, values, *support = ctx.saved_tensors
+    grad_x = grad_values = None
+    if ctx.needs_input_grad[1]:
+        grad_x = conv_grad_input(grad, ctx.x_size, ctx.x_dtype, values, *support, ctx.geometry)
+    if ctx.needs_input_grad[2]:
+        grad_values = conv_grad_values(grad, x, *support, ctx.geometry).to(values.dtype)
+    return grad, grad_x, grad_values, *(None,) * 5
+
+
+_bypass_conv.register_autograd(_backward, setup_context=_setup_context)
+
+
+def bypass_conv(
+    result: Tensor, x: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, tap_entries: Tensor,
+    tap_ends: Tensor, geometry: ConvGeometry,
+) -> Tensor:  # fmt: skip
+    """
+    Add the sparse update to a convolution's output; differentiable in `result`, `x` and `values`. See [`conv_add`];
+    `result` and `x` may lack the dimension of samples. `x` is saved for backward as it is, in its dtype.
+    """
+    support = (values, indices, offsets, tap_entries, tap_ends, geometry.pack())
+    if result.dim() == len(geometry.kernel) + 1:
+        return _bypass_conv(result[None], x[None], *support).squeeze(0)
+    return _bypass_conv(result, x, *support)

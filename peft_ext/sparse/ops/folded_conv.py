@@ -1,0 +1,178 @@
+"""The folded and dense paths of convolutions: the values sit inside the weight while a convolution runs.
+
+Output and input gradient are the native convolutions' own. The gradient of the values is taken at the support only
+(folded), or gathered from one transient dense gradient where entries are many (dense). As in `folded.py`, the original
+bits are written back inside the op, so nobody else sees the folded weight.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..support import Support, row_of_entry
+from .conv import conv_grad_values
+from .geometry import ConvGeometry
+from .reference import dense_delta
+
+
+# Two threads that fold into one weight would each take the other's values for originals.
+_FOLDING = threading.Lock()
+
+
+def _places(weight: Tensor, indices: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The weight's memory as a flat view, whatever its strides, and int64 positions of the entries in it."""
+    column = indices.reshape(-1).long()
+    place = row_of_entry(indices, offsets) * weight.stride(0)
+    for size, stride in zip(reversed(weight.shape[1:]), reversed(weight.stride()[1:]), strict=True):
+        place += column % size * stride
+        column = column // size
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
+    return weight.as_strided((extent,), (1,)), place
+
+
+@contextmanager
+def _folded_in(weight: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None) -> Iterator[Tensor]:
+    target = weight.data  # no version bump: the content is the same outside this context
+    with _FOLDING:
+        memory, place = _places(target, indices, offsets)
+        original = memory[place]
+        try:
+            memory[place] = (original + values.reshape(-1)).to(target.dtype)
+            yield target
+        finally:
+            memory[place] = original
+
+
+def _evenly_padded(x: Tensor, geometry: ConvGeometry) -> tuple[Tensor, ConvGeometry]:
+    """An input and a geometry that pads both sides alike, which is all that torch's convolution takes."""
+    if geometry.padding[::2] == geometry.padding[1::2]:
+        return x, geometry
+    return F.pad(x, geometry.padding), replace(geometry, padding=(0,) * len(geometry.padding))
+
+
+def _plain_arguments(geometry: ConvGeometry) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
+    """Stride, padding, dilation, transposed, output padding and groups."""
+    padding = list(geometry.padding[::2])[::-1]
+    return list(geometry.stride), padding, list(geometry.dilation), False, [0] * len(padding), geometry.groups
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
+    x, even = _evenly_padded(x, geometry)
+    return torch.ops.aten.convolution(x, weight, bias, *_plain_arguments(even))
+
+
+@torch.library.custom_op("peft_ext::folded_conv", mutates_args=())
+def _folded_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor, offsets: Tensor | None,
+    tap_entries: Tensor, tap_ends: Tensor, geometry: Sequence[int], dense_gradient: bool,
+) -> Tensor:  # fmt: skip
+    with _folded_in(weight, values, indices, offsets) as folded:
+        return _convolve(x, folded, bias, ConvGeometry.unpack(geometry))
+
+
+@_folded_conv.register_fake
+def _(  # type: ignore[no-untyped-def]
+    x, weight, bias, values, indices, offsets, tap_entries, tap_ends, geometry, dense_gradient
+):
+    return _convolve(x, weight, bias, ConvGeometry.unpack(geometry))
+
+
+@torch.library.custom_op("peft_ext::folded_conv_grad_input", mutates_args=())
+def _folded_conv_grad_input(
+    grad: Tensor, size: Sequence[int], weight: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None,
+    geometry: Sequence[int],
+) -> Tensor:  # fmt: skip
+    shape = ConvGeometry.unpack(geometry)
+    like = grad.new_empty(1).expand(tuple(size))  # only its shape is read
+    like, even = _evenly_padded(like, shape)
+    with _folded_in(weight, values, indices, offsets) as folded:
+        wide = torch.ops.aten.convolution_backward(
+            grad, like, folded, None, *_plain_arguments(even), [True, False, False]
+        )[0]
+    return (wide if even is shape else F.pad(wide, [-width for width in shape.padding])).contiguous()
+
+
+@_folded_conv_grad_input.register_fake
+def _(grad, size, weight, values, indices, offsets, geometry):  # type: ignore[no-untyped-def]
+    return grad.new_empty(tuple(size))
+
+
+@torch.library.custom_op("peft_ext::dense_conv_grad_values", mutates_args=())
+def _dense_conv_grad_values(
+    grad: Tensor, x: Tensor, weight: Tensor, indices: Tensor, offsets: Tensor | None, geometry: Sequence[int]
+) -> Tensor:
+    x, even = _evenly_padded(x, ConvGeometry.unpack(geometry))
+    whole = torch.ops.aten.convolution_backward(grad, x, weight, None, *_plain_arguments(even), [False, True, False])[
+        1
+    ].flatten(1)
+    return Support(indices, whole.shape[1], offsets).gather(whole)
+
+
+@_dense_conv_grad_values.register_fake
+def _(grad, x, weight, indices, offsets, geometry):  # type: ignore[no-untyped-def]
+    return grad.new_empty(indices.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, _, *support, ctx.geometry, ctx.dense_gradient = inputs
+    ctx.x_size = x.shape
+    ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, *support)
+
+
+def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    x, weight, values, indices, offsets, tap_entries, tap_ends = ctx.saved_tensors
+    grad_x = grad_bias = grad_values = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _folded_conv_grad_input(grad, ctx.x_size, weight, values, indices, offsets, ctx.geometry)
+    if ctx.needs_input_grad[2]:
+        grad_bias = grad.sum([0, *range(2, grad.dim())])
+    if ctx.needs_input_grad[3] and ctx.dense_gradient:
+        grad_values = _dense_conv_grad_values(grad, x, weight, indices, offsets, ctx.geometry).to(values.dtype)
+    elif ctx.needs_input_grad[3]:
+        grad_values = conv_grad_values(grad, x, indices, offsets, tap_entries, tap_ends, ctx.geometry).to(values.dtype)
+    return grad_x, None, grad_bias, grad_values, *(None,) * 6
+
+
+_folded_conv.register_autograd(_backward, setup_context=_setup_context)
+
+
+def folded_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor, offsets: Tensor | None,
+    tap_entries: Tensor, tap_ends: Tensor, geometry: ConvGeometry, dense_gradient: bool = False,
+) -> Tensor:  # fmt: skip
+    """
+    `(W + S(values)) * x + b` with W + S rounded to the weight's dtype; differentiable in `x`, `bias` and `values`.
+
+    Args:
+        x (`torch.Tensor`): `[samples, channels, *size]` or `[channels, *size]` in the weight's dtype; the only tensor
+            saved for backward.
+        weight (`torch.Tensor`): frozen, `[rows, channels / groups, *kernel]`, any strides; bit for bit the same
+            afterwards.
+        bias (`torch.Tensor`, *optional*): `[rows]`.
+        values, indices, offsets: any support of the weight flattened to `[rows, fan_in]`, see [`Support`].
+        tap_entries, tap_ends: from [`entries_by_tap`].
+        geometry ([`ConvGeometry`]): the layer's.
+        dense_gradient (`bool`, *optional*, defaults to `False`):
+            Gather the gradient of the values from a dense one, which exists for a moment.
+    """
+    rest = (weight, bias, values, indices, offsets, tap_entries, tap_ends, geometry.pack(), dense_gradient)
+    return _folded_conv(x, *rest) if x.dim() == weight.dim() else _folded_conv(x[None], *rest).squeeze(0)
+
+
+def reference_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor, offsets: Tensor | None,
+    geometry: ConvGeometry,
+) -> Tensor:  # fmt: skip
+    """The dense oracle: a convolution with `W + S(values)`, differentiable as torch has it."""
+    delta = dense_delta(values, indices, weight[0].numel(), offsets).view(weight.shape)
+    whole = weight + delta.to(weight.dtype)
+    if x.dim() == weight.dim():
+        return _convolve(x, whole, bias, geometry)
+    return _convolve(x[None], whole, bias, geometry).squeeze(0)

@@ -1,0 +1,86 @@
+"""What a convolution does apart from its weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """
+    Kernel, stride, dilation, padding and groups of a convolution.
+
+    Args:
+        kernel, stride, dilation (`tuple[int, ...]`): one number per spatial dimension.
+        padding (`tuple[int, ...]`): zeros added on each side, as `torch.nn.functional.pad` takes them: last dimension
+            first. `"same"` may add more on one side than on the other.
+        groups (`int`): as in `torch.nn.Conv2d`.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[int, ...]
+    groups: int = 1
+
+    @classmethod
+    def of(cls, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> ConvGeometry:
+        """Of a layer. Padding modes other than zeros are left to [`pad`]."""
+        zeros = conv.padding_mode == "zeros"
+        padding = tuple(conv._reversed_padding_repeated_twice) if zeros else (0,) * (2 * len(conv.kernel_size))
+        return cls(conv.kernel_size, conv.stride, conv.dilation, padding, conv.groups)
+
+    def pack(self) -> list[int]:
+        """As the ops take it."""
+        return [len(self.kernel), *self.kernel, *self.stride, *self.dilation, *self.padding, self.groups]
+
+    @classmethod
+    def unpack(cls, numbers: Sequence[int]) -> ConvGeometry:
+        """The inverse of `pack`."""
+        dims, *rest = numbers
+        parts = [tuple(rest[start * dims : (start + 1) * dims]) for start in range(3)]
+        return cls(parts[0], parts[1], parts[2], tuple(rest[3 * dims : 5 * dims]), rest[5 * dims])
+
+    @property
+    def taps(self) -> int:
+        """Positions of the kernel."""
+        return math.prod(self.kernel)
+
+    def window(self, tap: int, size: Sequence[int]) -> tuple[slice, ...]:
+        """What a kernel position sees of a padded input `[samples, channels, *…]`, for an output of `size`."""
+        slices = []
+        for k, stride, dilation, n in reversed(list(zip(self.kernel, self.stride, self.dilation, size, strict=True))):
+            tap, place = divmod(tap, k)
+            first = place * dilation
+            slices.append(slice(first, first + (n - 1) * stride + 1, stride))
+        return (slice(None), slice(None), *reversed(slices))
+
+    def places(self, taps: Tensor) -> list[Tensor]:
+        """Coordinates in the kernel of flat positions `taps`, one tensor per dimension."""
+        coordinates = []
+        for k in reversed(self.kernel):
+            coordinates.append(taps % k)
+            taps = taps // k
+        return coordinates[::-1]
+
+    def windows(self, padded: Tensor, size: Sequence[int]) -> Tensor:
+        """All windows at once: a view `[samples, channels, *kernel, *size]` of a padded input."""
+        samples, channels, *spatial = padded.stride()
+        steps = (
+            *(stride * dilation for stride, dilation in zip(spatial, self.dilation, strict=True)),
+            *(stride * step for stride, step in zip(spatial, self.stride, strict=True)),
+        )
+        shape = (*padded.shape[:2], *self.kernel, *size)
+        return padded.as_strided(shape, (samples, channels, *steps), padded.storage_offset())
+
+
+def pad(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    """What a layer with a padding mode other than zeros convolves without padding."""
+    if conv.padding_mode == "zeros":
+        return x
+    return F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)

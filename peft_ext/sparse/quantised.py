@@ -1,0 +1,89 @@
+"""Quantised base layers: their weight as floats, and dense or requantised layers in their place."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._peft_internals import QuantizationBackend, get_quantization_kwargs, resolve_quantization_backend
+
+
+def float_weight(base_layer: Any, backend: QuantizationBackend | None) -> Tensor:
+    """A layer's weight as floats: its own memory, or a dequantised copy."""
+    if backend is None:
+        return base_layer.weight.detach()
+    if getattr(getattr(base_layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+        # bitsandbytes repacks 4-bit weights at the first forward on some CPUs, and dequantises the packed bytes as if
+        # they were not. Asking for a state dict makes it undo that, until the next forward.
+        base_layer.state_dict()
+    return backend.get_base_weight(base_layer)
+
+
+def dense_layer(base_layer: Any, weight: Tensor, dtype: torch.dtype) -> nn.Linear:
+    """A frozen `nn.Linear` with a weight, in the place of a quantised layer."""
+    out_features, in_features = weight.shape
+    layer = nn.Linear(in_features, out_features, bias=base_layer.bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.to(dtype, copy=True), requires_grad=False)
+    if base_layer.bias is not None:
+        bias = base_layer.bias
+        layer.bias = bias if bias.dtype == dtype else nn.Parameter(bias.detach().to(dtype), bias.requires_grad)
+    return layer.train(base_layer.training)
+
+
+def requantised_layer(base_layer: Any, backend: QuantizationBackend, weight: Tensor) -> tuple[Any, float]:
+    """
+    A copy of a quantised layer with another weight, in its own format.
+
+    Returns:
+        The layer, and the error that quantising made: the Frobenius norm of the difference over that of `weight`.
+    """
+    holder = _Holder(copy.deepcopy(base_layer))
+    backend.set_base_weight(holder, weight)
+    layer = holder.base_layer
+    difference = float_weight(layer, backend).float() - weight.float()
+    return layer, float(difference.norm() / weight.float().norm().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+class _Holder:
+    """What PEFT's backends take for a tuner's layer: some replace its `base_layer` as a whole."""
+
+    def __init__(self, base_layer: Any) -> None:
+        self.base_layer = base_layer
+
+    def get_base_layer(self) -> Any:
+        return self.base_layer
+
+
+def forget_quantisation(model: Any, dense_modules: list[str]) -> None:
+    """
+    Have a transformers model's config say which of its layers are no longer quantised, so that it can be saved and
+    loaded again.
+
+    Args:
+        model (`nn.Module`): the model; left alone if it has no quantiser.
+        dense_modules (`list[str]`): names of modules that are dense now.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or not dense_modules:
+        return
+    if not any(backend_of(model, module) is not None for module in model.modules()):
+        quantizer.remove_quantization_config(model)
+        for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+            if hasattr(model, flag):
+                setattr(model, flag, False)
+        return
+    config = model.config.quantization_config
+    for field in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if hasattr(config, field):
+            # With the quantiser's own list: naming any module replaces its default, such as the output layer.
+            kept = getattr(config, field) or getattr(quantizer, "modules_to_not_convert", None) or []
+            setattr(config, field, sorted({*kept, *dense_modules}))
+            return
+
+
+def backend_of(model: nn.Module, base_layer: nn.Module) -> Any:
+    """PEFT's access to a layer's quantised weight, or `None`."""
+    return resolve_quantization_backend(base_layer, **get_quantization_kwargs(model))

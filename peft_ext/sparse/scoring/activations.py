@@ -1,0 +1,134 @@
+"""Scores from forward passes alone: |w| times the activation that enters it, or times that activation's growth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SparseConfig
+from ..neurons import neuron_view
+from ..projection import Projection
+from .batches import batches, forward
+from .modules import scored_modules
+from .preserve import preserved
+
+
+class ActivationScores(Mapping[str, Tensor]):
+    """
+    Per module, `|w| * factor` in the shape of its weight, computed when asked for: one number per input is kept.
+
+    Args:
+        modules (`dict`): per name, the layer.
+        factors (`dict[str, torch.Tensor]`): per name, fp32 `[inputs]` (channels of a convolution).
+    """
+
+    def __init__(self, modules: Mapping[str, Any], factors: Mapping[str, Tensor]) -> None:
+        self.modules = modules
+        self.factors = factors
+
+    def __getitem__(self, module: str) -> Tensor:
+        layer, factor = self.modules[module], self.factors[module]
+        weight = layer.weight.detach()
+        groups = getattr(layer, "groups", 1)
+        if groups > 1:  # each output channel sees the channels of its group
+            factor = factor.view(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)  # [out, in / groups]
+        else:
+            factor = neuron_view(layer, factor[None]) if weight.dim() == 2 else factor[None]
+        return weight.abs().float().mul_(factor.reshape(*factor.shape, *[1] * (weight.dim() - 2)))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.factors)
+
+    def __len__(self) -> int:
+        return len(self.factors)
+
+
+def activation_scores(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    *,
+    anchor: Iterable[Any] | None = None,
+    config: SparseConfig | None = None,
+    max_batches: int | None = None,
+    progress: bool = True,
+) -> ActivationScores:
+    """
+    Score every weight by forward passes, for `selection="activation"`: |w| times the mean |activation| that enters it
+    (Yang et al., arXiv 2510.27359v1). No labels, no backward pass, and the same result every time.
+
+    With `anchor`, |w| is multiplied by that activation's growth instead: its mean over the task's data divided by its
+    mean over the anchor's, data as the model was pretrained on (the idea of arXiv 2510.27359v2; its abstract gives no
+    formula, so the quotient is ours). A channel of a convolution's input has one mean, over all positions.
+
+    Args:
+        model (`torch.nn.Module`): the model; it is run in evaluation mode and left as it was.
+        dataloader (`Iterable`): the task's batches, as for [`gradient_scores`]; labels are not used.
+        anchor (`Iterable`, *optional*): batches like those of pretraining.
+        config ([`SparseConfig`], *optional*): its `target_modules` are scored; by default all layers with neurons.
+        max_batches (`int`, *optional*): stop after so many, of each loader.
+        progress (`bool`, *optional*, defaults to `True`): show a progress bar.
+
+    Returns:
+        [`ActivationScores`]: per module name, fp32 in the shape of its weight, computed when asked for.
+
+    Raises:
+        `TypeError`: if an `nn.MultiheadAttention` is to be scored, or a quantised weight.
+    """
+    modules = scored_modules(model, config)
+    hidden = next((name for name, module in modules.items() if isinstance(module, Projection)), None)
+    if hidden is not None:
+        raise TypeError(
+            f"'{hidden}' is inside an nn.MultiheadAttention, which shows no activations. Use gradient_scores, or a "
+            "`config` whose target_modules leave the attention out."
+        )
+    with preserved(model, training=False), torch.no_grad():
+        task = batches(model, dataloader, max_batches, "activations", progress)
+        factors = _mean_activations(model, modules, task)
+        if anchor is not None:
+            pretraining = batches(model, anchor, max_batches, "anchor activations", progress)
+            before = _mean_activations(model, modules, pretraining)
+            for name, mean in factors.items():
+                # An input that was silent in pretraining has grown without bound; keep its rank high, but finite.
+                floor = torch.finfo(torch.float32).eps * before[name].mean().clamp(min=torch.finfo(torch.float32).tiny)
+                factors[name] = mean / before[name].clamp(min=float(floor))
+    return ActivationScores(modules, factors)
+
+
+def _mean_activations(model: nn.Module, modules: Mapping[str, Any], batches: Iterable[Any]) -> dict[str, Tensor]:
+    """Per module, the mean |x| of each of its inputs over all batches and positions, fp32 `[inputs]`."""
+    sums: dict[str, Tensor] = {}
+    counts = dict.fromkeys(modules, 0)
+
+    def listener(name: str, channels_second: bool) -> Callable[..., None]:
+        def listen(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].detach()
+            if channels_second:  # [samples, channels, ...], or one sample without its dimension
+                dims = module.weight.dim()  # type: ignore[operator]
+                x = x.movedim(-(dims - 1), -1)
+            magnitude = x.abs().flatten(0, -2).sum(0, dtype=torch.float64)  # [inputs]
+            sums[name] = sums[name] + magnitude if name in sums else magnitude
+            counts[name] += x.numel() // x.shape[-1]
+
+        return listen
+
+    handles = [
+        module.register_forward_pre_hook(listener(name, module.weight.dim() > 2)) for name, module in modules.items()
+    ]
+    try:
+        for batch in batches:
+            forward(model, batch, with_labels=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    # A layer that no batch reached scores nothing.
+    return {
+        name: (sums[name] / counts[name]).float() if name in sums else torch.zeros(_inputs(module))
+        for name, module in modules.items()
+    }
+
+
+def _inputs(module: Any) -> int:
+    return int(neuron_view(module, module.weight).shape[1]) if module.weight.dim() == 2 else int(module.in_channels)

@@ -1,0 +1,59 @@
+"""The loss that GPS chooses entries by: it needs labels and features, but no classification head."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SupervisedContrastiveLoss(nn.Module):
+    """
+    Pulls features of one class together and pushes those of other classes apart (Khosla et al. 2020; thesis eq. 4.2,
+    there summed over the samples, here averaged over those that have a partner).
+
+    Args:
+        temperature (`float`, *optional*, defaults to 0.07): divides the similarities.
+        normalize (`bool`, *optional*, defaults to `True`):
+            Scale features to length 1, as the published code does.
+
+    Raises:
+        `ValueError`: if the temperature is not positive.
+    """
+
+    def __init__(self, temperature: float = 0.07, normalize: bool = True) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature!r} must be positive.")
+        self.temperature = temperature
+        self.normalize = normalize
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """
+        Args:
+            features (`torch.Tensor`): float `[samples, size]`.
+            labels (`torch.Tensor`): integer `[samples]`. Two views of an image are two samples with one label.
+
+        Returns:
+            `torch.Tensor`: fp32 scalar; zero (and with zero gradient) if no two samples share a label.
+        """
+        if features.dim() != 2 or labels.shape != features.shape[:1]:
+            raise ValueError(
+                f"features have shape {tuple(features.shape)} and labels {tuple(labels.shape)}; needed are "
+                "[samples, size] and [samples]. Pass `features=` to say where the features are."
+            )
+        features = features.float()
+        if self.normalize:
+            features = F.normalize(features, dim=1)
+        itself = torch.eye(len(labels), dtype=torch.bool, device=features.device)
+        similarity = (features @ features.t() / self.temperature).masked_fill(itself, -torch.inf)
+        log_share = (similarity - similarity.logsumexp(1, keepdim=True)).masked_fill(itself, 0.0)
+        partners = (labels[:, None] == labels[None, :]) & ~itself  # [samples, samples]
+        count = partners.sum(1)
+        if not bool(count.any()):
+            return features.sum() * 0.0
+        paired = count > 0
+        return -((log_share * partners).sum(1)[paired] / count[paired]).mean()
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, normalize={self.normalize}"

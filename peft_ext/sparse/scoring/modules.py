@@ -1,0 +1,69 @@
+"""Which weights are scored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..._peft_internals import INCLUDE_LINEAR_LAYERS_SHORTHAND, check_target_module_exists
+from ..config import SparseConfig
+from ..neurons import has_writable_weight, is_supported, weights_of
+from ..projection import Projection
+from ..targets import ALL_NEURONS, HEADS, base_of, inside_adapter, is_part
+
+
+def scored_modules(model: nn.Module, config: SparseConfig | None) -> dict[str, Any]:
+    """
+    The base layers to score, under the names that an adapter's targets have.
+
+    Args:
+        model (`torch.nn.Module`): the model, also with adapters in it.
+        config ([`SparseConfig`], *optional*): if it names `target_modules`, these; else every layer that has neurons,
+            without the head.
+
+    Raises:
+        `TypeError`: if a layer's weight is quantised, so that there is no gradient for it.
+        `ValueError`: if no layer is left.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    shorthands = (None, INCLUDE_LINEAR_LAYERS_SHORTHAND, ALL_NEURONS)
+    named = config is not None and config.target_modules not in shorthands
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        base = base_of(module)
+        if not is_supported(base, None) or inside_adapter(model, name) or is_part(model, name):
+            continue
+        if check_target_module_exists(config, name) if named else base is not output and _outside_head(name):
+            layers = weights_of(name, base)
+            found.update({key: layer for key, layer in layers.items() if has_writable_weight(layer)})
+    if not found:
+        raise ValueError(
+            "The model has no layers to score"
+            + (f" that target_modules={config.target_modules!r} matches" if config is not None and named else "")
+            + "; name layers with neurons in the config's `target_modules`."
+        )
+    for name, base in found.items():
+        if not base.weight.is_floating_point():
+            raise TypeError(
+                f"The weight of '{name}' is quantised ({base.weight.dtype}), so it can't be scored. Score the "
+                "unquantised model; the scores then serve the quantised one too."
+            )
+    return found
+
+
+def parameter_of(layer: Any) -> nn.Parameter:
+    """The parameter that holds a layer's weight, which may hold others too."""
+    if isinstance(layer, Projection):
+        return layer.attention.get_parameter(layer.parameter_name)
+    return layer.weight
+
+
+def rows_of(layer: Any, tensor: Tensor) -> Tensor:
+    """A layer's part of a tensor in the shape of its parameter: a view."""
+    return layer.rows_of(tensor) if isinstance(layer, Projection) else tensor
+
+
+def _outside_head(name: str) -> bool:
+    return name.split(".")[0] not in HEADS

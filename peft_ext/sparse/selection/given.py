@@ -1,0 +1,54 @@
+"""Scores that a user gave, as matrices of neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..neurons import neuron_view
+
+
+class ScoreMatrices(Mapping[str, Tensor]):
+    """
+    Per module, its score as `[rows, fan_in]`, looked up when asked for: where the user's mapping computes or reads
+    scores one by one, one is alive at a time.
+
+    Args:
+        scores: per module, a tensor in the shape of its weight.
+        bases: per target module, its base layer.
+        shapes: per target module, rows and fan-in of its weight.
+
+    Raises:
+        `ValueError`: if a target module has no score. (A score of another shape is refused when it is looked up.)
+    """
+
+    def __init__(
+        self, scores: Mapping[str, Tensor] | None, bases: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]
+    ) -> None:
+        self.scores = scores or {}
+        self.bases = bases
+        self.shapes = shapes
+        missing = next((name for name in bases if name not in self.scores), None)
+        if missing is not None:
+            raise ValueError(
+                f"scores lack the target module '{missing}'; add them, or leave it out of `target_modules`."
+            )
+
+    def __getitem__(self, module: str) -> Tensor:
+        score, base = self.scores[module], self.bases[module]
+        # A score may have any device and dtype, but has to look like the weight.
+        matrix = neuron_view(base, score) if score.dim() == base.weight.dim() else score
+        if tuple(matrix.shape) != self.shapes[module]:
+            raise ValueError(
+                f"scores['{module}'] has shape {tuple(score.shape)}, but the module's weight is "
+                f"{tuple(base.weight.shape)}; give one score per weight."
+            )
+        return matrix
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.bases)
+
+    def __len__(self) -> int:
+        return len(self.bases)

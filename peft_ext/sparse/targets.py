@@ -1,0 +1,150 @@
+"""Which modules a config's `target_modules` stands for, where it is no list of names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .._peft_internals import (
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    BaseTunerLayer,
+    resolve_all_linear,
+)
+from .config import SparseConfig
+from .neurons import is_supported
+from .projection import PROJECTIONS
+from .quantised import backend_of
+
+
+# `target_modules` that stands for every layer that has neurons, as PEFT's "all-linear" does for the linear ones.
+ALL_NEURONS = "all-neurons"
+# Heads of transformers' classification and question-answering models: never adapted by default.
+HEADS = ("classifier", "score", "qa_outputs")
+
+
+def resolve_targets(config: SparseConfig, model: nn.Module, default: str) -> None:
+    """
+    Replace `target_modules` by names of modules where it is `None`, `"all-linear"` or `"all-neurons"`.
+
+    Args:
+        config ([`SparseConfig`]): changed in place.
+        model (`nn.Module`): the base model, perhaps with adapters in it.
+        default (`str`): what `None` stands for. Only the layers of transformers' models can be told from their heads.
+
+    Raises:
+        `ValueError`: if the targets are left to the default and the model is not of transformers.
+    """
+    by_default = config.target_modules is None
+    if by_default:
+        model_config = getattr(model, "config", None)
+        get = model_config.get if isinstance(model_config, dict) else lambda key: getattr(model_config, key, None)
+        if get("model_type") in (None, "", "custom"):
+            raise ValueError(
+                "Please specify `target_modules` in `peft_config`: this is no transformers model, so its layers and "
+                "its output layer can't be told apart."
+            )
+        config.target_modules = default
+    if config.target_modules == ALL_NEURONS:
+        config.target_modules = sorted(_layers_with_neurons(config, model))
+    elif isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        resolve_all_linear(config, model)
+        # PEFT finds an attention's output projection, which is not called, and not its others.
+        linear = {name for name in config.target_modules or () if not is_part(model, name)}
+        config.target_modules = sorted(linear | set(_attentions(model)))
+    if by_default:
+        # PEFT's model classes wrap these heads in modules_to_save only after the injection.
+        config.target_modules = sorted(
+            name
+            for name in config.target_modules or ()
+            if name.split(".")[0] not in HEADS and _in_layers(name, config)
+        )
+
+
+def _layers_with_neurons(config: SparseConfig, model: nn.Module) -> Iterator[str]:
+    """Every layer of a supported type but output layers and those that are trained whole."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    whole = {*(config.modules_to_save or ()), *(HEADS if isinstance(model, PreTrainedModel) else ())}
+    for name, module in model.named_modules():
+        base = base_of(module)
+        if (
+            name
+            and base is not head
+            and whole.isdisjoint(name.split("."))
+            and not inside_adapter(model, name)
+            and not is_part(model, name)
+            and is_supported(base, backend_of(model, base))
+        ):
+            yield name
+
+
+def _attentions(model: nn.Module) -> Iterator[str]:
+    for name, module in model.named_modules():
+        if name and isinstance(base_of(module), nn.MultiheadAttention) and not inside_adapter(model, name):
+            yield name
+
+
+def is_part(model: nn.Module, name: str) -> bool:
+    """Whether a module belongs to an `nn.MultiheadAttention`, which reads its weight without calling it."""
+    parent, _, _ = name.rpartition(".")
+    return isinstance(base_of(model.get_submodule(parent)), nn.MultiheadAttention)
+
+
+def without_parts(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """
+    Targets without the parts of targeted attention modules.
+
+    Raises:
+        `ValueError`: if a part is targeted without the attention.
+    """
+    parts = {name for name in targets if is_part(model, name)}
+    for name in sorted(parts):
+        attention = name.rpartition(".")[0]
+        if attention not in targets:
+            raise ValueError(
+                f"Target module '{name}' is a part of the nn.MultiheadAttention '{attention}', which uses its weight "
+                f"without calling it. Target '{attention}' to adapt the attention's projections, or add '{name}' to "
+                "`exclude_modules`."
+            )
+    return {name: module for name, module in targets.items() if name not in parts}
+
+
+def named_by_target(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The keys of an adapter's state dict under the names of the modules to replace: an attention, not its parts."""
+    attentions = [name for name, module in model.named_modules() if isinstance(base_of(module), nn.MultiheadAttention)]
+    parts = {f"{name}.{part}.": f"{name}." for name in attentions for part in PROJECTIONS}
+    renamed = {}
+    for key, tensor in state_dict.items():
+        part = next((part for part in parts if key.startswith(part)), None)
+        renamed[key if part is None else parts[part] + key.removeprefix(part)] = tensor
+    return renamed
+
+
+def base_of(module: nn.Module) -> Any:
+    """The layer inside a tuner's layer, or the module itself."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def inside_adapter(model: nn.Module, name: str) -> bool:
+    """Whether a module is part of an adapter's own machinery, such as the base layer inside it."""
+    parts = name.split(".")
+    return any(
+        isinstance(model.get_submodule(".".join(parts[:depth])), BaseTunerLayer) for depth in range(1, len(parts))
+    )
+
+
+def _in_layers(name: str, config: SparseConfig) -> bool:
+    """Whether a module is in one of the blocks of `layers_to_transform`. PEFT asks that of suffixes, not of the whole
+    names that default targets are."""
+    if config.layers_to_transform is None:
+        return True
+    wanted, pattern = config.layers_to_transform, config.layers_pattern or []
+    match = re.match(r"(?:.*\.)?(?P<blocks>[^.]+)\.(?P<number>\d+)\.", name)
+    return (
+        match is not None
+        and int(match["number"]) in ([wanted] if isinstance(wanted, int) else wanted)
+        and (not pattern or match["blocks"] in ([pattern] if isinstance(pattern, str) else pattern))
+    )

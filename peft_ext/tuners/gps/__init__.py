@@ -1,0 +1,12 @@
+"""GPS, gradient-based parameter selection: of every neuron the k inputs of largest gradient (thesis chapter 4)."""
+
+from ...registration import register
+from .config import GPSConfig
+from .model import GPSConv, GPSLinear, GPSModel
+from .presets import GPS_PRESETS, GPSPreset
+from .select import gps
+
+
+register("gps", GPSConfig, GPSModel)
+
+__all__ = ["GPS_PRESETS", "GPSConfig", "GPSConv", "GPSLinear", "GPSModel", "GPSPreset", "gps"]

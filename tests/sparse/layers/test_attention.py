@@ -1,0 +1,276 @@
+"""Adapted `nn.MultiheadAttention`: against torch's own with dense weights, in encoders, and through PEFT's verbs."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from peft import PeftModel, get_layer_status, get_model_status, get_peft_model
+from torch import nn
+
+from peft_ext import NeuroAdaConfig
+from peft_ext.sparse.projection import PROJECTIONS, Projection
+from peft_ext.tuners.neuroada import NeuroAdaLinear, NeuroAdaMultiheadAttention
+
+from .._asserts import assert_same_bits, bits
+
+
+WIDTH, HEADS, BATCH, QUERIES, KEYS = 8, 2, 3, 5, 7
+OPTIONS = {
+    "packed": {},
+    "sequence first": {"batch_first": False},
+    "no bias": {"bias": False},
+    "unpacked": {"kdim": 6, "vdim": 10},
+    "extra keys": {"add_bias_kv": True, "add_zero_attn": True},
+    "unpacked, extra keys": {"kdim": 6, "vdim": 10, "add_bias_kv": True, "add_zero_attn": True, "bias": False},
+}
+EVERY_FORM = pytest.mark.parametrize("form", OPTIONS)
+
+
+def _attention(form="packed", seed=0):
+    torch.manual_seed(seed)
+    attention = nn.MultiheadAttention(WIDTH, HEADS, dtype=torch.float64, **{"batch_first": True, **OPTIONS[form]})
+    for parameter in attention.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return attention
+
+
+def _adapted(attention, **options):
+    holder = nn.ModuleDict({"attention": attention})
+    config = NeuroAdaConfig(k=2, target_modules=["attention"], init_weights=False, **options)
+    model = get_peft_model(holder, config, autocast_adapter_dtype=False)
+    return model, model.base_model.model["attention"]
+
+
+def _with_dense_updates(adapted, attention, trainable=False):
+    """A copy of torch's attention whose weights contain the adapters."""
+    other = copy.deepcopy(attention).requires_grad_(trainable)
+    with torch.no_grad():
+        for layer in adapted.projections.values():
+            projection = Projection(other, layer.get_base_layer().name)
+            projection.weight.add_(layer.get_delta_weight("default"))
+    return other
+
+
+def _inputs(form="packed"):
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(tokens, width):
+        x = torch.randn(BATCH, tokens, width, generator=generator, dtype=torch.float64)
+        return x if OPTIONS[form].get("batch_first", True) else x.transpose(0, 1)
+
+    options = OPTIONS[form]
+    return draw(QUERIES, WIDTH), draw(KEYS, options.get("kdim", WIDTH)), draw(KEYS, options.get("vdim", WIDTH))
+
+
+def _masks():
+    generator = torch.Generator().manual_seed(2)
+    padding = torch.zeros(BATCH, KEYS, dtype=torch.bool)
+    padding[0, 5:] = True
+    return {
+        "none": {},
+        "padding": {"key_padding_mask": padding},
+        "float padding": {"key_padding_mask": torch.randn(BATCH, KEYS, generator=generator, dtype=torch.float64)},
+        "boolean": {"attn_mask": torch.rand(QUERIES, KEYS, generator=generator) > 0.8},
+        "float per head": {
+            "attn_mask": torch.randn(BATCH * HEADS, QUERIES, KEYS, generator=generator, dtype=torch.float64)
+        },
+        "both": {"attn_mask": torch.rand(QUERIES, KEYS, generator=generator) > 0.8, "key_padding_mask": padding},
+    }
+
+
+@pytest.mark.parametrize("mask", _masks())
+@EVERY_FORM
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
+def test_outputs_and_weights_are_those_of_torch_with_dense_weights(form, mask):
+    attention = _attention(form)
+    _, adapted = _adapted(copy.deepcopy(attention))
+    dense = _with_dense_updates(adapted, attention)
+    for need_weights, average in itertools.product((True, False), (True, False)):
+        options = {"need_weights": need_weights, "average_attn_weights": average, **_masks()[mask]}
+        outputs, weights = adapted(*_inputs(form), **options)
+        expected, expected_weights = dense(*_inputs(form), **options)
+        torch.testing.assert_close(outputs, expected)
+        assert (weights is None) == (expected_weights is None)
+        if weights is not None:
+            torch.testing.assert_close(weights, expected_weights)
+
+
+@EVERY_FORM
+def test_gradients_are_those_of_dense_weights_at_the_entries(form):
+    attention = _attention(form)
+    _, adapted = _adapted(copy.deepcopy(attention))
+    dense = _with_dense_updates(adapted, attention, trainable=True)
+    x = [tensor.clone().requires_grad_() for tensor in _inputs(form)]
+    y = [tensor.clone().requires_grad_() for tensor in _inputs(form)]
+    adapted(*x)[0].square().sum().backward()
+    dense(*y)[0].square().sum().backward()
+    for mine, theirs in zip(x, y, strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+    for name, layer in adapted.projections.items():
+        projection = Projection(dense, name)
+        whole = projection.rows_of(dense.get_parameter(projection.parameter_name).grad)
+        delta = layer.deltas["default"]
+        torch.testing.assert_close(delta.weight.grad, delta.support.gather(whole))
+
+
+@EVERY_FORM
+def test_a_sample_without_a_batch(form):
+    attention = _attention(form)
+    _, adapted = _adapted(copy.deepcopy(attention))
+    dense = _with_dense_updates(adapted, attention)
+    batch_first = OPTIONS[form].get("batch_first", True)
+    single = [x[0] if batch_first else x[:, 0] for x in _inputs(form)]
+    for mine, theirs in zip(adapted(*single), dense(*single), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_a_causal_hint():
+    attention = _attention()
+    _, adapted = _adapted(copy.deepcopy(attention))
+    dense, x = _with_dense_updates(adapted, attention), _inputs()[0]
+    mask = nn.Transformer.generate_square_subsequent_mask(QUERIES, dtype=torch.float64)
+    for need_weights in (True, False):
+        options = {"attn_mask": mask, "is_causal": True, "need_weights": need_weights}
+        torch.testing.assert_close(adapted(x, x, x, **options)[0], dense(x, x, x, **options)[0])
+    with pytest.raises(RuntimeError, match="attn_mask"):
+        adapted(x, x, x, is_causal=True)
+
+
+def test_dropout_acts_in_training_only():
+    attention = nn.MultiheadAttention(WIDTH, HEADS, dropout=0.5, batch_first=True)
+    model, adapted = _adapted(attention)
+    x = torch.randn(BATCH, QUERIES, WIDTH)
+    assert not torch.equal(adapted(x, x, x)[0], adapted(x, x, x)[0])
+    model.eval()
+    assert torch.equal(adapted(x, x, x)[0], adapted(x, x, x)[0])
+
+
+@EVERY_FORM
+def test_without_active_adapters_it_is_the_attention_bit_for_bit(form):
+    attention = _attention(form)
+    model, adapted = _adapted(copy.deepcopy(attention))
+    expected = attention.requires_grad_(False)(*_inputs(form))
+    with model.disable_adapter():
+        for mine, theirs in zip(adapted(*_inputs(form)), expected, strict=True):
+            assert torch.equal(mine, theirs)
+    assert not torch.equal(adapted(*_inputs(form))[0], expected[0])
+
+
+@EVERY_FORM
+def test_peft_finds_its_way(form, tmp_path):
+    """Several adapters, status, mixed batches, merging, saving, copies, deletion, unloading."""
+    model, adapted = _adapted(_attention(form))
+    model.eval()
+    original = {name: bits(parameter) for name, parameter in adapted.base_layer.named_parameters()}
+    first = adapted(*_inputs(form))[0].detach()
+    model.save_pretrained(tmp_path / "saved")
+    loaded = PeftModel.from_pretrained(nn.ModuleDict({"attention": _attention(form)}), tmp_path / "saved")
+    assert torch.equal(loaded.base_model.model["attention"](*_inputs(form))[0], first)
+    for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(same.base_model.model["attention"](*_inputs(form))[0], first)
+    model.add_adapter("other", NeuroAdaConfig(k=1, target_modules=["attention"], init_weights=False))
+    model.set_adapter("other")
+    status = get_model_status(model)
+    assert (status.active_adapters, status.enabled, sorted(status.available_adapters)) == (
+        ["other"], True, ["default", "other"],
+    )  # fmt: skip
+    assert {layer.name.rpartition(".")[2] for layer in get_layer_status(model)} >= set(PROJECTIONS)
+    second = adapted(*_inputs(form))[0].detach()
+    assert not torch.equal(first, second)
+    model.merge_adapter(["other"])
+    assert get_model_status(model).merged_adapters == ["other"]
+    torch.testing.assert_close(adapted(*_inputs(form))[0], second)
+    model.unmerge_adapter()
+    for name, parameter in adapted.base_layer.named_parameters():
+        assert_same_bits(parameter, original[name])
+    model.delete_adapter("other")
+    model.set_adapter("default")
+    assert torch.equal(adapted(*_inputs(form))[0], first)
+    merged = model.merge_and_unload()["attention"]
+    assert type(merged) is nn.MultiheadAttention
+    torch.testing.assert_close(merged(*_inputs(form))[0], first)
+
+
+def test_hooks_on_the_attention_are_refused_not_skipped():
+    _, adapted = _adapted(_attention())
+    adapted.base_layer.register_forward_hook(lambda module, args, output: output)
+    with pytest.raises(NotImplementedError, match="hooks"):
+        adapted(*_inputs())
+
+
+# ------------------------------------------------------------------ in torch's encoder
+
+
+def _encoder():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 16, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2).eval()
+
+
+ENCODER_TARGETS = pytest.mark.parametrize("targets", ["all-neurons", ["linear1"], ["self_attn"]], ids=str)
+
+
+@ENCODER_TARGETS
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_fused_encoder_of_inference_does_not_leave_adapters_out(targets, padded):
+    encoder = _encoder()
+    model = get_peft_model(encoder, NeuroAdaConfig(k=2, target_modules=targets, init_weights=False)).eval()
+    x = torch.randn(BATCH, QUERIES, WIDTH)
+    mask = torch.zeros(BATCH, QUERIES, dtype=torch.bool)
+    mask[0, 3:] = padded
+    y = model(x, src_key_padding_mask=mask)
+    with torch.no_grad():
+        in_inference = model(x, src_key_padding_mask=mask)
+        without = _encoder()(x, src_key_padding_mask=mask)
+    torch.testing.assert_close(in_inference[~mask], y[~mask])
+    assert not torch.allclose(without[1:], y[1:])
+    encoder = model.unload()
+    assert encoder.use_nested_tensor
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(x, src_key_padding_mask=mask)[~mask], without[~mask])
+
+
+@ENCODER_TARGETS
+def test_a_mixed_batch_in_an_encoder(targets):
+    model = get_peft_model(_encoder(), NeuroAdaConfig(k=2, target_modules=targets, init_weights=False)).eval()
+    model.add_adapter("other", NeuroAdaConfig(k=1, target_modules=targets, init_weights=False))
+    x = torch.randn(BATCH, QUERIES, WIDTH)
+    alone = {"__base__": _encoder()(x)}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        alone[name] = model(x)
+    names = ["other", "__base__", "default"]
+    mixed = model(x, adapter_names=names)
+    for sample, name in enumerate(names):
+        torch.testing.assert_close(mixed[sample], alone[name][sample])
+
+
+@pytest.mark.parametrize("bias", ["all", "neuroada_only"])
+def test_biases_of_the_attention_are_trained_and_saved(bias, tmp_path):
+    model, adapted = _adapted(_attention(), bias=bias)
+    base = adapted.base_layer
+    assert base.in_proj_bias.requires_grad and base.out_proj.bias.requires_grad
+    assert not base.in_proj_weight.requires_grad
+    adapted(*_inputs())[0].sum().backward()
+    assert base.in_proj_bias.grad.abs().max() > 0 and base.out_proj.bias.grad.abs().max() > 0
+    with torch.no_grad():
+        base.in_proj_bias.add_(1)
+        base.out_proj.bias.add_(1)
+    model.eval().save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(nn.ModuleDict({"attention": _attention()}), tmp_path)
+    expected = adapted(*_inputs())[0]
+    assert torch.equal(loaded.base_model.model["attention"](*_inputs())[0], expected)
+
+
+def test_layers_have_the_classes_of_their_method():
+    _, adapted = _adapted(_attention())
+    assert type(adapted) is NeuroAdaMultiheadAttention
+    assert all(type(layer) is NeuroAdaLinear for layer in adapted.projections.values())
+
+
+def test_a_part_alone_is_refused():
+    model = nn.ModuleDict({"attention": _attention()})
+    with pytest.raises(ValueError, match="Target 'attention'"):
+        get_peft_model(model, NeuroAdaConfig(target_modules=["out_proj"]))

@@ -1,0 +1,330 @@
+"""Quantised bases: bitsandbytes on the CPU, through transformers; and backends that only compute."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import PeftModel, get_model_status, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from peft_ext import NeuroAdaConfig
+from peft_ext._peft_internals import ForwardOnlyQuantizationBackend
+from peft_ext.sparse import targets
+from peft_ext.sparse.layers import SparseLayer
+from peft_ext.sparse.quantised import float_weight
+
+
+bnb = pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt", "ignore:.*`is_gradient_checkpointing` is deprecated")
+
+QUANTISED = {
+    "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"},
+    "8bit": {"load_in_8bit": True},
+}
+KINDS = pytest.mark.parametrize("kind", QUANTISED)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+def _load(model_dir, kind, dtype=torch.float32):
+    config = BitsAndBytesConfig(**QUANTISED[kind])
+    return AutoModelForCausalLM.from_pretrained(
+        model_dir("llama"), quantization_config=config, device_map={"": "cpu"}, dtype=dtype
+    ).eval()
+
+
+def _adapted(model_dir, kind, dtype=torch.float32, **options):
+    config = NeuroAdaConfig(k=2, **{"init_weights": False, **options})
+    model = get_peft_model(_load(model_dir, kind, dtype), config).eval()
+    for layer in _layers(model):
+        layer.deltas["default"].weight.data.mul_(0.1)
+    return model
+
+
+def _layers(model):
+    return [module for module in model.modules() if isinstance(module, SparseLayer)]
+
+
+def _logits(model, ids):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def _state(model):
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def _assert_same_state(model, expected):
+    now = model.state_dict()
+    assert now.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert now[name].dtype == tensor.dtype and torch.equal(now[name], tensor), name
+
+
+@KINDS
+def test_the_magnitudes_are_those_of_the_dequantised_weights(kind, model_dir):
+    model = _adapted(model_dir, kind)
+    assert get_model_status(model).quantization_backend == f"bnb {kind}"
+    for layer in _layers(model):
+        matrix = layer.base_matrix()
+        delta = layer.deltas["default"]
+        smallest_chosen = delta.support.gather(matrix).abs().min(1).values
+        assert (matrix.abs() > smallest_chosen[:, None]).sum(1).max() < 2
+
+
+@KINDS
+def test_output_and_gradients_are_those_of_the_base_plus_the_update(kind, model_dir):
+    layer = _layers(_adapted(model_dir, kind))[0]
+    x = torch.randn(5, layer.in_features, requires_grad=True)
+    update = layer.get_delta_weight("default")
+    y = layer(x)
+    torch.testing.assert_close(y, layer.base_layer(x) + x @ update.t())
+    grad = torch.randn_like(y)
+    values = layer.deltas["default"]
+    gradients = torch.autograd.grad(y, [x, values.weight], grad)
+    torch.testing.assert_close(gradients[1], values.support.gather(grad.t() @ x))
+    (through_base,) = torch.autograd.grad(layer.base_layer(x), x, grad)
+    torch.testing.assert_close(gradients[0], through_base + grad @ update)
+
+
+@KINDS
+def test_adamw_with_weight_decay_moves_no_bit_of_the_base(kind, model_dir):
+    """200 steps over all parameters of two layers of the model."""
+    model = _adapted(model_dir, kind, init_weights=True)
+    mlp = model.base_model.model.model.layers[0].mlp
+    before = _state(model)
+    optimizer = torch.optim.AdamW([p for p in mlp.parameters() if p.is_floating_point()], lr=1e-2, weight_decay=0.1)
+    x, target = torch.randn(4, 32), torch.randn(4, 32)
+    losses = []
+    for _ in range(200):
+        loss = nn.functional.mse_loss(mlp(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+    for name, tensor in model.state_dict().items():
+        if "neuroada_" not in name:
+            assert torch.equal(tensor, before[name]), name
+
+
+@DTYPES
+@KINDS
+def test_merged_layers_are_dense_and_unmerging_restores_every_bit(kind, dtype, model_dir, ids):
+    model = _adapted(model_dir, kind, dtype)
+    expected, before = _logits(model, ids), _state(model)
+    for _ in range(2):
+        model.merge_adapter()
+        for layer in _layers(model):
+            assert type(layer.base_layer) is nn.Linear and layer.base_layer.weight.dtype == dtype
+        _assert_as_dequantised(_logits(model, ids), expected, kind, dtype)
+        model.unmerge_adapter()
+        _assert_same_state(model, before)
+        assert torch.equal(_logits(model, ids), expected)
+
+
+def _assert_as_dequantised(logits, expected, kind, dtype):
+    """4-bit weights are multiplied as they are dequantised; 8-bit ones with activations rounded to 8 bits as well, by
+    half a step of 1/127 of the largest at most, layer by layer."""
+    spread = (expected - expected.mean()).float().norm()
+    tolerance = {("4bit", torch.float32): 1e-5}.get((kind, dtype), 0.04)
+    assert (logits - expected).float().norm() <= tolerance * spread
+
+
+@DTYPES
+@KINDS
+def test_a_merged_model_is_saved_and_loaded_as_a_dense_one(kind, dtype, model_dir, ids, tmp_path):
+    model = _adapted(model_dir, kind, dtype)
+    expected = _logits(model, ids)
+    merged = model.merge_and_unload()
+    _assert_as_dequantised(_logits(merged, ids), expected, kind, dtype)
+    assert not any(isinstance(m, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)) for m in merged.modules())
+    merged.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert not hasattr(again.config, "quantization_config")
+    assert torch.equal(_logits(again, ids), _logits(merged, ids))
+
+
+@KINDS
+def test_a_partly_merged_model_is_saved_and_loaded_as_it_is(kind, model_dir, ids, tmp_path):
+    model = _adapted(model_dir, kind, target_modules=["q_proj", "down_proj"])
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"}).eval()
+    kinds = [{name: type(m) for name, m in which.named_modules()} for which in (merged, again)]
+    assert kinds[0] == kinds[1]
+    torch.testing.assert_close(_logits(again, ids), _logits(merged, ids))
+
+
+@KINDS
+def test_requantising_is_asked_for_and_tells_its_error(kind, model_dir, ids):
+    model = _adapted(model_dir, kind)
+    before, expected = _state(model), _logits(model, ids)
+    quantised = type(_layers(model)[0].base_layer)
+    with pytest.warns(UserWarning, match=r"changed them by \d+\.\d\d% of their norm") as caught:
+        model.merge_adapter(requantize=True)
+    assert len([w for w in caught if "of their norm" in str(w.message)]) == 1
+    for layer in _layers(model):
+        assert type(layer.base_layer) is quantised and 0 < layer.requantization_error < 0.2
+    assert not torch.equal(_logits(model, ids), expected)
+    model.unmerge_adapter()
+    _assert_same_state(model, before)
+    with pytest.warns(UserWarning, match="of their norm"):
+        merged = model.merge_and_unload(requantize=True)
+    assert any(type(module) is quantised for module in merged.modules())
+    assert merged.config.quantization_config is not None
+
+
+@KINDS
+def test_another_adapter_is_merged_into_the_original_not_the_rounded_weight(kind, model_dir):
+    model = _adapted(model_dir, kind, target_modules=["q_proj"])
+    layer = _layers(model)[0]
+    model.add_adapter("other", NeuroAdaConfig(target_modules=["q_proj"], init_weights=False, selection="reverse"))
+    whole = layer.base_matrix() + layer.get_delta_weight("default") + layer.get_delta_weight("other")
+    for requantize in (False, True):
+        layer.requantize = requantize
+        layer.merge(adapter_names=["default"])
+        with pytest.warns(UserWarning, match="additionally merging"):
+            layer.merge(adapter_names=["other"])
+        assert layer.merged_adapters == ["default", "other"]
+        error = (layer.base_matrix() - whole).norm() / whole.norm()
+        expected = layer.requantization_error if requantize else 0.0
+        assert error == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        layer.unmerge()
+
+
+_RELOAD = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+import peft_ext
+for kind, config in {configs!r}.items():
+    base = AutoModelForCausalLM.from_pretrained(
+        {base!r}, quantization_config=BitsAndBytesConfig(**config), device_map={{"": "cpu"}}, dtype=torch.float32
+    )
+    model = PeftModel.from_pretrained(base, f"{folder}/{{kind}}").eval()
+    with torch.no_grad():
+        torch.save(model(torch.load("{folder}/ids")).logits, f"{folder}/{{kind}}/logits")
+"""
+
+
+@pytest.mark.slow
+def test_an_adapter_trained_and_loaded_in_another_process_gives_the_same_logits(model_dir, ids, tmp_path):
+    expected = {}
+    for kind in QUANTISED:
+        model = _adapted(model_dir, kind, init_weights=True).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        losses = []
+        for _ in range(5):
+            loss = model(ids, labels=ids).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        assert losses[-1] < losses[0]
+        model.eval().save_pretrained(tmp_path / kind)
+        expected[kind] = _logits(model, ids)
+    torch.save(ids, tmp_path / "ids")
+    script = _RELOAD.format(configs=QUANTISED, base=model_dir("llama"), folder=tmp_path)
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    for kind, logits in expected.items():
+        assert torch.equal(torch.load(tmp_path / kind / "logits"), logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_4bit_weights_are_read_right_after_bitsandbytes_repacked_them(dtype):
+    """As it does at the first forward on CPUs with bf16 instructions."""
+    layer = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=dtype)
+    layer.load_state_dict(nn.Linear(64, 64, bias=False, dtype=dtype).state_dict())
+    layer = layer.to("cpu")
+    backend = targets.backend_of(nn.Module(), layer)
+    before = float_weight(layer, backend)
+    pack = bnb.functional._convert_weight_packed_for_cpu
+    layer.weight.data, layer.weight.quant_state = pack(layer.weight.data, layer.weight.quant_state)
+    assert layer.weight.quant_state.packing_format_for_cpu
+    after = float_weight(layer, backend)  # repacking rounds the scales to bf16
+    torch.testing.assert_close(after.to(before.dtype), before, rtol=2**-7, atol=0)
+
+
+# ------------------------------------------------------------------ backends that only compute
+
+
+class Sealed(nn.Module):
+    """A quantised layer whose weight can't be read, as GPTQ's."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, None
+        self.register_buffer("qweight", linear.weight.detach().clone())
+
+    def forward(self, x):
+        return x @ self.qweight.t()
+
+
+@pytest.fixture
+def sealed(monkeypatch):
+    """A plain network and the same one quantised by something that PEFT can only compute with."""
+
+    def backend_of(model, base_layer):
+        return ForwardOnlyQuantizationBackend("gptq") if isinstance(base_layer, Sealed) else None
+
+    for module in ("targets", "model", "quantised"):
+        monkeypatch.setattr(f"peft_ext.sparse.{module}.backend_of", backend_of)
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(8, 6, bias=False), nn.Tanh(), nn.Linear(6, 3, bias=False))
+    quantised = nn.Sequential(Sealed(plain[0]), nn.Tanh(), Sealed(plain[2]))
+    return SimpleNamespace(plain=plain, quantised=quantised)
+
+
+def test_a_sealed_base_says_why_no_entries_can_be_chosen(sealed):
+    with pytest.raises(TypeError, match=r"'0' is quantised by gptq.*unquantised model.*load it here"):
+        get_peft_model(sealed.quantised, NeuroAdaConfig(target_modules=["0", "2"]))
+
+
+@pytest.mark.parametrize("selection", ["magnitude", "magnitude_network"])
+def test_entries_chosen_elsewhere_work_on_a_sealed_base(sealed, selection, tmp_path):
+    config = NeuroAdaConfig(k=2, target_modules=["0", "2"], selection=selection, init_weights=False)
+    trained = get_peft_model(sealed.plain, config).eval()
+    trained.save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(sealed.quantised, tmp_path, is_trainable=True)
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(model(x), trained(x))
+    model(x).sum().backward()
+    assert all(layer.deltas["default"].weight.grad.abs().max() > 0 for layer in _layers(model))
+    with pytest.raises(TypeError, match="gptq can't give its weights back"):
+        model.merge_adapter()
+    model.save_pretrained(tmp_path / "again")
+    again = PeftModel.from_pretrained(sealed.quantised, tmp_path / "again", adapter_name="again")
+    torch.testing.assert_close(again(x), trained(x))
+
+
+def test_torchao(model_dir, ids, tmp_path):
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    def load():
+        config = TorchAoConfig(Int8WeightOnlyConfig())
+        return AutoModelForCausalLM.from_pretrained(model_dir("llama"), quantization_config=config).eval()
+
+    model = get_peft_model(load(), NeuroAdaConfig(k=2, init_weights=False)).eval()
+    assert get_model_status(model).quantization_backend == "torchao"
+    model(ids, labels=ids).loss.backward()
+    assert all(layer.deltas["default"].weight.grad.abs().max() > 0 for layer in _layers(model))
+    expected = _logits(model, ids)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(_logits(PeftModel.from_pretrained(load(), tmp_path), ids), expected)
+    model.merge_adapter()
+    torch.testing.assert_close(_logits(model, ids), expected, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    assert torch.equal(_logits(model, ids), expected)
+    with pytest.warns(UserWarning, match="of their norm"):
+        model.merge_adapter(requantize=True)
+    assert get_model_status(model).quantization_backend == "torchao"
+    model.unmerge_adapter()
+    assert torch.equal(_logits(model, ids), expected)
+    merged = model.merge_and_unload()
+    assert not hasattr(merged.config, "quantization_config")
+    torch.testing.assert_close(_logits(merged, ids), expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,181 @@
+"""Modules that share one weight: one set of values, one merge, and a checkpoint that any of them can load."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from peft_ext import NeuroAdaConfig
+
+from ._asserts import assert_same_bits, bits
+
+
+WIDTH = 8
+
+
+class Tied(nn.Module):
+    """`one` and `two` share a weight; so do `head` and an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(12, WIDTH)
+        self.one, self.two = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.two.weight = self.one.weight
+        self.head = nn.Linear(WIDTH, 12, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(self.two(torch.tanh(self.one(self.embed(ids)))))
+
+
+@pytest.fixture
+def base():
+    torch.manual_seed(0)
+    return Tied()
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, 12, (3, 5), generator=torch.Generator().manual_seed(1))
+
+
+def _adapted(base, targets, **options):
+    config = NeuroAdaConfig(k=2, target_modules=targets, **{"init_weights": False, "selection": "random", **options})
+    return get_peft_model(copy.deepcopy(base), config).eval()
+
+
+def _tensors(model):
+    named = model.state_dict().items()
+    return {name.replace("base_model.model.", "").replace(".base_layer", ""): t for name, t in named}
+
+
+def test_values_are_shared_and_counted_once(base, ids):
+    model = _adapted(base, ["one", "two"])
+    one, two = model.base_model.model.one, model.base_model.model.two
+    assert one.deltas["default"] is two.deltas["default"]
+    assert model.get_nb_trainable_parameters()[0] == 2 * WIDTH
+    dense = copy.deepcopy(base)
+    dense.one.weight = dense.two.weight = nn.Parameter(base.one.weight + one.get_delta_weight("default"))
+    model(ids).square().sum().backward()
+    dense(ids).square().sum().backward()
+    delta = one.deltas["default"]
+    torch.testing.assert_close(delta.weight.grad, delta.support.gather(dense.one.weight.grad))
+
+
+@pytest.mark.parametrize("targets", [["one", "two"], ["one"], ["two", "head"], ["one", "two", "head"]], ids=str)
+def test_merging_changes_what_the_adapters_change_and_unmerging_restores_every_bit(base, ids, targets):
+    model = _adapted(base, targets)
+    inner, expected = model.base_model.model, model(ids).detach()
+    original = {name: bits(tensor) for name, tensor in model.state_dict().items()}
+    for _ in range(2):
+        model.merge_adapter(safe_merge=True)
+        torch.testing.assert_close(model(ids), expected)
+        assert_same_bits(inner.embed.weight, bits(base.embed.weight))
+        model.unmerge_adapter()
+        assert inner.one.weight is inner.two.weight and inner.head.weight is inner.embed.weight
+        for name, tensor in model.state_dict().items():
+            assert_same_bits(tensor, original[name])
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(ids), expected)
+    assert (merged.one.weight is merged.two.weight) == ({"one", "two"} <= set(targets) or targets[0] == "head")
+    assert (merged.head.weight is merged.embed.weight) == ("head" not in targets)
+
+
+def test_one_layer_merged_by_itself_is_merged_for_both(base, ids):
+    model = _adapted(base, ["one", "two"])
+    expected = model(ids).detach()
+    one, two = model.base_model.model.one, model.base_model.model.two
+    two.merge()
+    assert one.merged_adapters == two.merged_adapters == ["default"]
+    torch.testing.assert_close(model(ids), expected)
+    one.unmerge()
+    assert_same_bits(one.weight, bits(base.one.weight))
+
+
+def test_adapters_on_different_parts_of_a_shared_weight_merge_into_copies(base, ids):
+    model = _adapted(base, ["one", "two"])
+    config = NeuroAdaConfig(k=1, target_modules=["two"], selection="random", init_weights=False)
+    model.add_adapter("other", config)
+    for active in (["default"], ["other"], ["default", "other"]):
+        model.base_model.set_adapter(active)
+        expected = model(ids).detach()
+        model.merge_adapter()
+        torch.testing.assert_close(model(ids), expected)
+        model.unmerge_adapter()
+        assert model.base_model.model.one.weight is model.base_model.model.two.weight
+        assert_same_bits(model.base_model.model.one.weight, bits(base.one.weight))
+
+
+@pytest.mark.parametrize("selection", ["random", "magnitude_layer", "magnitude_network"])
+@pytest.mark.parametrize("options", [{}, {"low_cpu_mem_usage": True}], ids=str)
+def test_a_checkpoint_restores_the_shared_values(base, ids, selection, options, tmp_path):
+    model = _adapted(base, ["one", "two"], selection=selection)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, **options).eval()
+    inner = loaded.base_model.model
+    assert inner.one.deltas["default"] is inner.two.deltas["default"]
+    assert torch.equal(loaded(ids), model(ids))
+
+
+def test_a_checkpoint_of_untied_weights_is_not_loaded_onto_tied_ones(base, tmp_path):
+    untied = copy.deepcopy(base)
+    untied.two.weight = nn.Parameter(untied.one.weight.detach().clone())
+    _adapted(untied, ["one", "two"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="share one weight"):
+        PeftModel.from_pretrained(base, tmp_path)
+
+
+def test_a_tied_checkpoint_loads_onto_untied_weights(base, ids, tmp_path):
+    model = _adapted(base, ["one", "two"])
+    model.save_pretrained(tmp_path)
+    untied = copy.deepcopy(base)
+    untied.two.weight = nn.Parameter(untied.one.weight.detach().clone())
+    assert torch.equal(PeftModel.from_pretrained(untied, tmp_path).eval()(ids), model(ids))
+
+
+def test_a_merged_output_layer_leaves_the_embedding_alone(tmp_path):
+    """The saved model is untied then, and says so."""
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True, initializer_range=0.3,
+    )  # fmt: skip
+    base = AutoModelForCausalLM.from_config(config).eval()
+    assert base.lm_head.weight is base.model.embed_tokens.weight
+    embedding = bits(base.lm_head.weight)
+    ids = torch.randint(0, 16, (2, 4))
+    with pytest.warns(UserWarning, match="tied"):
+        model = get_peft_model(base, NeuroAdaConfig(k=2, target_modules=["lm_head"], init_weights=False)).eval()
+    with torch.no_grad():
+        expected = model(ids).logits
+        with pytest.warns(UserWarning, match="no longer tied"):
+            merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(ids).logits, expected)
+        assert_same_bits(merged.model.embed_tokens.weight, embedding)
+        merged.save_pretrained(tmp_path)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        assert torch.equal(again(ids).logits, merged(ids).logits)
+
+
+def test_transformers_saves_and_loads_shared_values(tmp_path):
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        initializer_range=0.3,
+    )  # fmt: skip
+
+    def tied():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        attention = model.model.layers[0].self_attn
+        attention.k_proj.weight = attention.q_proj.weight
+        return model
+
+    model, ids = tied(), torch.randint(0, 16, (2, 4))
+    model.add_adapter(NeuroAdaConfig(k=2, target_modules=["q_proj", "k_proj"], init_weights=False))
+    model.eval().save_pretrained(tmp_path)
+    other = tied()
+    other.load_adapter(str(tmp_path))
+    with torch.no_grad():
+        assert torch.equal(other.eval()(ids).logits, model(ids).logits)

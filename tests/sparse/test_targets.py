@@ -1,0 +1,129 @@
+"""What `target_modules` stands for, and which layers are refused."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    MixtralConfig,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
+
+from peft_ext import NeuroAdaConfig
+from peft_ext.sparse.layers import SparseConv, SparseLayer
+
+
+def _convnext():
+    config = ConvNextConfig(
+        num_channels=1, patch_size=2, num_stages=2, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3, image_size=16
+    )
+    return ConvNextForImageClassification(config)
+
+
+def _resnet():
+    config = ResNetConfig(num_channels=1, embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], num_labels=3)
+    return ResNetForImageClassification(config)
+
+
+def _adapted_names(model):
+    return {name for name, module in model.base_model.model.named_modules() if isinstance(module, SparseLayer)}
+
+
+@pytest.mark.parametrize("build", [_convnext, _resnet])
+def test_all_neurons_are_those_of_linear_layers_and_convolutions_without_the_head(build):
+    base = build().eval()
+    expected = {
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith("classifier")
+    }
+    model = get_peft_model(base, NeuroAdaConfig(k=2, target_modules="all-neurons")).eval()
+    assert _adapted_names(model) == expected
+    assert any(isinstance(module, SparseConv) for module in model.modules())
+    x = torch.randn(2, 1, 16, 16)
+    model(pixel_values=x, labels=torch.tensor([0, 2])).loss.backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert trained and all(parameter.grad.abs().max() > 0 for parameter in trained)
+    again = get_peft_model(build(), model.peft_config["default"])
+    assert _adapted_names(again) == expected
+    model.add_adapter("other", NeuroAdaConfig(target_modules="all-neurons"))
+    assert all("other" in module.deltas for module in model.modules() if isinstance(module, SparseLayer))
+
+
+class Plain(nn.Module):
+    """No model of transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(4, 4, 1)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.norm = nn.LayerNorm(4)
+        self.classifier = nn.Linear(4, 2)
+        self.head = nn.Linear(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {"conv", "attention", "classifier", "head"}),
+        ({"modules_to_save": ["head"]}, {"conv", "attention", "classifier"}),
+        ({"exclude_modules": ["attention", "head"]}, {"conv", "classifier"}),
+    ],
+    ids=str,
+)
+def test_all_neurons_of_a_plain_model(options, expected):
+    model = get_peft_model(Plain(), NeuroAdaConfig(target_modules="all-neurons", **options))
+    assert {name.partition(".")[0] for name in _adapted_names(model)} == expected
+
+
+def test_all_linear_takes_an_attention_as_a_whole():
+    """PEFT finds its output projection, which nobody calls, and not its others."""
+    model = get_peft_model(Plain(), NeuroAdaConfig(target_modules="all-linear"))
+    parts = {f"attention.{part}" for part in ("q_proj", "k_proj", "v_proj", "out_proj")}
+    assert _adapted_names(model) == {"classifier", "head", *parts}
+    model.add_adapter("other", NeuroAdaConfig(target_modules="all-linear"))
+    assert all("other" in module.deltas for module in model.modules() if isinstance(module, SparseLayer))
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+class SamePadding(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(nn.functional.pad(x, (0, 1, 0, 1)), weight, bias)
+
+
+class OnlyNamed(nn.Conv2d):
+    """Computes what its base class does."""
+
+
+@pytest.mark.parametrize("kind", [Standardised, SamePadding, nn.ConvTranspose2d, nn.Bilinear, nn.Embedding])
+def test_unsupported_layers_are_named_with_what_is_supported(kind):
+    layer = kind(2, 2) if kind is nn.Embedding else kind(2, 2, 3)
+    with pytest.raises(TypeError) as error:
+        get_peft_model(nn.Sequential(layer), NeuroAdaConfig(target_modules=["0"]))
+    for word in ("'0'", kind.__name__, "Conv3d", "MultiheadAttention", "Conv1D", "exclude_modules"):
+        assert word in str(error.value)
+
+
+def test_a_subclass_that_computes_the_same_is_supported():
+    model = get_peft_model(nn.Sequential(OnlyNamed(2, 2, 3)), NeuroAdaConfig(target_modules=["0"]))
+    assert isinstance(model.base_model.model[0], SparseConv)
+
+
+def test_fused_experts_are_refused_with_the_reason():
+    config = MixtralConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(TypeError, match=r"experts' is a MixtralExperts.*fuses the weights of several layers"):
+        get_peft_model(model, NeuroAdaConfig(target_modules=["experts"]))
+    adapted = get_peft_model(model, NeuroAdaConfig())  # the default leaves them out
+    assert {name.rpartition(".")[2] for name in _adapted_names(adapted)} == {"q_proj", "k_proj", "v_proj", "o_proj"}

@@ -1,0 +1,64 @@
+"""The sparse methods, each with the options that differ, and what the tests of all of them share."""
+
+import torch
+from peft import get_peft_model
+
+from peft_ext import GPSConfig, NeuroAdaConfig, PSNConfig
+from peft_ext.sparse.layers import SparseLayer
+
+
+# GPS as it comes (by scores, with biases and head) needs data; the rest of its behaviour does not depend on these.
+METHODS = {
+    "neuroada": lambda **options: NeuroAdaConfig(**{"k": 2} | options),
+    "neuroada with biases": lambda **options: NeuroAdaConfig(**{"k": 2, "train_bias": True} | options),
+    "psn by k": lambda **options: PSNConfig(**{"k": 5} | options),
+    "psn by density": lambda **options: PSNConfig(**{"density": 0.3} | options),
+    "gps": lambda **options: GPSConfig(**{"k": 1, "selection": "magnitude"} | options),
+    "gps over the network": lambda **options: GPSConfig(**{"k": 1, "selection": "magnitude_network"} | options),
+}
+BACKENDS = ["auto", "bypass", "folded", "dense", "reference"]
+
+
+def layers_of(model):
+    """The adapted layers by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
+
+
+def fill(model, adapter_name="default", seed=1, scale=0.3):
+    """Give an adapter values, and biases where it has them, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in layers_of(model).values():
+        if adapter_name in layer.deltas:
+            for parameter in layer.deltas[adapter_name].parameters():
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return model
+
+
+def adapted(base, method, seed=1, **options):
+    return fill(get_peft_model(base, METHODS[method](**options)).eval(), seed=seed)
+
+
+def add(model, adapter_name, method, seed=2, **options):
+    model.add_adapter(adapter_name, METHODS[method](**options))
+    return fill(model, adapter_name, seed=seed)
+
+
+def logits(model, inputs, **kwargs):
+    with torch.no_grad():
+        return model(**inputs, **kwargs).logits
+
+
+def base_bits(model):
+    """A copy of every tensor of the base model, without heads that are trained whole."""
+    marks = ("_delta.", ".modules_to_save.")
+    return {
+        name.replace("base_model.model.", "").replace(".base_layer", "").replace(".original_module", ""): t.clone()
+        for name, t in model.state_dict().items()
+        if not any(mark in name for mark in marks)
+    }
+
+
+def assert_equal_bits(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
