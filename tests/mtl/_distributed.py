@@ -56,7 +56,7 @@ def train(folder, options):
         "optim": "sgd" if shard else "adamw_torch",
         "max_grad_norm": 0.0,
         "max_steps": 4,
-        "ddp_backend": "gloo",
+        **({"ddp_backend": "gloo"} if processes > 1 else {}),
         **options,
     }
     if split:

@@ -1,0 +1,1 @@
+"""Three multi-task problems that are computed, not downloaded."""
