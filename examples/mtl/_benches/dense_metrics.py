@@ -23,7 +23,7 @@ HIGHER_IS_BETTER = {
 }
 
 
-def dense_losses(outputs: dict[str, Tensor], labels: Any, num_items_in_batch: Any = None) -> dict[str, Tensor]:
+def dense_losses(outputs: dict[str, Tensor], labels: Any) -> dict[str, Tensor]:
     """
     Cross-entropy for `segmentation`, L1 for `depth`, one minus the cosine for `normal`; means over labelled pixels.
     Depth 0 and normal 0 mean "not measured", as in the data sets' files.

@@ -51,7 +51,7 @@ def masked(model: nn.Module, mask: str, density: float, seed: int) -> nn.Module:
     kinds = (nn.Linear, nn.Conv2d)
     targets = [n for n, module in model.named_modules() if n.startswith("encoder.") and isinstance(module, kinds)]
     selection = {"psn": "magnitude", "random": "random"}[mask]
-    heads = [f"heads.{task}" for task in model.get_submodule("heads").keys()]
+    heads = [f"heads.{task}" for task in dict(model.get_submodule("heads").named_children())]
     config = PSNConfig(density=density, selection=selection, seed=seed, target_modules=targets, modules_to_save=heads)
     return get_peft_model(model, config)
 
