@@ -5,8 +5,9 @@ Gradient conflicts and task drop of methods × trained weights on the computed p
     python examples/mtl/experiment.py --bench digits --out out/digits --table      # only print what is there
 
 Every cell is trained with every learning rate, on the same data and from the same weights per seed; the rate is chosen
-by Δm on validation data, averaged over the seeds, and the table shows test data. Δm is relative to single-task training
-of all weights, with the same search. Finished trainings are kept in `runs.jsonl`: an interrupted experiment goes on.
+by Δm on validation data, averaged over the seeds, and the table shows test data. Δm is relative to single-task
+training of all weights, with the same search. Finished trainings are kept in `runs.jsonl`: an interrupted experiment
+goes on.
 """
 
 from __future__ import annotations

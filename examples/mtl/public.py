@@ -9,8 +9,8 @@ Layouts of --root:
   celeba              img_align_celeba/, list_attr_celeba.txt, list_eval_partition.txt
   clevr               images/{train,val}/, scenes/CLEVR_{train,val}_scenes.json
   smallnorb           smallnorb-*-{training,testing}-{dat,info}.mat[.gz]
-The encoder is a small convolutional one from random weights, unless --encoder names a folder with a transformers vision
-model (classification data sets only).
+The encoder is a small convolutional one from random weights, unless --encoder names a folder with a transformers
+vision model (classification data sets only).
 """
 
 from __future__ import annotations

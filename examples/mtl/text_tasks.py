@@ -1,8 +1,9 @@
 """
-Two text tasks with NeuroAda in `MTLSFTTrainer`: copying a row of words and turning it round, on a small Llama made here.
+Two text tasks with NeuroAda in `MTLSFTTrainer`: copying a row of words and turning it round, on a small Llama made
+here, or on a model from a folder or the Hub.
 
     python examples/mtl/text_tasks.py --method pcgrad --out out/text
-    python examples/mtl/text_tasks.py --model HuggingFaceTB/SmolLM2-135M --method cagrad   # a model from the Hub or a folder
+    python examples/mtl/text_tasks.py --model HuggingFaceTB/SmolLM2-135M --method cagrad
 
 Prints the loss of each task before and after, and how often their gradients conflicted.
 """
@@ -34,7 +35,6 @@ WORDS = [
     "moon",
     "star",
     "rain",
-    "snow",
 ]
 TASKS = ("copy", "reverse")
 

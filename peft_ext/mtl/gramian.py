@@ -13,7 +13,7 @@ from .aggregators import Aggregator, Step, make_aggregator
 from .aggregators.base import Array
 
 
-CHUNK = 1 << 18  # coordinates that are raised to float64 at a time
+CHUNK = 1 << 15  # coordinates that are raised to float64 at a time
 
 
 def gramian_of(rows: Sequence[Tensor | None]) -> Tensor:
