@@ -5,8 +5,9 @@ their losses.
     python examples/benchmarks/mtl.py                 # T = 2, 3 and 10, all weights and PSN 10 %
     python examples/benchmarks/mtl.py --tasks 3 --steps 10
 
-Every configuration runs in a process of its own, through `MTLTrainer`. Time is the process's CPU time, the fastest of
-the steps; memory is the peak resident set over what the process held before the first step.
+Every configuration runs through `MTLTrainer`, once for time and once for memory, each in a process of its own. Time is
+the process's CPU time, the fastest of the steps. Memory is the peak resident set over what the process held before the
+first step, with glibc told to give freed blocks back at once: what it keeps otherwise varies by tens of MiB.
 """
 
 from __future__ import annotations
@@ -140,6 +141,16 @@ def measure(method: str, density: float | None, record: bool, tasks: int, batch:
     return {"ms": min(passes[1:]), "mib": marks[1][1] - marks[0][1], "trained": trained}
 
 
+def run_alone(job: list[Any], settings: dict[str, str]) -> dict[str, float]:
+    """`measure` in a new process with some environment variables."""
+    command = [sys.executable, __file__, "--one", json.dumps(job)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **settings}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise SystemExit(f"{job}: {result.stderr[-2000:]}")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, nargs="+", default=[2, 3, 10], help="numbers of tasks")
@@ -154,13 +165,9 @@ def main() -> None:
     rows = []
     jobs = [(tasks, *configuration) for tasks in args.tasks for configuration in CONFIGURATIONS]
     for tasks, name, method, density, record in tqdm(jobs, desc="configurations"):
-        job = json.dumps([method, density, record, tasks, args.batch, args.steps])
-        command = [sys.executable, __file__, "--one", job]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if result.returncode:
-            raise SystemExit(f"{name}, T={tasks}: {result.stderr[-2000:]}")
-        rows.append({"tasks": tasks, "name": name, **json.loads(result.stdout.splitlines()[-1])})
+        timed = run_alone([method, density, record, tasks, args.batch, args.steps], {})
+        weighed = run_alone([method, density, record, tasks, args.batch, 2], {"MALLOC_MMAP_THRESHOLD_": "131072"})
+        rows.append({"tasks": tasks, "name": name, **timed, "mib": weighed["mib"]})
     print(f"{'T':>3} {'gradients':28}{'CPU ms':>10}{'of a sum':>10}{'MiB':>8}{'trained':>12}")
     for row in rows:
         base = next(
