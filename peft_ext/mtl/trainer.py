@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 import os
@@ -18,15 +17,14 @@ from transformers import Trainer
 from .aggregators import Aggregator, Step, make_aggregator
 from .aggregators.base import Array
 from .aggregators.joint import Joint
-from .checkpoint import read_state, write_state
+from .bookkeeping import TaskBookkeepingMixin
 from .conflicts import ConflictRecorder
-from .data import concatenate_tasks, rows_of, task_ids_of
+from .data import concatenate_tasks, task_ids_of
 from .evaluation import TaskEvaluationMixin
 from .feedback import FeedbackCallback, Replay
 from .gradients import TaskGradients
-from .losses import Window, batch_size_of
-from .parallel import processes, refuse_unsupported, sum_over_processes
-from .probe import collect_rows, cosines_of_halves, halves_of, undisturbed
+from .losses import Window
+from .parallel import any_process, local, processes, refuse_unsupported, sum_over_processes
 from .task_data import TaskDataMixin, refuse_packing
 from .task_passes import TaskPassesMixin
 
@@ -34,7 +32,7 @@ from .task_passes import TaskPassesMixin
 logger = logging.getLogger(__name__)
 
 
-class MTLTrainerMixin(TaskEvaluationMixin, TaskDataMixin, TaskPassesMixin):
+class MTLTrainerMixin(TaskBookkeepingMixin, TaskEvaluationMixin, TaskDataMixin, TaskPassesMixin):
     """
     Multi-task training for any subclass of `Trainer`; put it first among the bases. See [`MTLTrainer`] for the
     arguments. To override: `compute_task_losses`.
@@ -155,6 +153,7 @@ class MTLTrainerMixin(TaskEvaluationMixin, TaskDataMixin, TaskPassesMixin):
         losses = np.where(present, self._mean_over_processes(self._task_losses), np.nan)
         self._logged_losses.append(losses)
         if not combine:
+            self._skip_if_not_finite()
             return
         gradients.reduce()
         scaler = self.accelerator.scaler
@@ -184,136 +183,20 @@ class MTLTrainerMixin(TaskEvaluationMixin, TaskDataMixin, TaskPassesMixin):
         else:
             logger.warning("Step %d has gradients that are not finite; it is skipped.", self.state.global_step + 1)
 
+    def _skip_if_not_finite(self) -> None:
+        """The same for gradients that are in `.grad` already; a scaler sees to it by itself."""
+        assert self._gradients is not None
+        found = [p.grad for p in self._gradients.parameters if p.grad is not None]
+        if self.accelerator.scaler is None and found:
+            bad = ~torch.stack([local(gradient).isfinite().all() for gradient in found]).all()
+            if bool(any_process(bad)):
+                for parameter in self._gradients.parameters:
+                    parameter.grad = None
+                self._skip_step(with_scaler=False)
+
     def _mean_over_processes(self, losses: Array) -> Array:
         total = sum_over_processes(torch.tensor(losses, device=self.args.device, dtype=torch.float64))
         return (total / processes()).cpu().numpy()
-
-    def _noise_floor(self, model: nn.Module, inputs: Any) -> Array:
-        """Cosine between the gradients of two halves of each task's last micro-batch, `[tasks]`."""
-        assert self._gradients is not None
-        bare = self.accelerator.unwrap_model(model)
-        parameters = dict(zip(self._gradients.names, self._gradients.parameters, strict=True))
-        store = TaskGradients(parameters, 2 * len(self.task_names), dtype=self._gradients.dtype)
-        store.shared, store.fixed = list(self._gradients.shared), True
-        with self._unlogged(), undisturbed(bare, self.args.device):
-            collect_rows(store, self._losses_of_halves(bare, inputs))
-        store.reduce()
-        return cosines_of_halves(store.gramian()[0])
-
-    def _losses_of_halves(self, model: nn.Module, inputs: Any) -> Any:
-        size = batch_size_of(inputs)
-        if self._splits:
-            for task, part, stands_in in self._parts(inputs, self._micro_batch - 1):
-                count = batch_size_of(part)
-                for half, rows in enumerate(halves_of(count)):
-                    if len(rows) and count > 1 and not stands_in:
-                        piece = rows_of(part, rows, count)
-                        yield 2 * task + half, self._part_loss(model, piece, self._micro_batch - 1, task)
-            return
-        for half, rows in enumerate(halves_of(size)):
-            if not len(rows) or size < 2:
-                continue
-            piece = rows_of(inputs, rows, size)
-            counts = self._counts_of(piece)
-            num_items = None
-            if self.args.task_loss_scale == "window":
-                num_items = dict(zip(self.task_names, counts, strict=True))
-            with self.compute_loss_context_manager():
-                losses = self.compute_task_losses(model, piece, num_items)
-            for task, name in enumerate(self.task_names):
-                if name in losses and float(counts[task]) > 0:
-                    yield 2 * task + half, losses[name]
-
-    # ------------------------------------------------------------------ feedback
-
-    def _give_feedback(self) -> None:
-        """After the optimiser's step: the same batch's new losses, for methods that learn from them."""
-        replay, self._replay = self._replay, None
-        if replay is None or self.accelerator.optimizer_step_was_skipped:
-            return
-        with self._unlogged():
-            losses = replay.run(self, self.model_wrapped)
-        assert self._window is not None
-        after = np.where(self._window.present.numpy(), self._mean_over_processes(losses), np.nan)
-        self.aggregator.feedback(after)
-
-    # ------------------------------------------------------------------ logs and state
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the tasks' losses and the conflicts since the last log; at the end, their summary."""
-        if self._recorder is not None:
-            if "train_runtime" in logs:
-                logs.update(self._recorder.summary(self.state.max_steps))
-                if self._skipped_steps:
-                    logs["skipped_steps"] = float(self._skipped_steps)
-            elif "loss" in logs:
-                block = np.array(self._logged_losses)  # [steps, tasks]
-                for task, name in enumerate(self.task_names):
-                    known = block[~np.isnan(block[:, task]), task] if len(block) else block
-                    if known.size:
-                        logs[f"task_loss/{name}"] = float(known.mean())
-                self._logged_losses = []
-                logs.update(self._recorder.logs(self.state.max_steps))
-        super().log(logs, *args, **kwargs)
-
-    def _unlogged(self) -> Any:
-        return _Unlogged(self)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save and self._aggregator is not None and self._recorder is not None:
-            state = {
-                "method": self._method_name(),
-                "tasks": self.task_names,
-                "aggregator": self._aggregator.state_dict(),
-                "conflicts": self._recorder.state_dict(),
-                "gradients": self._gradients.state_dict() if self._gradients is not None else None,
-                "logged_losses": [losses.tolist() for losses in self._logged_losses],
-                "skipped_steps": self._skipped_steps,
-            }
-            write_state(output_dir, state)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        self._loaded = read_state(checkpoint, self._method_name(), self._task_names)
-        if self._loaded is None:
-            logger.warning("%s has no state of multi-task training; the method starts afresh.", checkpoint)
-        self._restore()
-
-    def _method_name(self) -> str:
-        return type(self._given_aggregator).__name__ if self._given_aggregator else self.args.mtl_method
-
-    def _restore(self) -> None:
-        """Take over what a checkpoint holds, as far as its owners exist by now."""
-        state = self._loaded
-        if state is None:
-            return
-        if self._aggregator is not None and self._recorder is not None and "aggregator" in state:
-            self._aggregator.load_state_dict(state.pop("aggregator"))
-            self._recorder.load_state_dict(state.pop("conflicts"))
-            self._logged_losses = [np.array(losses) for losses in state.pop("logged_losses")]
-            self._skipped_steps = state.pop("skipped_steps")
-        if self._gradients is not None and state.get("gradients") is not None:
-            self._gradients.load_state_dict(state.pop("gradients"))
-
-
-class _Unlogged:
-    """Keeps what a trainer's `compute_loss` counts, as SFTTrainer's does, out of the logs."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-
-    def __enter__(self) -> None:
-        names = ("_metrics", "_total_train_tokens")
-        self.before = {
-            name: copy.deepcopy(getattr(self.trainer, name)) for name in names if hasattr(self.trainer, name)
-        }
-
-    def __exit__(self, *error: object) -> None:
-        for name, value in self.before.items():
-            setattr(self.trainer, name, value)
 
 
 class MTLTrainer(MTLTrainerMixin, Trainer):

@@ -58,11 +58,8 @@ class NashMTL(Aggregator):
         return weights * (self.max_norm / norm) if 0 < self.max_norm < norm else weights
 
     def head_weights(self, step: Step, weights: Array | None) -> Array:
-        # Published code clips the shared parameters' gradient alone.
-        return super().weights(step) if weights is None else self._unclipped(step)
-
-    def _unclipped(self, step: Step) -> Array:
-        # A task without a shared gradient still trains its head.
+        # Unclipped: published code clips the shared parameters' gradient alone. A task without a shared gradient still
+        # trains its head.
         full = np.where(step.present, 1.0, 0.0)
         if self.held is not None:
             full[self.held[0]] = self.held[1]
