@@ -1,5 +1,8 @@
 """Fine-grained sparse tuning as PEFT methods. Importing the package registers them with PEFT and transformers."""
 
+import importlib
+from typing import Any
+
 from ._version import __version__
 from .registration import make_loading_all_or_nothing, make_saving_atomic
 from .sparse.hotswap import hotswap_adapter
@@ -37,3 +40,9 @@ __all__ = [
     "selection_report",
     "visual_tokens",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "mtl":  # imports transformers' Trainer: only when it is asked for
+        return importlib.import_module(".mtl", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Public data sets in the layouts that they are distributed in."""

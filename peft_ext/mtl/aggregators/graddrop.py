@@ -1,0 +1,28 @@
+"""GradDrop: keep, per coordinate, the gradients of one sign."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import Aggregator, Step
+
+
+class GradDrop(Aggregator):
+    """
+    Gradient sign dropout (Chen et al. 2020, https://arxiv.org/abs/2010.06808, Algorithm 1), on parameters' gradients.
+
+    A coordinate keeps its positive gradients with probability `P = ½ (1 + Σ gᵢ / Σ |gᵢ|)`, else its negative ones. The
+    expectation is the sum of the rows.
+    """
+
+    needs_rows = True
+
+    def combine(self, rows: Tensor, step: Step) -> Tensor:
+        total = rows.sum(dim=0)  # [parameters]
+        magnitude = rows.abs().sum(dim=0)
+        positive = 0.5 * (1.0 + torch.where(magnitude > 0, total / magnitude, 0.0))
+        # Drawn on the CPU: the same on every device, and the stream is part of the state.
+        draw = torch.rand(rows.shape[1], generator=self.generator, dtype=torch.float64).to(rows.device)
+        kept = torch.where(draw < positive, rows.clamp(min=0).sum(dim=0), rows.clamp(max=0).sum(dim=0))
+        return kept * self.mean_scale(step)

@@ -1,0 +1,17 @@
+"""Joint training: the mean of the tasks' gradients."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .base import Aggregator, Array, Step
+
+
+class Joint(Aggregator):
+    """
+    Equal weights: the mean of the losses (thesis, equation 6.2), or their sum with `reduction="reference"`. The
+    baseline of every comparison, and often hard to beat (Kurin et al. 2022, https://arxiv.org/abs/2201.04122).
+    """
+
+    def solve(self, gramian: Array, step: Step) -> Array:
+        return np.full(len(gramian), self.mean_scale(step))

@@ -1,0 +1,166 @@
+"""Beside the training itself: logs, checkpoints, noise floor, and losses after a step."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from .aggregators.base import Array
+from .checkpoint import read_state, write_state
+from .data import rows_of
+from .gradients import TaskGradients
+from .losses import batch_size_of
+from .probe import collect_rows, cosines_of_halves, halves_of, undisturbed
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
+
+logger = logging.getLogger(__name__)
+
+
+class _Unlogged:
+    """Keeps what a trainer's `compute_loss` counts, as SFTTrainer's does, out of the logs."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def __enter__(self) -> None:
+        names = ("_metrics", "_total_train_tokens")
+        self.before = {
+            name: copy.deepcopy(getattr(self.trainer, name)) for name in names if hasattr(self.trainer, name)
+        }
+
+    def __exit__(self, *error: object) -> None:
+        for name, value in self.before.items():
+            setattr(self.trainer, name, value)
+
+
+class TaskBookkeepingMixin(_Trainer):
+    """Part of [`MTLTrainerMixin`]."""
+
+    _aggregator: Any
+    _given_aggregator: Any
+    _recorder: Any
+    _gradients: Any
+    _loaded: dict[str, Any] | None
+    _logged_losses: list[Array]
+    _micro_batch: int
+    _replay: Any
+    _skipped_steps: int
+
+    # ------------------------------------------------------------------ logs and state
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the tasks' losses and the conflicts since the last log; at the end, their summary."""
+        if self._recorder is not None:
+            if "train_runtime" in logs:
+                logs.update(self._recorder.summary(self.state.max_steps))
+                if self._skipped_steps:
+                    logs["skipped_steps"] = float(self._skipped_steps)
+            elif "loss" in logs:
+                block = np.array(self._logged_losses)  # [steps, tasks]
+                for task, name in enumerate(self.task_names):
+                    known = block[~np.isnan(block[:, task]), task] if len(block) else block
+                    if known.size:
+                        logs[f"task_loss/{name}"] = float(known.mean())
+                self._logged_losses = []
+                logs.update(self._recorder.logs(self.state.max_steps))
+        super().log(logs, *args, **kwargs)
+
+    def _unlogged(self) -> Any:
+        return _Unlogged(self)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save and self._aggregator is not None and self._recorder is not None:
+            state = {
+                "method": self._method_name(),
+                "tasks": self.task_names,
+                "aggregator": self._aggregator.state_dict(),
+                "conflicts": self._recorder.state_dict(),
+                "gradients": self._gradients.state_dict() if self._gradients is not None else None,
+                "logged_losses": [losses.tolist() for losses in self._logged_losses],
+                "skipped_steps": self._skipped_steps,
+            }
+            write_state(output_dir, state)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self._loaded = read_state(checkpoint, self._method_name(), self._task_names)
+        if self._loaded is None:
+            logger.warning("%s has no state of multi-task training; the method starts afresh.", checkpoint)
+        self._restore()
+
+    def _method_name(self) -> str:
+        return type(self._given_aggregator).__name__ if self._given_aggregator else self.args.mtl_method
+
+    def _restore(self) -> None:
+        """Take over what a checkpoint holds, as far as its owners exist by now."""
+        state = self._loaded
+        if state is None:
+            return
+        if self._aggregator is not None and self._recorder is not None and "aggregator" in state:
+            self._aggregator.load_state_dict(state.pop("aggregator"))
+            self._recorder.load_state_dict(state.pop("conflicts"))
+            self._logged_losses = [np.array(losses) for losses in state.pop("logged_losses")]
+            self._skipped_steps = state.pop("skipped_steps")
+        if self._gradients is not None and state.get("gradients") is not None:
+            self._gradients.load_state_dict(state.pop("gradients"))
+
+    # ------------------------------------------------------------------ measurements
+
+    def _noise_floor(self, model: nn.Module, inputs: Any) -> Array:
+        """Cosine between the gradients of two halves of each task's last micro-batch, `[tasks]`."""
+        assert self._gradients is not None
+        bare = self.accelerator.unwrap_model(model)
+        parameters = dict(zip(self._gradients.names, self._gradients.parameters, strict=True))
+        store = TaskGradients(parameters, 2 * len(self.task_names), dtype=self._gradients.dtype)
+        store.shared, store.fixed = list(self._gradients.shared), True
+        with self._unlogged(), undisturbed(bare, self.args.device):
+            collect_rows(store, self._losses_of_halves(bare, inputs))
+        store.reduce()
+        return cosines_of_halves(store.gramian()[0])
+
+    def _losses_of_halves(self, model: nn.Module, inputs: Any) -> Any:
+        size = batch_size_of(inputs)
+        if self._splits:
+            for task, part, stands_in in self._parts(inputs, self._micro_batch - 1):
+                count = batch_size_of(part)
+                for half, rows in enumerate(halves_of(count)):
+                    if len(rows) and count > 1 and not stands_in:
+                        piece = rows_of(part, rows, count)
+                        yield 2 * task + half, self._part_loss(model, piece, self._micro_batch - 1, task)
+            return
+        for half, rows in enumerate(halves_of(size)):
+            if not len(rows) or size < 2:
+                continue
+            piece = rows_of(inputs, rows, size)
+            counts = self._counts_of(piece)
+            num_items = None
+            if self.args.task_loss_scale == "window":
+                num_items = dict(zip(self.task_names, counts, strict=True))
+            with self.compute_loss_context_manager():
+                losses = self.compute_task_losses(model, piece, num_items)
+            for task, name in enumerate(self.task_names):
+                if name in losses and float(counts[task]) > 0:
+                    yield 2 * task + half, losses[name]
+
+    def _give_feedback(self) -> None:
+        """After the optimiser's step: the same batch's new losses, for methods that learn from them."""
+        replay, self._replay = self._replay, None
+        if replay is None or self.accelerator.optimizer_step_was_skipped:
+            return
+        with self._unlogged():
+            losses = replay.run(self, self.model_wrapped)
+        assert self._window is not None
+        after = np.where(self._window.present.numpy(), self._mean_over_processes(losses), np.nan)
+        self.aggregator.feedback(after)

@@ -1,0 +1,189 @@
+"""A callback that measures gradient conflicts in any `Trainer`, without changing its training by a bit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from .conflicts import ConflictRecorder
+from .data import rows_of
+from .gradients import TaskGradients
+from .losses import batch_size_of, checked_losses
+from .parallel import processes
+from .probe import collect_rows, cosines_of_halves, halves_of, undisturbed
+
+
+TaskLosses = Callable[[nn.Module, Any], Mapping[str, Tensor]]
+
+
+class GradientConflictCallback(TrainerCallback):
+    r"""
+    Records how often the gradients of several tasks conflict while any `Trainer` trains.
+
+    Two tasks conflict where the cosine between their gradients is negative (thesis, definition 6.3.1). Before every
+    `every_n_steps`-th optimiser step, one backward pass per task on the probe batch gives the gradients; they never
+    reach the optimiser. Random streams, buffers and gradients are put back, so that the training is the same bit for
+    bit.
+
+    Args:
+        probe (`dict`):
+            The probe batch: one batch for all tasks, with `task_losses_func`; or a dict of one batch per task, whose
+            loss the model itself returns.
+        task_losses_func (`Callable`, *optional*):
+            `f(model, batch) -> dict` of one scalar loss per task.
+        every_n_steps (`int`, *optional*, defaults to 10):
+            How often. Each time costs about as much as one training step per task.
+        scope (`str`, *optional*):
+            Regular expression of the names of the parameters to look at; by default the trainable ones that more than
+            one task reaches.
+        layerwise (`bool`, *optional*, defaults to `False`):
+            Record the incidence per layer too.
+        noise_floor (`bool`, *optional*, defaults to `False`):
+            Compare two halves of each task's batch too: how often noise alone makes gradients conflict.
+        output_file (`str`, *optional*, defaults to `"gradient_conflicts.jsonl"`):
+            In the trainer's `output_dir`; empty for none.
+
+    Attributes:
+        recorder ([`ConflictRecorder`]): what was recorded; from the first measurement on.
+
+    To have the values in TensorBoard and Weights & Biases, add the callback with [`log_gradient_conflicts`]: those
+    callbacks come first, and pass on what they are given.
+
+    Example:
+
+    ```py
+    callback = GradientConflictCallback({"math": math_batch, "code": code_batch}, every_n_steps=10)
+    log_gradient_conflicts(trainer, callback)
+    trainer.train()
+    print(callback.recorder.summary())
+    ```
+    """
+
+    def __init__(
+        self,
+        probe: Mapping[str, Any],
+        task_losses_func: TaskLosses | None = None,
+        every_n_steps: int = 10,
+        scope: str | None = None,
+        layerwise: bool = False,
+        noise_floor: bool = False,
+        output_file: str = "gradient_conflicts.jsonl",
+    ) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps={every_n_steps!r} must be at least 1.")
+        if task_losses_func is None and not all(isinstance(batch, Mapping) for batch in probe.values()):
+            raise ValueError("probe must be a dict of one batch per task, or come with task_losses_func.")
+        self.probe = probe
+        self.task_losses_func = task_losses_func
+        self.every_n_steps = every_n_steps
+        self.scope = scope
+        self.layerwise = layerwise
+        self.noise_floor = noise_floor
+        self.output_file = output_file
+        self.recorder: ConflictRecorder | None = None
+
+    # ------------------------------------------------------------------ events
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.recorder = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if (state.global_step + 1) % self.every_n_steps == 0:
+            self.measure(kwargs["model"], args, state)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if self.recorder is None or logs is None:
+            return
+        if "loss" in logs:
+            new = self.recorder.logs(state.max_steps)
+        elif "train_runtime" in logs:
+            new = self.recorder.summary(state.max_steps)
+        else:
+            return
+        logs.update(new)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(new)  # Trainer filed a copy before it called us
+
+    # ------------------------------------------------------------------ measuring
+
+    def measure(self, model: nn.Module, args: Any, state: Any) -> None:
+        """Record the conflicts of the model as it is now."""
+        bare: nn.Module = getattr(model, "module", model)  # DDP's wrapper would average over processes by itself
+        if any(hasattr(parameter, "to_local") for parameter in bare.parameters()):
+            raise ValueError("GradientConflictCallback does not work with FSDP; MTLTrainer records conflicts there.")
+        device = next(bare.parameters()).device
+        with undisturbed(bare, device):
+            bare.train()
+            found = self._losses(bare, device, halves=False)
+            if self.recorder is None:
+                names = [str(name) for name in self.probe]
+                if self.task_losses_func is not None:  # they come from one forward pass
+                    kept = list(found)
+                    names, found = [name for _, name, _ in kept], iter(kept)
+                path = os.path.join(args.output_dir, self.output_file) if self.output_file else None
+                self.recorder = ConflictRecorder(names, path if args.should_save else None)
+            tasks = self.recorder.tasks
+            rows, values = self._store(bare, len(tasks)), np.full(len(tasks), np.nan)
+            for _, name, loss in found:
+                values[tasks.index(name)] = float(loss.detach())
+                collect_rows(rows, [(tasks.index(name), loss)])
+            rows.reduce()
+            gramian, layers = rows.gramian()
+            floor = self._floor(bare, device, rows.shared) if self.noise_floor else None
+        epoch = state.epoch or 0.0
+        self.recorder.record(state.global_step + 1, epoch, gramian, values, layers=layers, floor=floor)
+
+    def _store(self, model: nn.Module, rows: int) -> TaskGradients:
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        heads = {name for name in parameters if ".modules_to_save." in name}
+        return TaskGradients(parameters, rows, self.scope, heads, by_layer=self.layerwise)
+
+    def _floor(self, model: nn.Module, device: torch.device, shared: list[bool]) -> np.ndarray[Any, Any]:
+        assert self.recorder is not None
+        tasks = self.recorder.tasks
+        store = self._store(model, 2 * len(tasks))
+        store.shared, store.fixed, store.by_layer = list(shared), True, False
+        found = self._losses(model, device, halves=True)
+        collect_rows(store, ((2 * tasks.index(name) + half, loss) for half, name, loss in found))
+        store.reduce()
+        return cosines_of_halves(store.gramian()[0])
+
+    def _losses(self, model: nn.Module, device: torch.device, halves: bool) -> Iterator[tuple[int, str, Tensor]]:
+        """Half, task and loss; the whole batch counts as half 0."""
+        groups = [(None, self.probe)] if self.task_losses_func is not None else list(self.probe.items())
+        for name, batch in groups:
+            batch = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
+            size = batch_size_of(batch)
+            pieces = [rows_of(batch, rows, size) for rows in halves_of(size) if len(rows)] if halves else [batch]
+            for half, piece in enumerate(pieces):
+                if self.task_losses_func is not None:
+                    losses = checked_losses(self.task_losses_func(model, piece), "task_losses_func's result")
+                else:
+                    losses = {str(name): model(**piece)["loss"]}
+                for task, loss in losses.items():
+                    yield half, task, loss
+
+
+def log_gradient_conflicts(trainer: Any, callback: GradientConflictCallback) -> GradientConflictCallback:
+    """
+    Add the callback to a trainer, ahead of those that report to TensorBoard, Weights & Biases and the like.
+
+    Args:
+        trainer (`Trainer`): any trainer, before `train()`.
+        callback ([`GradientConflictCallback`]): the callback.
+
+    Returns:
+        The callback.
+    """
+    if processes() > 1 and callback.output_file and not trainer.args.should_save:
+        callback.output_file = ""
+    trainer.add_callback(callback)
+    callbacks = trainer.callback_handler.callbacks
+    callbacks.insert(0, callbacks.pop())
+    return callback

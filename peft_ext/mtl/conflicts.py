@@ -1,0 +1,232 @@
+"""How often tasks' gradients conflict: per step, over training, per pair and per layer."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from .aggregators.base import Array
+
+
+def cosines_of(gramian: Array) -> Array:
+    """
+    Cosines of the angles between gradients, `[tasks, tasks]`; NaN where one of the two has norm zero.
+
+    Args:
+        gramian (`np.ndarray`): their inner products, `[tasks, tasks]`.
+    """
+    norms = np.sqrt(np.maximum(np.diagonal(gramian), 0.0))
+    norms = np.where(norms > 0, norms, np.nan)
+    return np.clip(gramian / np.outer(norms, norms), -1.0, 1.0)
+
+
+def pair_cosines(gramian: Array) -> Array:
+    """The cosines above the diagonal, `[tasks * (tasks - 1) / 2]`, in the order of `itertools.combinations`."""
+    cosines = cosines_of(gramian)
+    return cosines[np.triu_indices(len(cosines), k=1)]
+
+
+def conflict_incidence(cosines: Any) -> float:
+    """
+    Average incidence of gradient conflict, p % (thesis, section 6.4.1): per step the share of pairs with a negative
+    cosine, averaged over the steps.
+
+    Args:
+        cosines (array, `[pairs]` or `[steps, pairs]`): NaN for pairs that a step does not have.
+
+    Returns:
+        Percent; NaN if there is no pair at all.
+    """
+    cosines = np.atleast_2d(np.asarray(cosines, dtype=np.float64))
+    pairs = (~np.isnan(cosines)).sum(axis=1)
+    conflicts = (cosines < 0).sum(axis=1)
+    steps = pairs > 0
+    return float(100.0 * (conflicts[steps] / pairs[steps]).mean()) if steps.any() else float("nan")
+
+
+class ConflictRecorder:
+    """
+    Keeps the cosines of every recorded step, sums them up for the log, and writes one JSON line per step.
+
+    Args:
+        tasks (`list[str]`): their names.
+        path (`str`, *optional*): file of JSON lines.
+
+    Attributes:
+        pairs (`list[str]`): names of the pairs, `"a__b"`, in the order of `cosines`.
+        steps (`list[int]`): global steps recorded.
+        cosines (`list[np.ndarray]`): `[pairs]` per recorded step.
+    """
+
+    def __init__(self, tasks: Sequence[str], path: str | None = None) -> None:
+        self.tasks = list(tasks)
+        self.pairs = [f"{a}__{b}" for a, b in combinations(self.tasks, 2)]
+        self.path = path
+        self.steps: list[int] = []
+        self.epochs: list[float] = []
+        self.cosines: list[Array] = []
+        self.noise: list[bool] = []  # one entry per comparison of two halves
+        self.layers: dict[str, list[int]] = {}  # conflicts and pairs so far
+        self.window: list[dict[str, float]] = []
+        self.logged = 0  # recorded steps that earlier logs have covered
+
+    def record(
+        self,
+        step: int,
+        epoch: float,
+        gramian: Array,
+        losses: Array | None = None,
+        weights: Array | None = None,
+        layers: Mapping[str, Array] | None = None,
+        floor: Array | None = None,
+    ) -> None:
+        """
+        Take one optimiser step.
+
+        Args:
+            step (`int`), epoch (`float`): when.
+            gramian (`np.ndarray`): `[tasks, tasks]`.
+            losses, weights (`np.ndarray`, *optional*): `[tasks]`.
+            layers (`dict`, *optional*): Gramian per layer.
+            floor (`np.ndarray`, *optional*): cosines between two halves of one task's batch, `[tasks]`.
+        """
+        cosines = pair_cosines(gramian)
+        norms = np.sqrt(np.maximum(np.diagonal(gramian), 0.0))
+        self.steps.append(step)
+        self.epochs.append(float(epoch))
+        self.cosines.append(cosines)
+        line: dict[str, Any] = {"step": step, "epoch": float(epoch), "cos": _plain(cosines), "norms": _plain(norms)}
+        values = {f"grad_norm/{task}": norms[i] for i, task in enumerate(self.tasks)}
+        if losses is not None:
+            line["losses"] = _plain(losses)
+        if weights is not None:
+            line["weights"] = _plain(weights)
+            values |= {f"task_weight/{task}": weights[i] for i, task in enumerate(self.tasks)}
+        if layers:
+            line["layers"] = {}
+            for name, part in layers.items():
+                known = pair_cosines(part)
+                known = known[~np.isnan(known)]
+                counts = self.layers.setdefault(name, [0, 0])
+                counts[0] += int((known < 0).sum())
+                counts[1] += len(known)
+                line["layers"][name] = _plain(pair_cosines(part))
+        if floor is not None:
+            self.noise += [bool(c < 0) for c in floor if not np.isnan(c)]
+            line["noise_cos"] = _plain(floor)
+        self.window.append({key: float(value) for key, value in values.items() if not np.isnan(value)})
+        self._write(line)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.path:
+            os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"tasks": self.tasks, **line}) + "\n")
+
+    def logs(self, total_steps: int | None = None) -> dict[str, float]:
+        """
+        What to log now: means over the steps since the last call, and the incidence so far. Plain floats.
+
+        Args:
+            total_steps (`int`, *optional*): of the whole training, whose second half is `incidence_last_half`.
+        """
+        logs: dict[str, float] = {}
+        recent = self.cosines[self.logged :]
+        if recent and self.pairs:
+            block = np.stack(recent)  # [steps, pairs]
+            logs["gradient_conflict/incidence"] = conflict_incidence(block)
+            logs["gradient_conflict/mean_cos"] = _mean(block)
+            logs["gradient_conflict/mean_abs_cos"] = _mean(np.abs(block))
+            for i, pair in enumerate(self.pairs):
+                logs[f"gradient_conflict/cos/{pair}"] = _mean(block[:, i])
+                logs[f"gradient_conflict/conflict/{pair}"] = conflict_incidence(block[:, i : i + 1])
+            logs["gradient_conflict/incidence_all"] = self.incidence()
+            logs["gradient_conflict/incidence_last_half"] = self.incidence(last_half_of=total_steps or self.steps[-1])
+        for name, (conflicts, pairs) in self.layers.items():
+            if pairs and recent:
+                logs[f"gradient_conflict/layer/{name}"] = 100.0 * conflicts / pairs
+        if self.noise and recent:
+            logs["gradient_conflict/noise_floor"] = self.noise_floor()
+        for key in sorted({key for entry in self.window for key in entry}):
+            prefix = "gradient_conflict/" if key.startswith("grad_norm/") else ""
+            logs[prefix + key] = float(np.mean([entry[key] for entry in self.window if key in entry]))
+        self.window = []
+        self.logged = len(self.cosines)
+        return {key: value for key, value in logs.items() if not np.isnan(value)}
+
+    def incidence(self, last_half_of: int | None = None) -> float:
+        """
+        Incidence in percent over all recorded steps.
+
+        Args:
+            last_half_of (`int`, *optional*): only over the steps after half of this number.
+        """
+        chosen = [c for s, c in zip(self.steps, self.cosines, strict=True) if not last_half_of or 2 * s > last_half_of]
+        return conflict_incidence(np.stack(chosen)) if chosen and self.pairs else float("nan")
+
+    def noise_floor(self) -> float:
+        """Percent of comparisons between halves of one task's batch that conflict; NaN without any."""
+        return 100.0 * float(np.mean(self.noise)) if self.noise else float("nan")
+
+    def summary(self, total_steps: int | None = None) -> dict[str, float]:
+        """Incidence over all steps, the last half, per pair and per layer, and the noise floor; for a results file."""
+        if not self.cosines:
+            return {}
+        block = np.stack(self.cosines)
+        values = {
+            "gradient_conflict_incidence_all": self.incidence(),
+            "gradient_conflict_incidence_last_half": self.incidence(last_half_of=total_steps or self.steps[-1]),
+            "gradient_conflict_mean_cos": _mean(block),
+            "gradient_conflict_mean_abs_cos": _mean(np.abs(block)),
+            "gradient_conflict_noise_floor": self.noise_floor(),
+        }
+        for i, pair in enumerate(self.pairs):
+            values[f"gradient_conflict_incidence_{pair}"] = conflict_incidence(block[:, i : i + 1])
+        for name, (conflicts, pairs) in self.layers.items():
+            values[f"gradient_conflict_incidence_layer_{name}"] = 100.0 * conflicts / pairs if pairs else float("nan")
+        return {key: value for key, value in values.items() if not np.isnan(value)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything recorded, as plain values."""
+        return {
+            "tasks": self.tasks,
+            "steps": list(self.steps),
+            "epochs": list(self.epochs),
+            "cosines": [c.tolist() for c in self.cosines],
+            "noise": list(self.noise),
+            "layers": {name: list(counts) for name, counts in self.layers.items()},
+            "window": [dict(entry) for entry in self.window],
+            "logged": self.logged,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`, and cut the file back to the steps it had then."""
+        self.steps = list(state["steps"])
+        self.epochs = list(state["epochs"])
+        self.cosines = [np.array(c, dtype=np.float64) for c in state["cosines"]]
+        self.noise = list(state["noise"])
+        self.layers = {name: list(counts) for name, counts in state["layers"].items()}
+        self.window = [dict(entry) for entry in state["window"]]
+        self.logged = state["logged"]
+        if self.path and os.path.isfile(self.path):
+            from ..files import write_atomically
+
+            last = self.steps[-1] if self.steps else 0
+            with open(self.path, encoding="utf-8") as file:
+                kept = [line for line in file if json.loads(line)["step"] <= last]
+            write_atomically(self.path, "".join(kept))
+
+
+def _mean(values: Array) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else float("nan")
+
+
+def _plain(values: Array) -> list[float | None]:
+    """For JSON, which has no NaN."""
+    return [float(v) if np.isfinite(v) else None for v in values]

@@ -1,0 +1,254 @@
+"""The tasks' gradients of one optimiser step: collected task by task, put together, written back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .aggregators import Aggregator, Step
+from .aggregators.base import Array
+from .gramian import gramian_of
+from .parallel import any_process, is_sharded, local, mean_over_processes, sum_over_processes
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """
+    What one optimiser step's gradients were.
+
+    Attributes:
+        step ([`Step`]): their Gramian over the shared parameters, and the losses.
+        weights (`np.ndarray`, *optional*): of the tasks, `[tasks]`; `None` for methods without.
+        layers (`dict[str, np.ndarray]`): Gramian per layer, if asked for.
+        finite (`bool`): whether all of it was finite. If not, no gradient was written.
+    """
+
+    step: Step
+    weights: Array | None
+    layers: dict[str, Array]
+    finite: bool
+
+
+class TaskGradients:
+    """
+    The gradients of every task, of the trainable parameters that it reached.
+
+    Memory: one copy of the trainable parameters per task that reaches them, in `dtype`. For sparse adapters those are
+    the values alone.
+
+    Args:
+        parameters (`dict[str, nn.Parameter]`): the trainable ones, by name.
+        num_tasks (`int`): number of tasks.
+        shared (`str`, *optional*): regular expression of the names of shared parameters.
+        heads (`set[str]`, *optional*): names that are never shared, however many tasks reach them.
+        dtype (`torch.dtype`): in which gradients are kept.
+        by_layer (`bool`): whether to compute a Gramian per layer too.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        num_tasks: int,
+        shared: str | None = None,
+        heads: set[str] | None = None,
+        dtype: torch.dtype = torch.float32,
+        by_layer: bool = False,
+    ) -> None:
+        self.names = list(parameters)
+        self.parameters = list(parameters.values())
+        self.num_tasks = num_tasks
+        self.dtype = dtype
+        self.by_layer = by_layer
+        self.device = self.parameters[0].device if self.parameters else torch.device("cpu")
+        self.heads = heads or set()
+        self.shared = [False] * len(self.names)
+        self.fixed = shared is not None
+        if shared is not None:
+            self.shared = [re.search(shared, name) is not None for name in self.names]
+            if not any(self.shared):
+                raise ValueError(
+                    f"shared_parameters={shared!r} is found in no trainable parameter; their names are like "
+                    f"{', '.join(self.names[:3])}."
+                )
+        self.reached = torch.zeros(num_tasks, len(self.names), dtype=torch.bool)  # ever, by each task
+        self.rows: list[dict[int, Tensor]] = []
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the gradients, to begin an optimiser step."""
+        self.rows = [{} for _ in range(self.num_tasks)]
+
+    def collect(self, task: int, is_stand_in: bool = False) -> None:
+        """
+        Move the gradients that one task's backward pass left in `.grad` to its row, adding to what is there. After a
+        pass that only stands in for a task that another process has, nothing but FSDP2's shards is worth keeping.
+        """
+        row = self.rows[task]
+        for index, parameter in enumerate(self.parameters):
+            if parameter.grad is None:
+                continue
+            gradient = local(parameter.grad.detach())
+            parameter.grad = None
+            if is_stand_in and not is_sharded(parameter):
+                continue
+            if index in row:
+                row[index] += gradient
+            else:
+                row[index] = gradient.to(self.dtype)
+
+    def reduce(self) -> None:
+        """Average over processes. FSDP2 has averaged its shards already."""
+        reached = torch.zeros_like(self.reached)
+        for task, row in enumerate(self.rows):
+            reached[task, list(row)] = True
+        reached = any_process(reached.to(self.device)).cpu()
+        self.reached |= reached
+        for task, row in enumerate(self.rows):
+            plain: dict[int, Tensor] = {}
+            for index in torch.nonzero(reached[task]).flatten().tolist():
+                if index not in row:  # another process's batch had this task
+                    row[index] = torch.zeros_like(local(self.parameters[index].detach()), dtype=self.dtype)
+                if not is_sharded(self.parameters[index]):
+                    plain[index] = row[index]
+            mean_over_processes(plain)
+        if not self.fixed:
+            by_several = (self.reached.sum(dim=0) > 1).tolist()
+            self.shared = [new and name not in self.heads for name, new in zip(self.names, by_several, strict=True)]
+
+    def scale(self, factor: float) -> None:
+        """Multiply all gradients."""
+        for row in self.rows:
+            for gradient in row.values():
+                gradient *= factor
+
+    def gramian(self) -> tuple[Array, dict[str, Array]]:
+        """Inner products over the shared parameters, float64 `[tasks, tasks]`, and per layer if asked for."""
+        layers: dict[str, tuple[Tensor, Tensor]] = {}
+        for index, name in enumerate(self.names):
+            if not self.shared[index]:
+                continue
+            part = gramian_of([row.get(index) for row in self.rows]).to(self.device)
+            whole_and_shards = layers.setdefault(
+                layer_of(name) if self.by_layer else "", (torch.zeros_like(part), torch.zeros_like(part))
+            )
+            whole_and_shards[is_sharded(self.parameters[index])].add_(part)
+        if not layers:
+            return np.zeros((self.num_tasks, self.num_tasks)), {}
+        whole = torch.stack([pair[0] for pair in layers.values()])  # [layers, tasks, tasks]
+        shards = torch.stack([pair[1] for pair in layers.values()])
+        if any(is_sharded(parameter) for parameter in self.parameters):
+            sum_over_processes(shards)
+        total = (whole + shards).cpu()
+        by_layer = {name: total[i].numpy() for i, name in enumerate(layers)} if self.by_layer else {}
+        return total.sum(dim=0).numpy(), by_layer
+
+    def heads_are_finite(self) -> bool:
+        """Whether the gradients of parameters of single tasks are finite, in every process."""
+        bad = torch.zeros(1, dtype=torch.bool, device=self.device)
+        for row in self.rows:
+            for index, gradient in row.items():
+                if not self.shared[index]:
+                    bad |= ~gradient.isfinite().all()
+        return not bool(any_process(bad))
+
+    def write(self, aggregator: Aggregator, step: Step, factor: float = 1.0) -> Array | None:
+        """
+        Combine the gradients and put `factor` times the result into `.grad`.
+
+        Returns:
+            The tasks' weights `[tasks]`, or `None` for methods without.
+        """
+        weights = None if aggregator.needs_rows else aggregator.weights(step)
+        heads = aggregator.head_weights(step, weights)
+        if weights is None:
+            self._write_direction(aggregator, step, factor)
+        for index in range(len(self.parameters)):
+            if self.shared[index]:
+                if weights is not None:
+                    self._put(index, self._combined(index, weights * factor))
+            else:
+                self._put(index, self._combined(index, heads * factor))
+        return weights
+
+    def _combined(self, index: int, weights: Array) -> Tensor | None:
+        total: Tensor | None = None
+        for task, row in enumerate(self.rows):
+            gradient = row.pop(index, None)  # freed as soon as it is used
+            if gradient is None:
+                continue
+            if total is None:
+                total = gradient.mul_(float(weights[task]))
+            else:
+                total.add_(gradient, alpha=float(weights[task]))
+        return total
+
+    def _write_direction(self, aggregator: Aggregator, step: Step, factor: float) -> None:
+        indices = [i for i, shared in enumerate(self.shared) if shared and any(i in row for row in self.rows)]
+        if any(is_sharded(self.parameters[i]) for i in indices):
+            raise ValueError(
+                f"{type(aggregator).__name__} needs whole gradients, of which FSDP2 gives each process a part. Use "
+                "DistributedDataParallel, or a method that works on inner products, such as 'pcgrad' or 'cagrad'."
+            )
+        active = step.active
+        if not len(active):
+            return
+        sizes = [self.parameters[i].numel() for i in indices]
+        rows = torch.zeros(len(active), sum(sizes), dtype=torch.promote_types(self.dtype, torch.float32)).to(
+            self.device
+        )
+        for row, task in zip(rows, active, strict=True):
+            for index, part in zip(indices, row.split(sizes), strict=True):
+                gradient = self.rows[task].pop(index, None)
+                if gradient is not None:
+                    part.copy_(gradient.reshape(-1))
+        direction = aggregator.combine(rows, step) * factor
+        for index, part in zip(indices, direction.split(sizes), strict=True):
+            self._put(index, part.view_as(self.parameters[index]))
+
+    def _put(self, index: int, gradient: Tensor | None) -> None:
+        parameter = self.parameters[index]
+        if gradient is None:
+            return
+        gradient = gradient.to(parameter.dtype)
+        if is_sharded(parameter):
+            from torch.distributed.tensor import DTensor
+
+            gradient = DTensor.from_local(
+                gradient,
+                parameter.device_mesh,  # type: ignore[attr-defined]
+                parameter.placements,  # type: ignore[attr-defined]
+                shape=parameter.shape,
+                stride=parameter.stride(),
+            )
+        parameter.grad = gradient
+
+    def put_infinity(self) -> None:
+        """Make a gradient scaler skip the step."""
+        for parameter in self.parameters:
+            parameter.grad = torch.full_like(parameter, float("inf"))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which parameters which tasks have reached so far."""
+        return {"names": self.names, "reached": self.reached.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`, by the parameters' names."""
+        position = {name: i for i, name in enumerate(state["names"])}
+        for index, name in enumerate(self.names):
+            if name in position:
+                self.reached[:, index] = state["reached"][:, position[name]]
+
+
+def layer_of(name: str) -> str:
+    """The block that a parameter belongs to: its name up to the first number, or its module's name."""
+    parts = name.removeprefix("base_model.model.").split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: i + 1])
+    return ".".join(parts[:-1]) or name

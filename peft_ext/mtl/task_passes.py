@@ -1,0 +1,160 @@
+"""Forward and backward passes, task by task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .data import rows_of
+from .losses import Window, checked_losses, split_labels
+from .parallel import processes, task_backward
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
+
+
+class TaskPassesMixin(_Trainer):
+    """Part of [`MTLTrainerMixin`]: from micro-batches to losses and gradients."""
+
+    task_names: Any
+    aggregator: Any
+    compute_task_losses_func: Any
+    _splits: bool
+    _window: Window | None
+    _gradients: Any
+
+    def compute_task_losses(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None, return_outputs: bool = False
+    ) -> Any:
+        """
+        Losses of one input with several labels. Override it, or give `compute_task_losses_func`, or let the model
+        return `task_losses`.
+
+        Args:
+            model (`nn.Module`): the model.
+            inputs (`dict`): one micro-batch.
+            num_items_in_batch (`dict[str, torch.Tensor]`, *optional*): labels per task in the accumulation window,
+                with `task_loss_scale="window"`.
+            return_outputs (`bool`): whether to return the model's outputs too.
+
+        Returns:
+            `dict[str, torch.Tensor]`: a scalar per task that the batch has.
+        """
+        inputs = {key: value for key, value in inputs.items() if key != self.args.task_column}
+        if self.compute_task_losses_func is not None:
+            inputs, labels = split_labels(inputs, self.label_names or [])
+            outputs = model(**inputs)
+            losses = self.compute_task_losses_func(outputs, labels, num_items_in_batch=num_items_in_batch)
+            checked = checked_losses(losses, "compute_task_losses_func's result")
+        else:
+            outputs = model(**inputs)
+            losses = outputs.get("task_losses") if isinstance(outputs, dict) else None
+            losses = losses if losses is not None else getattr(outputs, "task_losses", None)
+            if losses is None:
+                raise ValueError(
+                    "No losses per task: give compute_task_losses_func, let the model return `task_losses`, pass "
+                    f"train_dataset as a dict of data sets, or add a column {self.args.task_column!r} to it."
+                )
+            checked = checked_losses(losses, "outputs.task_losses")
+        return (checked, outputs) if return_outputs else checked
+
+    def _scaled_losses(self, model: nn.Module, inputs: Any, index: int) -> dict[int, Tensor]:
+        """Losses by task number, each weighted so that they add up to the window's mean."""
+        assert self._window is not None
+        named = None
+        if self.args.task_loss_scale == "window":
+            named = {name: self._window.num_items[task] for task, name in enumerate(self.task_names)}
+        with self.compute_loss_context_manager():
+            losses = self.compute_task_losses(model, inputs, num_items_in_batch=named)
+        unknown = sorted(set(losses) - set(self.task_names))
+        if unknown:
+            raise ValueError(f"There is a loss for {unknown[0]!r}, which is not one of the tasks {self.task_names}.")
+        scaled = {}
+        for task, name in enumerate(self.task_names):
+            if name in losses and self._window.counts[index, task] > 0:
+                weight = 1.0 if named is not None else self._window.share(index, task, processes())
+                scaled[task] = losses[name] * weight
+        return scaled
+
+    def _part_loss(self, model: nn.Module, inputs: Any, index: int, task: int) -> Tensor:
+        """Weighted loss of one task's part of a batch of several tasks."""
+        assert self._window is not None
+        num_items = self._window.num_items.get(task)
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items)
+        is_scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        if is_scaled is None:
+            is_scaled = self.model_accepts_loss_kwargs and num_items is not None
+            is_scaled = is_scaled or getattr(self, "compute_loss_func", None) is not None
+        return loss if is_scaled else loss * self._window.share(index, task, processes())
+
+    def _parts(self, inputs: Mapping[str, Any], index: int) -> Iterator[tuple[int, dict[str, Any], bool]]:
+        """Task, its part of the batch, and whether that only stands in for another process's."""
+        assert self._window is not None
+        ids = inputs[self.args.task_column]
+        bare = {key: value for key, value in inputs.items() if key != self.args.task_column}
+        for task in torch.nonzero(self._window.anywhere[index]).flatten().tolist():
+            rows = torch.nonzero(ids == task).flatten()
+            if len(rows):
+                yield task, dict(bare) if len(rows) == len(ids) else rows_of(bare, rows, len(ids)), False
+            else:
+                yield task, rows_of(bare, torch.zeros(1, dtype=torch.long), len(ids)), True
+
+    def _backward_sum(self, model: nn.Module, inputs: Any, index: int) -> np.ndarray[Any, Any]:
+        assert self._window is not None
+        scaled = self._scaled_losses(model, inputs, index)
+        share = 1.0 / int(self._window.present.sum()) if self.aggregator.reduction == "mean" else 1.0
+        self.accelerator.backward(torch.stack(list(scaled.values())).sum() * share)
+        return self._as_array(scaled)
+
+    def _backward_tasks(self, model: nn.Module, inputs: Any, index: int) -> np.ndarray[Any, Any]:
+        """One forward pass, one backward pass per task."""
+        assert self._window is not None and self._gradients is not None
+        with task_backward(self.accelerator, model):
+            scaled = self._scaled_losses(model, inputs, index)
+            if not scaled:  # nothing is labelled in this micro-batch
+                return np.zeros(len(self.task_names))
+            tasks = torch.nonzero(self._window.anywhere[index]).flatten().tolist() if processes() > 1 else list(scaled)
+            for task in tasks:
+                stands_in = task not in scaled  # FSDP2's processes must make the same passes
+                loss = next(iter(scaled.values())) * 0.0 if stands_in else scaled[task]
+                self.accelerator.backward(loss, retain_graph=task != tasks[-1])
+                self._gradients.collect(task, stands_in)
+        return self._as_array(scaled)
+
+    def _backward_parts(self, model: nn.Module, inputs: Any, index: int) -> np.ndarray[Any, Any]:
+        """A forward and a backward pass for each task's part of the batch."""
+        assert self._gradients is not None
+        losses: dict[int, Tensor] = {}
+        for task, part, stands_in in self._parts(inputs, index):
+            with task_backward(self.accelerator, model):
+                loss = self._part_loss(model, part, index, task)
+                if stands_in:
+                    loss = loss * 0.0
+                else:
+                    losses[task] = loss.detach()
+                self.accelerator.backward(loss)
+            self._gradients.collect(task, stands_in)
+        return self._as_array(losses)
+
+    def _as_array(self, losses: Mapping[int, Tensor]) -> np.ndarray[Any, Any]:
+        """float64 `[tasks]`; zero for tasks that the micro-batch does not have."""
+        values = np.zeros(len(self.task_names))
+        if losses:
+            values[list(losses)] = torch.stack([loss.detach().float() for loss in losses.values()]).double().tolist()
+        return values
+
+    def _replayed_losses(self, model: nn.Module, inputs: Any, index: int) -> np.ndarray[Any, Any]:
+        """The losses of a micro-batch alone, float64 `[tasks]`."""
+        if not self._splits:
+            return self._as_array(self._scaled_losses(model, inputs, index))
+        parts = self._parts(inputs, index)
+        losses = {task: (self._part_loss(model, part, index, task), stands_in) for task, part, stands_in in parts}
+        return self._as_array({task: loss for task, (loss, stands_in) in losses.items() if not stands_in})

@@ -1,0 +1,109 @@
+"""Runs trainings in one or several processes over gloo: `python -m tests.mtl._distributed FOLDER CASES` in each."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import torch
+
+
+def launch(folder, processes, cases):
+    """Train every case (a dict of options) in `processes` processes; returns each process's list of results."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(processes),
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop("RANK", None)
+    running = []
+    for rank in range(processes):
+        mine = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        if processes == 1:
+            for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK"):
+                mine.pop(name)
+        command = [sys.executable, "-m", "tests.mtl._distributed", str(folder), json.dumps(cases)]
+        running.append(
+            subprocess.Popen(command, env=mine, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    outputs = [process.communicate(timeout=600)[0] for process in running]
+    for process, output in zip(running, outputs, strict=True):
+        assert process.returncode == 0, output[-3000:]
+    return [torch.load(folder / f"result{rank}.pt") for rank in range(processes)]
+
+
+def train(folder, options):
+    """The weights after a training, its cosines, and whether the weights were sharded."""
+    from tests.mtl._models import TwoLayers, samples, trainer
+
+    shard = options.pop("shard", False)
+    split = options.pop("split", False)
+    method = options.pop("mtl_method")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    missing = [(1, i) for i in range(64) if i % 4 in (0, 1)] if options.pop("missing", False) else []
+    common = {
+        "mtl_method": method,
+        "per_device_train_batch_size": 8 // processes,
+        "gradient_accumulation_steps": 2,
+        "train_sampling_strategy": "sequential",
+        "optim": "sgd" if shard else "adamw_torch",
+        "max_grad_norm": 0.0,
+        "max_steps": 4,
+        **({"ddp_backend": "gloo"} if processes > 1 else {}),
+        **options,
+    }
+    if split:
+        from peft_ext.mtl import MTLTrainer
+        from tests.mtl._models import config
+        from tests.mtl.test_data import Numbers, Regression
+
+        data = {"one": Numbers(1, 64, 1), "two": Numbers(2, 64, 2)}
+        common |= {"task_names": None, "label_names": ["labels"]}
+        run = MTLTrainer(model=Regression(), args=config(folder, **common), train_dataset=data)
+    else:
+        run = trainer(folder, model=TwoLayers(), data=samples(missing=missing), **common)
+    if shard and processes > 1:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        # As accelerate's FSDP2 plug-in does, which insists on an accelerator.
+        mesh = init_device_mesh("cpu", (processes,))
+        fully_shard(run.model, mesh=mesh)
+        run.accelerator.prepare_model = lambda model, **kwargs: model
+        run._save_optimizer_and_scheduler = lambda folder: None
+    run.train()
+    weights = {
+        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+        for name, p in run.accelerator.unwrap_model(run.model).named_parameters()
+    }
+    cosines = torch.tensor([c.tolist() for c in run.conflicts.cosines], dtype=torch.float64)
+    return {
+        "weights": weights,
+        "cosines": cosines,
+        "sharded": any(hasattr(p, "to_local") for p in run.model.parameters()),
+    }
+
+
+def main(folder, cases):
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        torch.distributed.init_process_group("gloo")
+    results = []
+    for case in cases:
+        try:
+            results.append(train(folder, dict(case)))
+        except ValueError as error:
+            results.append({"error": str(error)})
+    torch.save(results, os.path.join(folder, f"result{os.environ.get('RANK', '0')}.pt"))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))

@@ -1,0 +1,40 @@
+"""Two processes over gloo train what one does."""
+
+import pytest
+import torch
+
+from tests.mtl._distributed import launch
+
+
+pytestmark = pytest.mark.slow
+
+CASES = [
+    {"mtl_method": "pcgrad"},
+    {"mtl_method": "joint", "conflict_logging_steps": 2},
+    {"mtl_method": "famo", "missing": True},
+    {"mtl_method": "graddrop", "split": True, "task_sampling": "proportional"},
+    {"mtl_method": "cagrad", "shard": True},
+    {"mtl_method": "nash_mtl", "shard": True, "split": True, "task_sampling": "proportional"},
+    {"mtl_method": "graddrop", "shard": True},
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distributed")
+    return launch(folder / "one", 1, CASES), launch(folder / "two", 2, CASES)
+
+
+@pytest.mark.parametrize("case", range(len(CASES) - 1), ids=lambda i: "-".join(str(v) for v in CASES[i].values()))
+def test_two_processes_are_one(results, case):
+    (one,), two = [[process[case] for process in processes] for processes in results]
+    assert "error" not in two[0], two[0]
+    assert two[0]["sharded"] == CASES[case].get("shard", False)
+    for name, weight in one["weights"].items():
+        assert torch.equal(two[0]["weights"][name], two[1]["weights"][name]), name
+        torch.testing.assert_close(two[0]["weights"][name], weight, rtol=0, atol=2e-6)
+    torch.testing.assert_close(two[0]["cosines"], one["cosines"], rtol=0, atol=1e-5, equal_nan=True)
+
+
+def test_methods_that_need_whole_gradients_say_so_when_sharded(results):
+    assert "needs whole gradients" in results[1][0][-1]["error"]
