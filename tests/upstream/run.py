@@ -48,10 +48,12 @@ def main() -> int:
             run_pytest(name, upstream, models, outcome, arguments)
             if arguments.report and outcome.exists():
                 shutil.copy(outcome, arguments.report)
-            runs[name], failed = report.summarise(name, outcome, complete=not arguments.partial)
+            runs[name], failed = report.summarise(name, outcome)
             status |= failed
     if not all(runs.values()):
         return status
+    if not arguments.partial and not arguments.method:
+        status |= report.report_stale_rules(runs)
     if arguments.update:
         report.write_page(runs)
         return status
