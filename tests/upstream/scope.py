@@ -102,7 +102,7 @@ RULES = [
     Rule("helpers", r"TestDisableInputDtypeCasting", "the cast of inputs that LoRA makes: the method makes none"),
     Rule("integrations", r"lora_weight_conversion|qwen3_moe|mixtral_save_load", _EXPERTS),
     Rule("lora_conversion", r"converting_transformers|approximates|without_peft|multiple_adapters|float16", _RANK),
-    Rule("decoder_models", r"test_lora_conversion\[\w+-config_kwargs0-.*(OPT|GPT2|GPTJ|Llama|Gemma3)", _RANK),
+    Rule("decoder_models", r"test_lora_conversion\[\w+-config_kwargs0-.*(OPT|GPT2|GPTJ|Llama|Gemma3|qwen2)", _RANK),
     Rule("lora_conversion", r"Miss|Kasa|lora_to_lora", "tests another method alone"),
     # Names, defaults and words
     Rule("custom_models", r"TestLayerRepr|preserves_custom_requires_grad", _NAMES),
