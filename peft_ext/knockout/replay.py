@@ -125,7 +125,7 @@ class _Packed:
         self._edited: dict[int, tuple[Any, tuple[Tensor | None, Tensor | None]]] = {}
         self._gathered: dict[tuple[int, int], tuple[Any, Any]] = {}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self) -> list[Tensor]:
         hidden = self.clean.layers[0].hidden[:, :0]  # [batch, packed tokens, D]
         running = 0  # copies so far; they join in the order of their windows
