@@ -11,8 +11,8 @@ class BaseAttributes:
     Lets an adapted layer answer for its base layer: `stride` of a convolution, `batch_first` of an attention, and what
     a subclass or the model itself has put there. Models read such attributes, and torch's encoder does.
 
-    The base layer's submodules have names of their own below the adapted layer, and names that begin with an underscore
-    belong to whoever set them, such as accelerate's hooks: those stay hidden.
+    The base layer's submodules have names of their own below the adapted layer, and names that begin with an
+    underscore belong to whoever set them, such as accelerate's hooks: those stay hidden.
     """
 
     get_base_layer: Callable[[], Any]
