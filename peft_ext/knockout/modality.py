@@ -7,7 +7,7 @@ of it was published; here each choice is an argument.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from ..tuners.mores import MoReSLayer
 
 
 CHOICES = {
@@ -114,16 +116,16 @@ def lmar(
         visual_token_ids (iterable of `int`, *optional*):
             Placeholders of visual tokens in `input_ids`; by default those of the model's config.
         engine (`str`, *optional*, defaults to `"step"`):
-            `"full"` runs the whole prompt eagerly. Needed where a prompt's tokens attend to later ones (PaliGemma) or
-            an adapter steers the prompt's last tokens.
+            `"full"` runs the whole prompt eagerly. Needed where a prompt's tokens attend to later ones (PaliGemma), a
+            prompt ends in an image, or MoReS steers text, whose last tokens the shorter prompt would not have.
         progress (`bool`, *optional*, defaults to `False`): whether to show a progress bar.
 
     Returns:
         [`ModalityAttention`]
 
     Raises:
-        `ValueError`: for unknown choices, training mode, right padding, a sample without visual or text tokens, or a
-            model whose prompt is not causal with `engine="step"`.
+        `ValueError`: for unknown choices, training mode, right padding, a sample without visual or text tokens, or
+            what `engine="step"` cannot measure.
     """
     given = {
         "reduction": reduction,
@@ -138,13 +140,18 @@ def lmar(
             raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(CHOICES[name])}.")
     if model.training:
         raise ValueError("model is in training mode, where dropout would be measured; call model.eval() first.")
-    kind = str(getattr(model.config, "model_type", ""))
-    if engine == "step" and "paligemma" in kind:
-        raise ValueError(f"engine='step': {kind}'s prompt attends to later tokens as well; pass engine='full'.")
-    ids = visual_token_ids if visual_token_ids is not None else _visual_ids(model.config)
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens!r} must be a whole number of at least 1.")
+    if isinstance(batches, Mapping):
+        raise ValueError("batches is one batch; pass a list of them: [batch].")
+    if engine == "step":
+        _check_step(model)
+    ids = tuple(visual_token_ids) if visual_token_ids is not None else _visual_ids(model.config)
     images, texts, shares = [], [], []
     for batch in tqdm(batches, desc="LMAR", disable=not progress):
-        image, text = _groups(batch, tuple(ids), system)
+        image, text = _groups(batch, ids, system)
+        if engine == "step" and bool(image[:, -1].any()):
+            raise ValueError("engine='step': a sample's prompt ends in a visual token; pass engine='full'.")
         totals: list[Tensor] = []
         for rows in _rows(model, batch, max_new_tokens if queries == "generated" else 1, engine):
             totals.append(_attention(rows, image, text, reduction, count_generated))
@@ -157,6 +164,21 @@ def lmar(
     return ModalityAttention(torch.cat(images), torch.cat(texts), torch.cat(shares), heads, average)
 
 
+def _check_step(model: Any) -> None:
+    """Raises `ValueError` if the model's prompt cannot run without its last token."""
+    kind = str(getattr(model.config, "model_type", ""))
+    if "paligemma" in kind:
+        raise ValueError(f"engine='step': {kind}'s prompt attends to later tokens as well; pass engine='full'.")
+    for layer in model.modules():
+        if isinstance(layer, MoReSLayer) and not layer.disable_adapters:
+            for name in layer.active_adapters:
+                if name in layer.configs and layer.configs[name].token_positions is not None:
+                    raise ValueError(
+                        f"engine='step': adapter '{name}' steers tokens counted from the prompt's ends "
+                        f"(token_positions={layer.configs[name].token_positions!r}); pass engine='full'."
+                    )
+
+
 def _visual_ids(config: Any) -> tuple[int, ...]:
     names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
     ids = {value for name in names if isinstance(value := getattr(config, name, None), int)}
@@ -167,6 +189,8 @@ def _visual_ids(config: Any) -> tuple[int, ...]:
 
 def _groups(batch: dict[str, Tensor], visual_ids: tuple[int, ...], system: str) -> tuple[Tensor, Tensor]:
     """Bool `[batch, tokens]`: the visual tokens, and those that count as text."""
+    if "input_ids" not in batch:
+        raise ValueError(f"A batch has {', '.join(batch)}, but no input_ids, which tell visual tokens from text.")
     ids = batch["input_ids"]
     real = batch.get("attention_mask", torch.ones_like(ids)).bool()
     if not bool(real[:, -1].all()):

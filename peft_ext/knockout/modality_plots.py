@@ -24,10 +24,13 @@ def plot_modality(
         trained_parameters (`dict[str, int]`, *optional*): per method; without it the third panel is left out.
 
     Raises:
-        `ValueError`: if there is nothing to draw.
+        `ValueError`: if there is nothing to draw, or a method's number of trained parameters is missing.
     """
     if not results:
         raise ValueError("results is empty; pass at least one method's result of lmar().")
+    missing = [name for name in results if trained_parameters and name not in trained_parameters]
+    if missing:
+        raise ValueError(f"trained_parameters lacks {missing[0]!r}; give every method's number, or leave it out.")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -46,7 +46,11 @@ def hotswap_adapter(
     config = configs[adapter_name]
     tuner_cls = mapping.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
     if not issubclass(tuner_cls, SparseModel):
-        raise ValueError(f"Adapter {adapter_name!r} is a {config.peft_type.value}; use peft.utils.hotswap for it.")
+        raise ValueError(
+            f"Adapter {adapter_name!r} is a {config.peft_type.value}; only sparse adapters are swapped in place here, "
+            "and LoRA by peft.utils.hotswap. Load the new one under another name with load_adapter, then set_adapter "
+            "and delete_adapter."
+        )
     new_config = type(config).from_pretrained(model_name_or_path, **kwargs)
     if new_config.peft_type != config.peft_type:
         raise ValueError(f"The new adapter is a {new_config.peft_type.value}, not a {config.peft_type.value}.")

@@ -5,6 +5,7 @@ import csv
 import pytest
 import torch
 from peft import get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_ext import MoReSConfig
 from peft_ext.knockout.modality import lmar
@@ -193,6 +194,69 @@ def test_what_cannot_be_measured_is_refused():
         lmar(build(), [])
 
 
+@pytest.mark.parametrize("number", [0, -1, 1.5])
+def test_a_number_of_tokens_that_is_none_is_refused(number):
+    with pytest.raises(ValueError, match=f"max_new_tokens={number}"):
+        lmar(build(), [inputs()], queries="generated", max_new_tokens=number)
+
+
+def test_batches_of_another_kind_are_refused():
+    with pytest.raises(ValueError, match=r"\[batch\]"):
+        lmar(build(), inputs())
+    with pytest.raises(ValueError, match="pixel_values, but no input_ids"):
+        lmar(build(), [{"pixel_values": inputs()["pixel_values"]}])
+
+
+def test_steered_text_needs_the_whole_prompt():
+    """Its last tokens are others without the prompt's last one."""
+    batch = inputs(texts=TEXTS, padding="left")
+    model = adapted(token_positions="l2", layers_to_transform="all")
+    with pytest.raises(ValueError, match="token_positions='l2'.*engine='full'"):
+        lmar(model, [batch])
+    lmar(model, [batch], engine="full")
+    with model.disable_adapter():
+        torch.testing.assert_close(lmar(model, [batch]).ratio, lmar(build(), [batch]).ratio)
+
+
+@pytest.mark.parametrize("family", ["llava_llama", "gemma3"])
+def test_a_prompt_that_ends_in_an_image_needs_to_be_whole(family):
+    batch = inputs(family, texts=((3, 0),))
+    batch |= {key: batch[key][:, :-1] for key in ("input_ids", "attention_mask", "token_type_ids") if key in batch}
+    assert batch["input_ids"][0, -1] == IMAGE
+    with pytest.raises(ValueError, match="ends in a visual token"):
+        lmar(build(family), [batch], system="text")
+    result = lmar(build(family), [batch], system="text", engine="full")
+    attention = maps(build(family), batch)
+    torch.testing.assert_close(result.ratio, expected(attention, batch, system="text"), atol=1e-5, rtol=1e-4)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that an operator makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, (tuple, list)) else [output]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return output
+
+
+def test_no_map_of_tokens_by_tokens_is_made():
+    batch = inputs(texts=((1, 500),))
+    model = build()
+    model.config.text_config.max_position_embeddings = 1024
+    tokens = batch["input_ids"].shape[1]
+    with Largest() as step:
+        lmar(model, [batch], queries="generated", max_new_tokens=2)
+    with Largest() as full:
+        lmar(model, [batch], engine="full")
+    assert step.elements < tokens**2 < full.elements
+
+
 def test_figure_and_its_numbers(tmp_path):
     batch = inputs(texts=TEXTS, padding="left")
     steered = get_peft_model(build(), MoReSConfig()).eval()
@@ -205,3 +269,5 @@ def test_figure_and_its_numbers(tmp_path):
     assert [float(row["lmar"]) for row in rows if row["method"] == "base"] == results["base"].ratio.tolist()
     with pytest.raises(ValueError, match="results is empty"):
         plot_modality({}, path)
+    with pytest.raises(ValueError, match="lacks 'MoReS'"):
+        plot_modality(results, path, {"base": 0})

@@ -38,7 +38,9 @@ class MoReSConfig(SavedConfig):
         token_positions (`str`, *optional*):
             Steer text instead: `"f7+l7"` is the first and the last seven tokens of the prompt. With `rank=8` and
             `layers_to_transform="all"` this is LoReFT (Wu et al., 2024), with one module for both ends of a layer.
-            The prompt is what precedes the first label, or all that is passed when there are none.
+            The prompt is what precedes the first label, or all that is passed when there are none. `token_ratio` and
+            `token_selection` then have no meaning. `generate(use_cache=False)` can tell a prompt only as a method of
+            a `PeftModel`.
         layers_to_transform (`list[int]`, `int` or `str`, *optional*):
             Decoder layers to steer after, counted from 0, negative ones from the end, or `"all"`. By default all but
             the last for visual tokens, since what they become after the last layer reaches no output; all for
@@ -111,10 +113,15 @@ class MoReSConfig(SavedConfig):
     def _check(self) -> None:
         if type(self.rank) is not int or self.rank < 1:
             raise ValueError(f"rank={self.rank!r} must be a whole number of at least 1.")
-        if not isinstance(self.token_ratio, (int, float)) or not 0.0 < self.token_ratio <= 1.0:
-            raise ValueError(f"token_ratio={self.token_ratio!r} must lie in (0, 1]: 0.01 is one percent.")
-        if not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout={self.dropout!r} must lie in [0, 1).")
+        if type(self.token_ratio) not in (int, float) or not 0.0 < self.token_ratio <= 1.0:
+            raise ValueError(f"token_ratio={self.token_ratio!r} must be a number in (0, 1]: 0.01 is one percent.")
+        if type(self.dropout) not in (int, float) or not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout={self.dropout!r} must be a number in [0, 1).")
+        if type(self.seed) is not int:
+            raise ValueError(f"seed={self.seed!r} must be a whole number.")
+        for name in ("tie_projections", "steering_bias"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
         for name, known in (
             ("token_selection", SELECTIONS),
             ("token_grouping", GROUPINGS),
@@ -137,14 +144,14 @@ class MoReSConfig(SavedConfig):
 
     def _check_layers(self) -> None:
         layers = self.layers_to_transform
-        numbers = [layers] if isinstance(layers, int) else layers
-        if layers is None or layers == "all":
+        if layers is None or layers == "all" or type(layers) is int:
             return
-        if isinstance(numbers, str) or not numbers or any(type(number) is not int for number in numbers):
+        if not isinstance(layers, (list, tuple, set)) or not layers or any(type(n) is not int for n in layers):
             raise ValueError(
                 f"layers_to_transform={layers!r} must be a layer's number, a list of them, 'all', or None for all but "
                 "the last."
             )
+        self.layers_to_transform = list(layers)
 
     def _check_connector(self) -> None:
         if self.token_ratio != 1.0:

@@ -156,10 +156,10 @@ class MoReSLayer(nn.Module, BaseTunerLayer):
             `NotImplementedError`, `TypeError`: see [`~MoReSLayer.check_mergeable`].
             `ValueError`: with `safe_merge`, if a merged weight would not be finite; or if the layer lacks a bias.
         """
-        self.check_mergeable()
         names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.mores_steering]
         if not names:
             return
+        self.check_mergeable()
         owner: Any = self.owner
         weight, bias = owner.weight.detach().double(), None if owner.bias is None else owner.bias.detach().double()
         for name in names:

@@ -160,10 +160,27 @@ class MoReSModel(BaseTuner):
 
     # ------------------------------------------------------------------ merging and unloading
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As PEFT's; first asks whether every one of the adapters can be merged."""
+        self._check_mergeable(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _check_mergeable(self, adapter_names: list[str] | None) -> None:
         for layer in _layers(self.model):
-            layer.check_mergeable()
+            names = layer.active_adapters if adapter_names is None else adapter_names
+            if any(name in layer.mores_steering for name in names):
+                layer.check_mergeable()
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """
+        Raises:
+            `NotImplementedError`: always.
+        """
+        raise NotImplementedError(
+            "MoReS adapters cannot be combined into one: a weighted mean of orthonormal matrices is not orthonormal, "
+            "and each adapter may steer other tokens. Activate several, one after the other, with "
+            "`model.base_model.set_adapter([…])`."
+        )
 
     def _unload_and_optionally_merge(
         self,
@@ -175,6 +192,7 @@ class MoReSModel(BaseTuner):
         layers = list(_layers(self.model))
         if merge:
             self._check_merge_allowed()
+            self._check_mergeable(adapter_names)
             for layer in layers:
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         take_out(self.model)

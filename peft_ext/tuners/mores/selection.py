@@ -90,7 +90,7 @@ def parse_positions(text: str) -> tuple[int, int]:
     Raises:
         `ValueError`: if it is not of that form.
     """
-    match = _POSITIONS.fullmatch(text)
+    match = _POSITIONS.fullmatch(text) if isinstance(text, str) else None
     first, last = (int(match[name] or 0) if match else 0 for name in ("first", "last"))
     if first + last == 0:
         raise ValueError(

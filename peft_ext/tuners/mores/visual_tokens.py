@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -128,16 +128,13 @@ class TokenFinder:
         inputs = self._known()
         mask = inputs.visual_token_mask
         if mask is not None:
-            missing = hidden.shape[1] - mask.shape[-1]
-            if inputs.continues and missing:
-                return torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)  # of the prefill
-            if mask is self.given_mask and mask.dim() == 2 and missing > 0:  # generate() without a cache
-                mask = torch.nn.functional.pad(mask, (0, missing))
-            if mask.dtype != torch.bool or mask.dim() != 2 or mask.shape[1] != hidden.shape[1]:
-                raise ValueError(
-                    f"visual_token_mask must be a bool tensor of shape {tuple(hidden.shape[:2])}, one value per "
-                    f"token, but it is {mask.dtype} of shape {tuple(mask.shape)}."
-                )
+            _check_mask(mask, hidden.shape[:2])
+            missing = hidden.shape[1] - mask.shape[1]
+            if mask is self.given_mask and missing:  # of the prompt, in generate()
+                if inputs.continues:
+                    return torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+                mask = torch.nn.functional.pad(mask, (0, max(missing, 0)))  # there is no cache
+            _check_mask(mask, hidden.shape[:2], fits=mask.shape[1] == hidden.shape[1])
             return _repeat_rows(mask, len(hidden), MASK_ARGUMENT)
         if inputs.input_ids is None:
             raise RuntimeError(
@@ -167,8 +164,15 @@ class TokenFinder:
         if inputs.attention_mask is not None and inputs.attention_mask.dim() == 2:
             real = _repeat_rows(inputs.attention_mask, batch, "attention_mask")[:, -tokens:].bool()
             prompt &= real.to(prompt.device)
-        if inputs.labels is not None:
-            prompt &= ((inputs.labels != -100).long().cumsum(1) == 0).to(prompt.device)
+        labels = inputs.labels
+        # One class per sample ends no prompt.
+        if labels is not None and labels.dim() == 2 and labels.shape[1] == tokens:
+            prompt &= ((labels != -100).long().cumsum(1) == 0).to(prompt.device)
+            if not bool(prompt.any()):
+                raise ValueError(
+                    "token_positions: the first token of every sample has a label, so there is no prompt to steer. "
+                    "Set labels to -100 on the prompt's tokens."
+                )
         if self.prompt_length is not None:
             prompt[:, self.prompt_length :] = False
         if inputs.input_ids is not None and inputs.input_ids.shape == prompt.shape:
@@ -185,6 +189,15 @@ class TokenFinder:
                 "hooks there; upgrade it (5.23 does not)."
             )
         return self._inputs
+
+
+def _check_mask(mask: Any, shape: Sequence[int | str], fits: bool = True) -> None:
+    kind = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2 or not len(mask) or not fits:
+        raise ValueError(
+            f"visual_token_mask must be a bool tensor of shape ({', '.join(map(str, shape))}), one value per token, "
+            f"but it is {kind}."
+        )
 
 
 def _repeat_rows(mask: Tensor, rows: int, name: str) -> Tensor:
@@ -217,7 +230,7 @@ def visual_tokens(model: nn.Module, visual_token_mask: Tensor) -> Iterator[None]
         visual_token_mask (`torch.Tensor`): bool `[batch, tokens]`, for the tokens of the prompt.
 
     Raises:
-        `ValueError`: if the model has no MoReS adapter.
+        `ValueError`: if the model has no MoReS adapter that chooses among tokens, or the mask is not of that kind.
 
     Example:
 
@@ -228,11 +241,16 @@ def visual_tokens(model: nn.Module, visual_token_mask: Tensor) -> Iterator[None]
     """
     finders = {id(finder): finder for m in model.modules() if (finder := getattr(m, "finder", None)) is not None}
     if not finders:
-        raise ValueError(f"model is a {type(model).__name__} without a MoReS adapter; add one with get_peft_model.")
+        raise ValueError(
+            f"model is a {type(model).__name__} without a MoReS adapter after decoder layers, so no token is chosen "
+            "in it; add one with get_peft_model."
+        )
+    _check_mask(visual_token_mask, ("batch", "tokens"))
+    before = {key: finder.given_mask for key, finder in finders.items()}
     for finder in finders.values():
         finder.given_mask = visual_token_mask
     try:
         yield
     finally:
-        for finder in finders.values():
-            finder.given_mask = None
+        for key, finder in finders.items():
+            finder.given_mask = before[key]

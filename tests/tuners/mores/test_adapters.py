@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
-from peft_ext import MoReSConfig
+from peft_ext import MoReSConfig, hotswap_adapter
 from tests.tuners.mores._common import (
     adapted,
     assert_equal_bits,
@@ -225,6 +225,19 @@ def test_merging_after_layers_is_explained_and_changes_nothing(model, batch):
     assert torch.equal(logits(model, batch), expected)
 
 
+def test_weighted_combination_is_explained(model):
+    with pytest.raises(NotImplementedError, match="not orthonormal"):
+        model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "both")
+
+
+def test_swapping_in_place_is_explained_and_changes_nothing(model, batch, tmp_path):
+    adapted(seed=7).save_pretrained(tmp_path)
+    expected = logits(model, batch)
+    with pytest.raises(ValueError, match="MORES.*load_adapter"):
+        hotswap_adapter(model, tmp_path)
+    assert torch.equal(logits(model, batch), expected)
+
+
 class TestMergingAtTheConnector:
     @pytest.fixture
     def model(self):
@@ -260,6 +273,17 @@ class TestMergingAtTheConnector:
             assert not torch.equal(self.linear(model).weight, weight)
             model.unmerge_adapter()
         assert torch.equal(self.linear(model).weight, weight)
+
+    def test_an_adapter_after_layers_beside_it_is_in_the_way_of_no_other(self, model, batch):
+        expected = logits(model, batch)
+        model.add_adapter("layers", MoReSConfig(rank=2))
+        model.merge_adapter(["default"])
+        torch.testing.assert_close(logits(model, batch), expected, atol=1e-4, rtol=1e-3)
+        with pytest.raises(NotImplementedError, match="some tokens only"):
+            model.merge_adapter(["second", "layers"])
+        assert next(layer for layer in layers_of(model).values() if layer.merged).merged_adapters == ["default"]
+        merged = model.merge_and_unload(adapter_names=["default"])
+        torch.testing.assert_close(logits(merged, batch), expected, atol=1e-4, rtol=1e-3)
 
     def test_disabling_while_merged_gives_the_base_model(self, model, batch):
         model.merge_adapter()

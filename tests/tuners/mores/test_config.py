@@ -16,12 +16,19 @@ from tests.tuners.mores._models import _llava, _text, build
 REFUSED = {
     "rank": ({"rank": 0}, "rank=0 must be"),
     "rank type": ({"rank": 1.5}, "rank=1.5 must be"),
-    "ratio": ({"token_ratio": 0.0}, "token_ratio=0.0 must lie"),
-    "percent": ({"token_ratio": 25}, "token_ratio=25 must lie"),
+    "ratio": ({"token_ratio": 0.0}, "token_ratio=0.0 must be"),
+    "percent": ({"token_ratio": 25}, "token_ratio=25 must be"),
+    "ratio is a switch": ({"token_ratio": True}, "token_ratio=True must be"),
+    "no ratio": ({"token_ratio": float("nan")}, "token_ratio=nan must be"),
+    "seed": ({"seed": 1.5}, "seed=1.5 must be"),
+    "tied": ({"tie_projections": "no"}, "tie_projections='no' must be"),
+    "bias": ({"steering_bias": None}, "steering_bias=None must be"),
     "selection": ({"token_selection": "best"}, "token_selection='best'.*uniform"),
     "grouping": ({"token_grouping": "row"}, "token_grouping='row'.*sample"),
     "positions": ({"token_positions": "7"}, "token_positions='7'"),
     "layers": ({"layers_to_transform": "last"}, "layers_to_transform='last'"),
+    "positions type": ({"token_positions": 7}, "token_positions=7"),
+    "layer type": ({"layers_to_transform": 1.0}, "layers_to_transform=1.0"),
     "layer list": ({"layers_to_transform": []}, "layers_to_transform=\\[\\]"),
     "dropout": ({"dropout": 1.0}, "dropout=1.0"),
     "init": ({"init": "zero"}, "init='zero'.*identity"),
@@ -89,7 +96,11 @@ def test_the_last_layer_is_left_out_by_default():
     assert list(layers_of(model)) == [f"model.language_model.layers.{number}" for number in (0, 1)]
 
 
-@pytest.mark.parametrize("layers, expected", [(0, [0]), (-1, [2]), ([0, 2], [0, 2]), ("all", [0, 1, 2])], ids=str)
+@pytest.mark.parametrize(
+    "layers, expected",
+    [(0, [0]), (-1, [2]), ([0, 2], [0, 2]), ((0, 2), [0, 2]), ({-1}, [2]), ("all", [0, 1, 2])],
+    ids=str,
+)
 def test_layers_by_number(layers, expected):
     model = get_peft_model(build(), MoReSConfig(layers_to_transform=layers))
     assert list(layers_of(model)) == [f"model.language_model.layers.{number}" for number in expected]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM, LlamaForSequenceClassification
 
 from peft_ext import MoReSConfig, visual_tokens
 from tests.tuners.mores._common import adapted, ends, fill, logits
@@ -92,8 +92,15 @@ def test_embeddings_need_a_mask():
 
 @pytest.mark.parametrize(
     "mask",
-    [torch.ones(2, 5, dtype=torch.bool), torch.ones(2, 27), torch.ones(27, dtype=torch.bool)],
-    ids=["too short", "not bool", "one row"],
+    [
+        torch.ones(2, 5, dtype=torch.bool),
+        torch.ones(2, 27),
+        torch.ones(27, dtype=torch.bool),
+        torch.tensor(True),
+        torch.ones(0, 27, dtype=torch.bool),
+        [[True] * 27] * 2,
+    ],
+    ids=["too short", "not bool", "one row", "one number", "no rows", "a list"],
 )
 def test_a_mask_that_does_not_fit_is_refused(mask):
     batch = inputs()
@@ -137,6 +144,27 @@ def test_a_mask_for_generation_without_a_cache():
     expected = model.generate(**batch, **options)
     with visual_tokens(model, mask):
         assert torch.equal(model.generate(**batch, **options, use_cache=False), expected)
+
+
+def test_a_mask_that_does_not_fit_a_continued_text_is_refused():
+    first, model = inputs(texts=((3, 4),)), adapted()
+    cache = DynamicCache(config=model.config.text_config)
+    logits(model, first, past_key_values=cache)
+    with pytest.raises(ValueError, match=r"shape \(1, 3\)"):
+        model(torch.ones(1, 3).long(), past_key_values=cache, visual_token_mask=first["input_ids"] == IMAGE)
+
+
+def test_masks_around_calls_are_checked_at_once_and_nest():
+    batch, model = inputs(), adapted()
+    outer = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+    outer[:, 3] = True
+    with visual_tokens(model, outer):
+        with visual_tokens(model, batch["input_ids"] == IMAGE):
+            assert torch.equal(changed(model, batch), ends(batch["input_ids"], 0.25))
+        assert torch.equal(changed(model, batch), outer)
+        with pytest.raises(ValueError, match=r"\(batch, tokens\).*a list"), visual_tokens(model, [[True]]):
+            pass
+        assert torch.equal(changed(model, batch), outer)
 
 
 def test_visual_tokens_needs_an_adapter():
@@ -226,6 +254,24 @@ def test_text_positions_end_before_the_first_label():
     expected = torch.zeros_like(ids, dtype=torch.bool)
     expected[0, [0, 1, 4, 5, 6]] = expected[1, [0, 1, 6, 7, 8]] = True
     assert torch.equal(changed(loreft(), {"input_ids": ids, "labels": labels}), expected)
+
+
+def test_one_class_per_sample_ends_no_prompt():
+    ids = torch.arange(3, 15).repeat(2, 1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = LlamaForSequenceClassification(_text(num_labels=2))
+    config = MoReSConfig(rank=1, token_positions="f1", task_type="SEQ_CLS")
+    model = fill(get_peft_model(base, config))
+    expected = torch.zeros_like(ids, dtype=torch.bool)
+    expected[:, 0] = True
+    assert torch.equal(changed(model, {"input_ids": ids, "labels": torch.tensor([0, 1])}), expected)
+
+
+def test_a_batch_without_a_prompt_is_refused():
+    ids = torch.arange(3, 15).repeat(2, 1)
+    with pytest.raises(ValueError, match="no prompt to steer"):
+        loreft()(input_ids=ids, labels=ids)
 
 
 @pytest.mark.parametrize("kind", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
