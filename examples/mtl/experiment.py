@@ -9,7 +9,7 @@ Learning rates are searched equally: every method and mask, and every single tas
 of its own, and the rate with the lowest Δm on validation data is used on the other seeds, of which the table shows
 test data. Δm is relative to single-task training of all weights with the same budget. Finished runs are kept in
 `runs_<bench>.jsonl`: an interrupted experiment goes on. Writes `mtl_experiment.md`, `.json` (with every run) and
-`.png` with its data.
+`.png`, whose data are in `mtl_experiment_figure.json`.
 """
 
 from __future__ import annotations

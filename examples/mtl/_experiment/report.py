@@ -137,7 +137,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
             axes.set_ylabel(label)
         data[bench] = {"incidence_by_epoch_joint": curves, "bars": rows}
     figure.savefig(path, dpi=110)
-    path.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
+    path.with_name(f"{path.stem}_figure.json").write_text(json.dumps(data, indent=1) + "\n")
 
 
 def _curves(report: dict[str, Any], bench: str) -> dict[str, list[list[float]]]:
