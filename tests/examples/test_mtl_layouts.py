@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from _mtl_files import write_arrays, write_celeba, write_clevr, write_smallnorb
+
+from tests.examples._mtl_files import write_arrays, write_celeba, write_clevr, write_smallnorb
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "mtl"))
