@@ -5,9 +5,10 @@ their losses.
     python examples/benchmarks/mtl.py                 # T = 2, 3 and 10, all weights and PSN 10 %
     python examples/benchmarks/mtl.py --tasks 3 --steps 10
 
-Every configuration runs through `MTLTrainer`, once for time and once for memory, each in a process of its own. Time is
-the process's CPU time, the fastest of the steps. Memory is the peak resident set over what the process held before the
-first step, with glibc told to give freed blocks back at once: what it keeps otherwise varies by tens of MiB.
+Every configuration runs through `MTLTrainer` in a process of its own, on one thread. Time is the process's CPU time
+from the step's begin until the gradients are ready, the fastest of the steps. Memory is measured twice: `resident` is
+the peak resident set of the first step over what the process held before it, with the allocator as it comes; `tensors`
+is the peak of what torch's allocator had handed out during a later step, whatever the heap makes of it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _common.memory import peak_bytes
+from _common.report import environment
 from torch import nn
 from tqdm import tqdm
 
@@ -88,7 +91,7 @@ def resident() -> float:
 
 
 def measure(method: str, density: float | None, record: bool, tasks: int, batch: int, steps: int) -> dict[str, float]:
-    """Train some steps in this process; milliseconds of CPU time and MiB."""
+    """Train some steps in this process, and a last one whose allocations are recorded; CPU milliseconds and MiB."""
     from transformers import TrainerCallback
 
     from peft_ext import PSNConfig
@@ -113,6 +116,17 @@ def measure(method: str, density: float | None, record: bool, tasks: int, batch:
         def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
             marks.append((time.process_time(), resident()))
 
+    peaks: list[int] = []
+
+    class Weighed(MTLTrainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if self.state.global_step < steps:
+                return super().training_step(*args, **kwargs)
+            losses: list[torch.Tensor] = []
+            step = super().training_step
+            peaks.append(peak_bytes(lambda: losses.append(step(*args, **kwargs)), torch.device("cpu")))
+            return losses[0]
+
     with tempfile.TemporaryDirectory() as folder:
         config = MTLConfig(
             output_dir=folder,
@@ -120,7 +134,7 @@ def measure(method: str, density: float | None, record: bool, tasks: int, batch:
             conflict_logging_steps=int(record),
             task_names=[str(task) for task in range(tasks)],
             label_names=[f"labels_{task}" for task in range(tasks)],
-            max_steps=steps,
+            max_steps=steps + 1,
             per_device_train_batch_size=batch,
             learning_rate=1e-4,
             use_cpu=True,
@@ -131,20 +145,25 @@ def measure(method: str, density: float | None, record: bool, tasks: int, batch:
             report_to="none",
             disable_tqdm=True,
         )
-        data = Images(batch * steps, tasks)
-        trainer = MTLTrainer(
+        data = Images(batch * (steps + 1), tasks)
+        trainer = Weighed(
             model=model, args=config, train_dataset=data, compute_task_losses_func=task_losses, callbacks=[Clock()]
         )
         trainer.train()
     passes = [(end[0] - start[0]) * 1000 for start, end in zip(marks[::2], marks[1::2], strict=True)]
     # The optimiser's state appears with the first step; it is the same for all methods and not counted.
-    return {"ms": min(passes[1:]), "mib": marks[1][1] - marks[0][1], "trained": trained}
+    return {
+        "ms": min(passes[1:steps]),
+        "resident_mib": marks[1][1] - marks[0][1],
+        "tensors_mib": peaks[0] / 2**20,
+        "trained": trained,
+    }
 
 
-def run_alone(job: list[Any], settings: dict[str, str]) -> dict[str, float]:
-    """`measure` in a new process with some environment variables."""
+def run_alone(job: list[Any]) -> dict[str, float]:
+    """`measure` in a new process."""
     command = [sys.executable, __file__, "--one", json.dumps(job)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **settings}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
         raise SystemExit(f"{job}: {result.stderr[-2000:]}")
@@ -162,28 +181,28 @@ def main() -> None:
     if args.one:
         print(json.dumps(measure(*json.loads(args.one))))
         return
-    rows = []
+    rows: list[dict[str, Any]] = []
     jobs = [(tasks, *configuration) for tasks in args.tasks for configuration in CONFIGURATIONS]
     for tasks, name, method, density, record in tqdm(jobs, desc="configurations"):
-        timed = run_alone([method, density, record, tasks, args.batch, args.steps], {})
-        weighed = run_alone([method, density, record, tasks, args.batch, 2], {"MALLOC_MMAP_THRESHOLD_": "131072"})
-        rows.append({"tasks": tasks, "name": name, **timed, "mib": weighed["mib"]})
-    print(f"{'T':>3} {'gradients':28}{'CPU ms':>10}{'of a sum':>10}{'MiB':>8}{'trained':>12}")
+        measured = run_alone([method, density, record, tasks, args.batch, args.steps])
+        rows.append({"tasks": tasks, "name": name, **measured})
+        base = name.replace("per task", "sum of losses")
+        rows[-1]["of_a_sum"] = measured["ms"] / next(r["ms"] for r in rows if (r["tasks"], r["name"]) == (tasks, base))
+    print(f"{'T':>3} {'gradients':28}{'CPU ms':>8}{'of a sum':>10}{'resident':>10}{'tensors':>9}{'trained':>12}")
     for row in rows:
-        base = next(
-            r
-            for r in rows
-            if r["tasks"] == row["tasks"] and r["name"] == row["name"].replace("per task", "sum of losses")
-        )
         print(
-            f"{row['tasks']:>3} {row['name']:28}{row['ms']:>10.0f}{row['ms'] / base['ms']:>10.2f}{row['mib']:>8.0f}"
-            f"{row['trained']:>12,}"
+            f"{row['tasks']:>3} {row['name']:28}{row['ms']:>8.0f}{row['of_a_sum']:>10.2f}{row['resident_mib']:>10.0f}"
+            f"{row['tensors_mib']:>9.0f}{row['trained']:>12,}"
         )
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(
-            json.dumps({"torch": torch.__version__, "batch": args.batch, "rows": rows}, indent=1) + "\n"
-        )
+        found = {
+            "environment": environment(torch.device("cpu")),
+            "batch": args.batch,
+            "steps": args.steps,
+            "rows": rows,
+        }
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,154 +1,152 @@
 """
 Gradient conflicts and task drop of methods × trained weights on the computed problems, over paired seeds.
 
-    python examples/mtl/experiment.py --bench digits --methods joint pcgrad --seeds 0 1 2 --out out/digits
-    python examples/mtl/experiment.py --bench digits --out out/digits --table      # only print what is there
+    python examples/mtl/experiment.py --out out                     # an hour of one core
+    python examples/mtl/experiment.py --out out --benches digits    # one problem; several may run side by side
+    python examples/mtl/experiment.py --out out --report            # only tables and figures of what is there
 
-Every cell is trained with every learning rate, on the same data and from the same weights per seed; the rate is chosen
-by Δm on validation data, averaged over the seeds, and the table shows test data. Δm is relative to single-task
-training of all weights, with the same search. Finished trainings are kept in `runs.jsonl`: an interrupted experiment
-goes on.
+Learning rates are searched equally: every method and mask, and every single task, is trained with every rate on a seed
+of its own, and the rate with the lowest Δm on validation data is used on the other seeds, of which the table shows
+test data. Δm is relative to single-task training of all weights with the same budget. Finished runs are kept in
+`runs_<bench>.jsonl`: an interrupted experiment goes on. Writes `mtl_experiment.md`, `.json` (with every run) and
+`.png`, whose data are in `mtl_experiment_figure.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
+import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 from _benches import BENCHES
-from _benches.base import Bench
-from _benches.runs import MASKS, Run, train
+from _benches.runs import MASKS, train
+from _experiment.plan import BUDGETS, METHODS, RATES, Ledger, Plan
+from _experiment.report import draw, markdown
+from _experiment.results import choose_rates, differences_of, rows_of, summaries_of
 from tqdm import tqdm
 
-from peft_ext.mtl import relative_task_drop
+
+def plan_of(bench: str, args: argparse.Namespace) -> Plan:
+    images, epochs = BUDGETS[bench]
+    images, epochs = args.images or images, args.epochs or epochs
+    return Plan(
+        BENCHES[bench],
+        args.methods,
+        args.masks,
+        args.rates,
+        args.seeds,
+        args.search_seed,
+        args.density,
+        epochs,
+        images,
+        args.search_epochs or epochs,
+    )
 
 
-METHODS = ["joint", "pcgrad", "cagrad", "mgda", "imtl_g", "nash_mtl", "famo"]
-RATES = [1e-3, 2.5e-4]
-KEYS = ("bench", "method", "mask", "learning_rate", "seed", "density", "task", "epochs")
+def conduct(plan: Plan, ledger: Ledger) -> None:
+    """Train what is not there yet: the search, then the chosen rates."""
+    for stage in ("search", "final"):
+        if stage == "search":
+            runs = plan.search()
+        else:
+            found = [record for run in plan.search() if (record := ledger.find(run))]
+            runs = plan.final(choose_rates(plan.bench, found))
+        for run in tqdm(runs, desc=f"{plan.bench.name}, {stage}"):
+            if ledger.find(run):
+                continue
+            start = time.process_time()
+            record = train(plan.bench, run)
+            ledger.add({**record, "cpu_seconds": round(time.process_time() - start, 2)})
 
 
-def key_of(run: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(run[name] for name in KEYS)
+def hardware() -> str:
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    return name
 
 
-def planned(args: argparse.Namespace) -> list[Run]:
-    """Single tasks, then every method with every mask; all rates and seeds."""
-    bench = BENCHES[args.bench]
-    cells = [("joint", "full", task) for task in bench.tasks]
-    cells += [(method, mask, None) for method in args.methods for mask in args.masks]
-    return [
-        Run(args.bench, method, mask, rate, seed, args.density, task, args.epochs)
-        for seed in args.seeds
-        for method, mask, task in cells
-        for rate in args.rates
-    ]
+def settings_of(plan: Plan, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the report says about a problem's trainings."""
+    return {
+        "tasks": plan.bench.tasks,
+        "images": plan.images,
+        "epochs": plan.epochs,
+        "search_epochs": plan.search_epochs,
+        "batch_size": plan.bench.batch_size,
+        "density": plan.density,
+        "rates": plan.rates,
+        "seeds": sorted({run["seed"] for run in runs} - {plan.search_seed}),
+        "search_seed": plan.search_seed,
+    }
 
 
-def read(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
-    if not path.exists():
-        return {}
-    runs = [json.loads(line) for line in path.read_text().splitlines()]
-    return {key_of(run): run for run in runs}
-
-
-def single_task(bench: Bench, runs: list[dict[str, Any]], split: str) -> dict[int, dict[str, dict[str, float]]]:
-    """Per seed the metrics of single-task training, each task with its best rate on validation data."""
-    chosen: dict[int, dict[str, dict[str, float]]] = {}
-    for task in bench.tasks:
-        own = [run for run in runs if run["task"] == task]
-        rates = sorted({run["learning_rate"] for run in own})
-        first = {run["seed"]: run for run in own if run["learning_rate"] == rates[0]}
-
-        def drop(run: dict[str, Any], first: dict[int, Any] = first) -> float:
-            baseline = first[run["seed"]]["validation"]
-            return relative_task_drop(run["validation"], baseline, bench.higher_is_better)
-
-        best = min(rates, key=lambda rate: np.mean([drop(run) for run in own if run["learning_rate"] == rate]))
-        for run in own:
-            if run["learning_rate"] == best:
-                chosen.setdefault(run["seed"], {})[task] = run[split][task]
-    return chosen
-
-
-def table(bench: Bench, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per method and mask."""
-    baseline = {split: single_task(bench, runs, split) for split in ("validation", "test")}
-    rows = []
-    joint = [run for run in runs if run["task"] is None]
-    for method, mask in sorted({(run["method"], run["mask"]) for run in joint}):
-        cell = [run for run in joint if (run["method"], run["mask"]) == (method, mask)]
-
-        def drop(run: dict[str, Any], split: str) -> float:
-            return relative_task_drop(run[split], baseline[split][run["seed"]], bench.higher_is_better)
-
-        rates = sorted({run["learning_rate"] for run in cell})
-        best = min(
-            rates, key=lambda r: np.mean([drop(run, "validation") for run in cell if run["learning_rate"] == r])
-        )
-        chosen = sorted((run for run in cell if run["learning_rate"] == best), key=lambda run: run["seed"])
-        row: dict[str, Any] = {
-            "method": method,
-            "mask": mask,
-            "learning_rate": best,
-            "seeds": [r["seed"] for r in chosen],
-        }
-        row["task_drop"] = [drop(run, "test") for run in chosen]
-        for name in ("incidence_all", "incidence_last_half", "noise_floor"):
-            row[name] = [run.get(f"gradient_conflict_{name}", float("nan")) for run in chosen]
-        rows.append(row)
-    return rows
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    def spread(values: list[float]) -> str:
-        sd = np.std(values, ddof=1) if len(values) > 1 else float("nan")
-        return f"{np.mean(values):6.1f} ±{sd:4.1f}"
-
-    print(f"{'method':10}{'mask':8}{'rate':>8}{'p % all':>15}{'p % last half':>15}{'noise floor':>15}{'Δm %':>15}")
-    for row in rows:
-        columns = [spread(row[key]) for key in ("incidence_all", "incidence_last_half", "noise_floor", "task_drop")]
-        print(f"{row['method']:10}{row['mask']:8}{row['learning_rate']:8.0e}" + "".join(f"{c:>15}" for c in columns))
-    by_cell = {(row["method"], row["mask"]): row for row in rows}
-    print("\nPaired differences to all weights, seed by seed: p % all, p % last half, Δm %")
-    for (method, mask), row in by_cell.items():
-        full = by_cell.get((method, "full"))
-        if mask == "full" or full is None or full["seeds"] != row["seeds"]:
+def report_of(out: Path, command: str) -> dict[str, Any]:
+    """Everything that the finished runs of the plans in `out` say."""
+    benches, rows, runs = {}, [], []
+    for name in BENCHES:
+        saved = out / f"plan_{name}.json"
+        if not saved.exists():
             continue
-        keys = ("incidence_all", "incidence_last_half", "task_drop")
-        parts = [[a - b for a, b in zip(row[key], full[key], strict=True)] for key in keys]
-        print(f"{method:10}{mask:8}" + "   ".join(" ".join(f"{d:+6.1f}" for d in part) for part in parts))
+        plan = Plan(BENCHES[name], **json.loads(saved.read_text()))
+        ledger = Ledger(out / f"runs_{name}.jsonl")
+        found = [record for run in plan.search() if (record := ledger.find(run))]
+        if len(found) < len(plan.search()):
+            continue
+        final = [record for run in plan.final(choose_rates(plan.bench, found)) if (record := ledger.find(run))]
+        benches[name] = settings_of(plan, found + final)
+        rows += rows_of(plan.bench, final)
+        runs += found + final
+    differences = differences_of(rows)
+    return {
+        "command": command,
+        "hardware": hardware(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu_minutes": sum(run["cpu_seconds"] for run in runs) / 60,
+        "benches": benches,
+        "summaries": summaries_of(differences),
+        "rows": rows,
+        "differences": differences,
+        "runs": runs,
+    }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bench", choices=sorted(BENCHES), default="digits")
-    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--benches", nargs="+", choices=sorted(BENCHES), default=list(BENCHES))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--masks", nargs="+", choices=MASKS, default=list(MASKS))
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="learning rates to search")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--search-seed", type=int, default=100)
     parser.add_argument("--density", type=float, default=0.3)
-    parser.add_argument("--epochs", type=int, help="if not the problem's own")
-    parser.add_argument("--out", type=Path, default=Path("mtl_experiment"))
-    parser.add_argument("--table", action="store_true", help="train nothing")
-    args = parser.parse_args()
+    parser.add_argument("--epochs", type=int, help="if not the experiment's own")
+    parser.add_argument("--search-epochs", type=int, help="if not the same")
+    parser.add_argument("--images", type=int, help="train on the first so many alone")
+    parser.add_argument("--out", type=Path, default=Path("mtl_experiment_output"))
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    args = parser.parse_args(argv)
+    if args.search_seed in args.seeds:
+        parser.error(f"--search-seed {args.search_seed} is one of --seeds: rates must be chosen on another")
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "runs.jsonl"
-    done = read(path)
-    if not args.table:
-        for run in tqdm(planned(args), desc=args.bench):
-            if tuple(getattr(run, name) for name in KEYS) in done:
-                continue
-            result = train(BENCHES[args.bench], run)
-            with path.open("a") as file:
-                file.write(json.dumps(result) + "\n")
-    runs = [run for run in read(path).values() if run["bench"] == args.bench]
-    rows = table(BENCHES[args.bench], runs)
-    (args.out / "table.json").write_text(json.dumps(rows, indent=1))
-    show(rows)
+    torch.set_num_threads(1)
+    for name in [] if args.report else args.benches:
+        plan = plan_of(name, args)
+        (args.out / f"plan_{name}.json").write_text(json.dumps(plan.settings()))
+        conduct(plan, Ledger(args.out / f"runs_{name}.jsonl"))
+    report = report_of(args.out, "python examples/mtl/experiment.py")
+    (args.out / "mtl_experiment.json").write_text(json.dumps(report, indent=1) + "\n")
+    text = markdown(report)
+    (args.out / "mtl_experiment.md").write_text(text)
+    draw(report, args.out / "mtl_experiment.png")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ Layouts of --root:
   clevr               images/{train,val}/, scenes/CLEVR_{train,val}_scenes.json
   smallnorb           smallnorb-*-{training,testing}-{dat,info}.mat[.gz]
 The encoder is a small convolutional one from random weights, unless --encoder names a folder with a transformers
-vision model (classification data sets only).
+vision model (classification data sets only); images then have the size and the mean and deviation that it was trained
+with.
 """
 
 from __future__ import annotations
@@ -38,21 +39,31 @@ from peft_ext.mtl import METHODS, MTLConfig, MTLTrainer
 class VisionEncoder(nn.Module):
     """A transformers vision model, down to one vector per image."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, folder: str) -> None:
         super().__init__()
         from transformers import AutoModel
 
         self.model = AutoModel.from_pretrained(folder)
         self.width = self.model.config.hidden_size
+        self.size = self.model.config.image_size
+        processor = Path(folder) / "preprocessor_config.json"
+        settings = json.loads(processor.read_text()) if processor.exists() else {}
+        for name in ("mean", "std"):
+            values = settings.get(f"image_{name}", [0.5, 0.5, 0.5])
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.model(pixel_values=pixel_values).last_hidden_state.mean(1)
+        return self.model(pixel_values=(pixel_values - self.mean) / self.std).last_hidden_state.mean(1)
 
 
 class Pooled(nn.Module):
     """The coarsest features of the convolutional encoder, averaged over the image."""
 
     width = 64
+    size = 64
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,29 +73,27 @@ class Pooled(nn.Module):
         return self.encoder(pixel_values)[-1].mean((2, 3))
 
 
-def load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Training and test set."""
+def load(args: argparse.Namespace, size: int) -> tuple[Any, Any]:
+    """Training and test set; those to classify with images of height and width `size`."""
     root = str(args.root)
     if args.data == "nyuv2":
         return NYUv2(root, "train"), NYUv2(root, "val")
     if args.data == "cityscapes":
         return CityScapes(root, "train"), CityScapes(root, "val")
     if args.data == "celeba":
-        return CelebA(root, "train"), CelebA(root, "test")
+        return CelebA(root, "train", size=size), CelebA(root, "test", size=size)
     if args.data == "clevr":
-        return Clevr(root, "train", limit=args.limit), Clevr(root, "val", limit=args.limit)
-    return SmallNORB(root, "train", limit=args.limit), SmallNORB(root, "test", limit=args.limit)
+        return Clevr(root, "train", args.limit, size), Clevr(root, "val", args.limit, size)
+    return SmallNORB(root, "train", args.limit, size), SmallNORB(root, "test", args.limit, size)
 
 
-def make_model(args: argparse.Namespace, data: Any) -> nn.Module:
-    """The encoder and a head per task."""
-    if args.data in ("nyuv2", "cityscapes"):
+def make_heads(data: Any, width: int) -> dict[str, nn.Module]:
+    """A decoder or a linear layer per task."""
+    if "segmentation" in data.tasks:
         channels = {"segmentation": data.classes, "depth": 1, "normal": 3}
-        return EncoderWithHeads(Encoder(), {task: Decoder(channels[task]) for task in data.tasks})
-    encoder: Any = VisionEncoder(args.encoder) if args.encoder else Pooled()
-    classes = [1] * len(data.tasks) if args.data == "celeba" else data.classes
-    heads = {task: nn.Linear(encoder.width, count) for task, count in zip(data.tasks, classes, strict=True)}
-    return EncoderWithHeads(encoder, heads)
+        return {task: Decoder(channels[task]) for task in data.tasks}
+    classes = getattr(data, "classes", [1] * len(data.tasks))
+    return {task: nn.Linear(width, count) for task, count in zip(data.tasks, classes, strict=True)}
 
 
 def losses(outputs: dict[str, Tensor], labels: Any, num_items_in_batch: Any = None) -> dict[str, Tensor]:
@@ -138,10 +147,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("mtl_public_output"))
     args = parser.parse_args(argv)
+    is_dense = args.data in ("nyuv2", "cityscapes")
+    if is_dense and args.encoder:
+        parser.error(f"--encoder {args.encoder} gives one vector per image; {args.data} needs one per pixel")
     preset = PRESETS[args.data]
-    training, test = load(args)
     torch.manual_seed(args.seed)
-    model = masked(make_model(args, training), args.mask, preset.density, args.seed)
+    classifier: Any = VisionEncoder(args.encoder) if args.encoder else Pooled()
+    training, test = load(args, classifier.size)
+    encoder = Encoder() if is_dense else classifier
+    model = EncoderWithHeads(encoder, make_heads(training, classifier.width))
+    model = masked(model, args.mask, preset.density, args.seed)
     config = MTLConfig(
         output_dir=str(args.out),
         mtl_method=args.method,

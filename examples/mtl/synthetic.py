@@ -21,7 +21,7 @@ from peft_ext.mtl import METHODS
 from peft_ext.mtl.plots import plot_angles, plot_cosines, plot_incidence, plot_layers, read_conflicts
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bench", choices=sorted(BENCHES), default="digits")
     parser.add_argument("--method", choices=METHODS, default="joint")
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="if not the problem's own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("mtl_output"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     run = Run(args.bench, args.method, args.mask, args.learning_rate, args.seed, args.density, epochs=args.epochs)
     result = train(

@@ -77,7 +77,7 @@ def small_llama() -> tuple[Any, Any]:
     return LlamaForCausalLM(config), PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="name or folder of a causal language model; by default one made here")
     parser.add_argument("--method", choices=METHODS, default="pcgrad")
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--learning-rate", type=float, default=1e-2)
     parser.add_argument("--out", type=Path, default=Path("mtl_text_output"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.model:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -90,17 +90,38 @@ class TaskGradients:
         pass that only stands in for a task that another process has, nothing but FSDP2's shards is worth keeping.
         """
         row = self.rows[task]
+        kept = {
+            index
+            for index, parameter in enumerate(self.parameters)
+            if parameter.grad is not None and (is_sharded(parameter) or not is_stand_in)
+        }
+        room = self._room_for(sorted(kept - set(row)))
         for index, parameter in enumerate(self.parameters):
             if parameter.grad is None:
                 continue
             gradient = local(parameter.grad.detach())
             parameter.grad = None
-            if is_stand_in and not is_sharded(parameter):
-                continue
-            if index in row:
+            if index in room:
+                row[index] = room[index].copy_(gradient)
+            elif index in kept:
                 row[index] += gradient
-            else:
-                row[index] = gradient.to(self.dtype)
+
+    def _room_for(self, indices: list[int]) -> dict[int, Tensor]:
+        """
+        Places for gradients, in one block per device. Where backward passes leave them, they lie between freed
+        temporaries and split the heap into pieces too small for the next pass: ten tasks of half a million values took
+        206 to 250 MiB over the step's begin, and 166 to 169 in blocks, of which 19 are the rows.
+        """
+        by_device: dict[torch.device, dict[int, torch.Size]] = {}
+        for index in indices:
+            part = local(self.parameters[index].detach())
+            by_device.setdefault(part.device, {})[index] = part.shape
+        room: dict[int, Tensor] = {}
+        for device, shapes in by_device.items():
+            sizes = [shape.numel() for shape in shapes.values()]
+            pieces = torch.empty(sum(sizes), dtype=self.dtype, device=device).split(sizes)
+            room |= {index: piece.view(shapes[index]) for index, piece in zip(shapes, pieces, strict=True)}
+        return room
 
     def reduce(self) -> None:
         """Average over processes. FSDP2 has averaged its shards already."""

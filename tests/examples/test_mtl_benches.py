@@ -89,30 +89,6 @@ def test_dense_metrics_by_hand():
     assert float(losses["depth"]) == pytest.approx(1.0)  # the unmeasured pixel does not count
 
 
-def test_a_public_data_set_trains_from_its_files(tmp_path):
-    pytest.importorskip("PIL")
-    import public
-
-    random = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for kind, shape in (
-            ("image", (16, 16, 3)),
-            ("label", (16, 16)),
-            ("depth", (16, 16, 1)),
-            ("normal", (16, 16, 3)),
-        ):
-            folder = tmp_path / "data" / split / kind
-            folder.mkdir(parents=True)
-            for number in range(6):
-                values = random.integers(-1, 13, shape) if kind == "label" else random.random(shape)
-                np.save(folder / f"{number}.npy", values)
-    out = tmp_path / "out"
-    options = ["--data", "nyuv2", "--root", str(tmp_path / "data"), "--epochs", "1", "--out", str(out)]
-    public.main([*options, "--method", "cagrad"])
-    result = json.loads((out / "result.json").read_text())
-    assert len([value for metrics in result["test"].values() for value in metrics.values()]) == 9
-
-
 @pytest.mark.parametrize("script", ["synthetic.py", "experiment.py", "public.py", "text_tasks.py"])
 def test_scripts_say_what_they_do(script, monkeypatch, capsys):
     if script == "text_tasks.py":

@@ -1,13 +1,13 @@
 """Loaders read files of the public layouts, made here."""
 
-import gzip
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+from tests.examples._mtl_files import write_arrays, write_celeba, write_clevr, write_smallnorb
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "mtl"))
@@ -24,17 +24,10 @@ def random():
     return np.random.default_rng(0)
 
 
-def save(folder, **arrays):
-    for kind, values in arrays.items():
-        (folder / kind).mkdir(parents=True, exist_ok=True)
-        for number, value in enumerate(values):
-            np.save(folder / kind / f"{number}.npy", value)
-
-
 def test_nyuv2(tmp_path, random):
     images, depth = random.random((11, 4, 6, 3)), random.random((11, 4, 6, 1))
     labels, normal = random.integers(-1, 13, (11, 4, 6)).astype(float), random.random((11, 4, 6, 3))
-    save(tmp_path / "train", image=images, label=labels, depth=depth, normal=normal)
+    write_arrays(tmp_path / "train", image=images, label=labels, depth=depth, normal=normal)
     data = NYUv2(str(tmp_path), "train")
     assert len(data) == 11
     sample = data[10]  # numbers sort as numbers: 10 comes after 9
@@ -54,7 +47,7 @@ def test_nyuv2(tmp_path, random):
 def test_cityscapes(tmp_path, random, kind, shape):
     depth = random.random((2, *shape))
     labels = random.integers(-1, 7, (2, 4, 6))
-    save(tmp_path / "val", image=random.random((2, 4, 6, 3)), depth=depth, **{kind: labels})
+    write_arrays(tmp_path / "val", image=random.random((2, 4, 6, 3)), depth=depth, **{kind: labels})
     sample = CityScapes(str(tmp_path), "val")[1]
     assert sample["labels_depth"].shape == (1, 4, 6)
     np.testing.assert_allclose(sample["labels_depth"].flatten(), depth[1].flatten(), rtol=1e-6)
@@ -62,17 +55,9 @@ def test_cityscapes(tmp_path, random, kind, shape):
 
 
 def test_celeba(tmp_path, random):
-    image_module = pytest.importorskip("PIL.Image")
-    (tmp_path / "img_align_celeba").mkdir()
-    names = [f"{i:06d}.png" for i in range(6)]
+    pytest.importorskip("PIL")
     values = random.choice([-1, 1], (6, 40))
-    for name in names:
-        pixels = random.integers(0, 256, (20, 16, 3), dtype=np.uint8)
-        image_module.fromarray(pixels).save(tmp_path / "img_align_celeba" / name)
-    attributes = " ".join(f"Attribute_{i}" for i in range(40))
-    lines = [f"{n}  " + " ".join(f"{v:2d}" for v in row) for n, row in zip(names, values, strict=True)]
-    (tmp_path / "list_attr_celeba.txt").write_text("6\n" + attributes + "\n" + "\n".join(lines) + "\n")
-    (tmp_path / "list_eval_partition.txt").write_text("".join(f"{n} {i % 3}\n" for i, n in enumerate(names)))
+    write_celeba(tmp_path, random.integers(0, 256, (6, 20, 16, 3), dtype=np.uint8), values, [0, 1, 2, 0, 1, 2])
     data = CelebA(str(tmp_path), "val", size=8)
     assert len(data) == 2
     assert len(data.tasks) == 10
@@ -85,17 +70,9 @@ def test_celeba(tmp_path, random):
 
 
 def test_clevr(tmp_path, random):
-    image_module = pytest.importorskip("PIL.Image")
-    (tmp_path / "images" / "val").mkdir(parents=True)
-    (tmp_path / "scenes").mkdir()
-    scenes = []
-    for i, distances in enumerate([[7.9, 12.0, 9.0], [8.2] * 10, [11.0, 10.5, 13.0, 12.0]]):
-        name = f"CLEVR_val_{i:06d}.png"
-        image_module.fromarray(random.integers(0, 256, (10, 12, 3), dtype=np.uint8)).save(
-            tmp_path / "images/val" / name
-        )
-        scenes.append({"image_filename": name, "objects": [{"pixel_coords": [1, 2, d]} for d in distances]})
-    (tmp_path / "scenes" / "CLEVR_val_scenes.json").write_text(json.dumps({"info": {}, "scenes": scenes}))
+    pytest.importorskip("PIL")
+    distances = [[7.9, 12.0, 9.0], [8.2] * 10, [11.0, 10.5, 13.0, 12.0]]
+    write_clevr(tmp_path, "val", random.integers(0, 256, (3, 10, 12, 3), dtype=np.uint8), distances)
     data = Clevr(str(tmp_path), "val", size=8)
     assert [int(data[i]["labels_count"]) for i in range(3)] == [0, 7, 1]
     assert [int(data[i]["labels_distance"]) for i in range(3)] == [0, 1, 5]
@@ -107,11 +84,7 @@ def test_clevr(tmp_path, random):
 def test_smallnorb(tmp_path, random, zipped):
     images = random.integers(0, 256, (4, 2, 96, 96), dtype=np.uint8)
     info = np.stack([[0, 1, 2, 3], [0, 3, 8, 5], [0, 2, 34, 18], [0, 1, 2, 3]], axis=1).astype("<i4")
-    for part, magic, array in (("dat", 0x1E3D4C55, images), ("info", 0x1E3D4C54, info)):
-        sizes = [*array.shape, 1, 1][: max(3, array.ndim)]
-        content = np.array([magic, array.ndim, *sizes], dtype="<i4").tobytes() + array.tobytes()
-        name = f"smallnorb-5x46789x9x18x6x2x96x96-training-{part}.mat" + (".gz" if zipped else "")
-        (tmp_path / name).write_bytes(gzip.compress(content) if zipped else content)
+    write_smallnorb(tmp_path, "training", images, info, zipped)
     data = SmallNORB(str(tmp_path), "train")
     assert [int(data[i]["labels_elevation"]) for i in range(4)] == [0, 3, 8, 5]
     assert [int(data[i]["labels_azimuth"]) for i in range(4)] == [0, 1, 17, 9]

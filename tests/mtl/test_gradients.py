@@ -27,6 +27,47 @@ def test_sparse_adapters_keep_one_row_of_values_per_task(llama, ids):
     assert all(store.shared)
 
 
+def test_a_tasks_gradients_lie_in_one_block():
+    """Small pieces between the temporaries of backward passes would keep the heap from being used again."""
+    parameters = {str(i): torch.nn.Parameter(torch.randn(3, i + 1)) for i in range(8)}
+    store = TaskGradients(parameters, 2)
+    given = []
+    for task, names in ((0, "0123456"), (1, "1357")):
+        given.append({int(name): torch.randn_like(parameters[name]) for name in names})
+        for index, gradient in given[task].items():
+            parameters[str(index)].grad = gradient.clone()
+        store.collect(task)
+    assert all(parameter.grad is None for parameter in parameters.values())
+    for row, gradients in zip(store.rows, given, strict=True):
+        assert len({gradient.untyped_storage().data_ptr() for gradient in row.values()}) == 1
+        assert set(row) == set(gradients)
+        assert all(torch.equal(row[index], gradient) for index, gradient in gradients.items())
+
+
+def test_micro_batches_add_to_what_is_there_and_make_room_for_what_is_new():
+    parameters = {name: torch.nn.Parameter(torch.zeros(2, 3)) for name in "ab"}
+    store = TaskGradients(parameters, 1, dtype=torch.float64)
+    first, second, third = torch.randn(3, 2, 3)
+    parameters["a"].grad = first.clone()
+    store.collect(0)
+    parameters["a"].grad, parameters["b"].grad = second.clone(), third.clone()
+    store.collect(0)
+    assert torch.equal(store.rows[0][0], first.double() + second.double())
+    assert torch.equal(store.rows[0][1], third.double())
+
+
+def test_a_stand_ins_gradients_are_dropped():
+    parameters = {name: torch.nn.Parameter(torch.zeros(2)) for name in "ab"}
+    store = TaskGradients(parameters, 1)
+    parameters["a"].grad = torch.ones(2)
+    store.collect(0)
+    for parameter in parameters.values():
+        parameter.grad = torch.full((2,), float("nan"))
+    store.collect(0, is_stand_in=True)
+    assert list(store.rows[0]) == [0] and torch.equal(store.rows[0][0], torch.ones(2))
+    assert all(parameter.grad is None for parameter in parameters.values())
+
+
 def test_gramian_is_exact_over_chunks():
     generator = torch.Generator().manual_seed(0)
     rows = 1e-6 * torch.randn(3, CHUNK + 17, generator=generator)

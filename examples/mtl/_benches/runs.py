@@ -6,12 +6,14 @@ import tempfile
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from transformers import PrinterCallback
 
 from peft_ext.mtl import MTLConfig, MTLTrainer
+from peft_ext.mtl.conflicts import conflict_incidence
 
-from .base import Bench, collate
+from .base import Bench, Table, collate
 
 
 MASKS = ("full", "psn", "random")
@@ -28,6 +30,7 @@ class Run:
         density: trained share of each neuron's inputs, where `mask` is not `"full"`.
         task: train this one alone, for single-task learning.
         epochs: if not the bench's.
+        images: train on the first so many alone.
     """
 
     bench: str
@@ -38,6 +41,7 @@ class Run:
     density: float = 0.3
     task: str | None = None
     epochs: int | None = None
+    images: int | None = None
 
 
 def masked(model: nn.Module, mask: str, density: float, seed: int) -> nn.Module:
@@ -52,8 +56,23 @@ def masked(model: nn.Module, mask: str, density: float, seed: int) -> nn.Module:
     targets = [n for n, module in model.named_modules() if n.startswith("encoder.") and isinstance(module, kinds)]
     selection = {"psn": "magnitude", "random": "random"}[mask]
     heads = [f"heads.{task}" for task in dict(model.get_submodule("heads").named_children())]
-    config = PSNConfig(density=density, selection=selection, seed=seed, target_modules=targets, modules_to_save=heads)
+    # At these sizes the dense path is fastest, also without gradients, where "auto" spares W: 2.0 s in place of 3.7.
+    config = PSNConfig(
+        density=density,
+        selection=selection,
+        seed=seed,
+        target_modules=targets,
+        modules_to_save=heads,
+        backend="dense",
+    )
     return get_peft_model(model, config)
+
+
+def incidence_by_epoch(recorder: Any) -> list[float]:
+    """Percent of conflicts in each epoch's steps."""
+    epochs = np.floor(np.array(recorder.epochs)).astype(int)
+    cosines = np.array(recorder.cosines)  # [steps, pairs]
+    return [conflict_incidence(cosines[epochs == number]) for number in sorted(set(epochs.tolist()))]
 
 
 def train(bench: Bench, run: Run, output_dir: str | None = None, **options: Any) -> dict[str, Any]:
@@ -61,9 +80,12 @@ def train(bench: Bench, run: Run, output_dir: str | None = None, **options: Any)
     Train and evaluate.
 
     Returns:
-        `dict`: the run's settings, metrics on `validation` and `test`, and the conflicts' summary.
+        `dict`: the run's settings, metrics on `validation` and `test`, the conflicts' summary, and with several tasks
+        `incidence_by_epoch`.
     """
     training, validation, test = bench.make_data(run.seed)
+    if run.images:
+        training = Table({name: column[: run.images] for name, column in training.columns.items()})
     model = masked(bench.make_model(run.seed), run.mask, run.density, run.seed)
     tasks = [run.task] if run.task else bench.tasks
 
@@ -108,4 +130,5 @@ def train(bench: Bench, run: Run, output_dir: str | None = None, **options: Any)
         "validation": {task: bench.evaluate(model, validation)[task] for task in tasks},
         "test": {task: bench.evaluate(model, test)[task] for task in tasks},
         **trainer.conflicts.summary(trainer.state.max_steps),
+        **({} if run.task else {"incidence_by_epoch": incidence_by_epoch(trainer.conflicts)}),
     }

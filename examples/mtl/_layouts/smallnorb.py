@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import Dataset
 
 
@@ -49,12 +50,13 @@ class SmallNORB(Dataset[Any]):
         root (`str`): the folder.
         split (`str`): `"train"` or `"test"`.
         limit (`int`, *optional*): the first so many images; VTAB trains on 1000.
+        size (`int`): images are resized from 96 to this height and width.
     """
 
     tasks = ("azimuth", "elevation")
     classes = (18, 9)
 
-    def __init__(self, root: str, split: str, limit: int | None = None) -> None:
+    def __init__(self, root: str, split: str, limit: int | None = None, size: int = 96) -> None:
         kind = {"train": "training", "test": "testing"}[split]
         found = {}
         for part in ("dat", "info"):
@@ -65,12 +67,16 @@ class SmallNORB(Dataset[Any]):
         self.images = found["dat"][:limit]  # [images, 2 cameras, 96, 96]
         info = found["info"][:limit]  # instance, elevation, azimuth (even numbers), lighting
         self.elevation, self.azimuth = info[:, 1], info[:, 2] // 2
+        self.size = size
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         image = torch.from_numpy(self.images[index, 0].astype(np.float32)) / 255
+        if self.size != len(image):
+            size = (self.size, self.size)
+            image = functional.interpolate(image[None, None], size, mode="bilinear", antialias=True)[0, 0]
         return {
             "pixel_values": image.expand(3, *image.shape).clone(),
             "labels_azimuth": torch.tensor(int(self.azimuth[index])),
