@@ -11,6 +11,7 @@ from torch import nn
 
 from .aggregators.base import Array
 from .checkpoint import read_state, write_state
+from .conflicts import ConflictRecorder
 from .data import rows_of
 from .gradients import TaskGradients
 from .losses import batch_size_of
@@ -46,6 +47,8 @@ class TaskBookkeepingMixin(_Trainer):
     """Part of [`MTLTrainerMixin`]."""
 
     _aggregator: Any
+    _make_aggregator: Any
+    _task_names: list[str] | None
     _given_aggregator: Any
     _recorder: Any
     _gradients: Any
@@ -94,10 +97,16 @@ class TaskBookkeepingMixin(_Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
+            if self._recorder is not None and self._recorder.steps:  # a second training begins
+                self._recorder = ConflictRecorder(self._recorder.tasks, self._recorder.path)
             return
         self._loaded = read_state(checkpoint, self._method_name(), self._task_names)
         if self._loaded is None:
             logger.warning("%s has no state of multi-task training; the method starts afresh.", checkpoint)
+        elif self._task_names is None:
+            self._task_names = list(self._loaded["tasks"])
+            self._make_aggregator()
+            return
         self._restore()
 
     def _method_name(self) -> str:

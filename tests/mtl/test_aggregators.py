@@ -114,7 +114,7 @@ def test_gradients_of_very_unlike_norms(tasks):
     norms = jacobian.norm(dim=1)
     shortest = direction(jacobian, "mgda")
     assert bool((jacobian @ shortest >= shortest @ shortest - 1e-8 * norms * shortest.norm()).all())
-    assert shortest.norm() <= norms.min()
+    assert shortest.norm() <= norms.min() * (1 + 1e-9)
     mean = jacobian.mean(0)
     assert_close((direction(jacobian, "cagrad") - mean).norm(), 0.4 * mean.norm(), 1e-7)
 

@@ -24,4 +24,4 @@ class MGDA(Aggregator):
             return float(0.5 * w @ image), image, scaled
 
         smallest = float(np.diagonal(scaled).min())  # the direction is at most as long as the shortest gradient
-        return minimise_on_simplex(half_norm, len(gramian), smallest)[0]
+        return minimise_on_simplex(half_norm, len(gramian), end=1e-14 * smallest)

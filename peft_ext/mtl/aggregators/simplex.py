@@ -10,13 +10,11 @@ from .base import Array
 
 
 Derivatives = tuple[float, Array, Array]
-BARRIER_START, BARRIER_END, BARRIER_FACTOR = 1e-1, 1e-14, 0.1
+BARRIER_START, BARRIER_FACTOR = 1e-1, 0.1
 MAX_NEWTON_STEPS = 50
 
 
-def minimise_on_simplex(
-    function: Callable[[Array, float], Derivatives], size: int, smallest: float = 1.0
-) -> tuple[Array, float]:
+def minimise_on_simplex(function: Callable[[Array, float], Derivatives], size: int, end: float) -> Array:
     """
     `argmin f(w)` over `w >= 0, sum(w) = 1` by Newton's method with a logarithmic barrier (Boyd and Vandenberghe,
     Convex Optimization, chapter 11).
@@ -25,21 +23,20 @@ def minimise_on_simplex(
         function: returns value, gradient `[size]` and Hessian `[size, size]` at `w`, given the barrier's weight, in
             case it has a barrier of its own. Its values should be at most of the order of one.
         size (`int`): number of weights.
-        smallest (`float`): order of the least value it may have; the barrier's last weight is 1e-14 of that.
+        end (`float`): the barrier's last weight. The value found is at most `size * end` above the minimum.
 
     Returns:
-        The minimiser, `[size]`, to about 1e-10, and the last weight of the barrier.
+        The minimiser, `[size]`.
     """
     w = np.full(size, 1.0 / size)
-    end = BARRIER_END * smallest
     if size == 1:
-        return w, end
+        return w
     barrier = BARRIER_START
     while barrier > end:
         w = _centre(function, w, barrier)
         barrier = max(end, barrier * BARRIER_FACTOR)
     w = _centre(function, w, barrier)
-    return w / w.sum(), barrier
+    return w / w.sum()
 
 
 def _centre(function: Callable[[Array, float], Derivatives], w: Array, barrier: float) -> Array:
