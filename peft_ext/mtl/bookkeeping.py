@@ -60,6 +60,12 @@ class TaskBookkeepingMixin(_Trainer):
 
     # ------------------------------------------------------------------ logs and state
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with a record of its own for each training."""
+        if self._recorder is not None and self._recorder.steps:
+            self._recorder = ConflictRecorder(self._recorder.tasks, self._recorder.path)
+        return super().train(*args, **kwargs)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the tasks' losses and the conflicts since the last log; at the end, their summary."""
         if self._recorder is not None:
@@ -97,8 +103,6 @@ class TaskBookkeepingMixin(_Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
-            if self._recorder is not None and self._recorder.steps:  # a second training begins
-                self._recorder = ConflictRecorder(self._recorder.tasks, self._recorder.path)
             return
         self._loaded = read_state(checkpoint, self._method_name(), self._task_names)
         if self._loaded is None:

@@ -107,7 +107,8 @@ class Classifier(nn.Module):
 def test_missing_labels_where_samples_have_one_task(tmp_path, missing):
     def data(task, without):
         rows = samples(48, seed=task)
-        return [{"x": s["x"], "labels": s["labels_a"] if i not in without else -100} for i, s in enumerate(rows)]
+        absent = torch.tensor(-100)
+        return [{"x": s["x"], "labels": absent if i in without else s["labels_a"]} for i, s in enumerate(rows)]
 
     def run(pieces):
         options = {"per_device_train_batch_size": 16 // pieces, "gradient_accumulation_steps": pieces}

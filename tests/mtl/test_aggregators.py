@@ -233,3 +233,23 @@ def test_mistakes_are_named():
         aggregate(jacobian[0])
     with pytest.raises(ValueError, match="needs the tasks' losses"):
         aggregate(jacobian, method="famo")
+    with pytest.raises(ValueError, match="not a list"):
+        aggregate(jacobian.tolist())
+    with pytest.raises(ValueError, match="no option 'num_tasks'"):
+        aggregate(jacobian, method="famo", losses=[1.0, 1.0, 1.0], num_tasks=7)
+    with pytest.raises(ValueError, match=r"method='cagrad' does not take the options \{'c': 'x'\}"):
+        aggregate(jacobian, method="cagrad", c="x")
+    with pytest.raises(ValueError, match="update_weights_every=1.5"):
+        aggregate(jacobian, method="nash_mtl", update_weights_every=1.5)
+
+
+def test_constant_weights_keep_to_their_tasks_when_one_is_absent():
+    jacobian = random_jacobian(3, 5)
+    jacobian[1] = 0
+    assert_close(aggregate(jacobian, "constant", weights=[1.0, 2.0, 3.0]), jacobian[0] + 3 * jacobian[2], 1e-12)
+
+
+def test_methods_with_a_least_number_of_tasks_say_so():
+    pytest.importorskip("torchjd")
+    with pytest.raises(ValueError, match="Krum cannot combine the gradients of 2 tasks"):
+        aggregate(random_jacobian(2, 5), "krum", n_byzantine=0)
