@@ -253,12 +253,15 @@ class MTLTrainer(MTLTrainerMixin, Trainer):
             data set per task.
         compute_task_losses_func (`Callable`, *optional*):
             `f(outputs, labels, num_items_in_batch) -> dict` of a scalar loss per task. `labels` is the tensor of the
-            one label name, or a dict where `label_names` has several. A task that a batch lacks is left out.
+            one label name, or a dict where `label_names` has several. A task that a batch lacks is left out. Losses
+            are means over labels that are neither -100 nor NaN: of the task's own labels, or of its column of labels
+            `[samples, tasks]`. With `task_column` in `label_names`, `labels` has every sample's task number.
         aggregator ([`Aggregator`], *optional*):
             A method of your own, in place of `mtl_method`.
 
     Raises:
-        `ValueError`: with DeepSpeed, `nn.DataParallel`, FSDP 1, LOMO, or packed batches to be taken apart by task.
+        `ValueError`: with DeepSpeed, `nn.DataParallel`, FSDP 1, optimisers that step during the backward pass, or
+            packed batches to be taken apart by task.
 
     Example:
 

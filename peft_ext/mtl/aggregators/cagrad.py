@@ -49,7 +49,7 @@ class CAGrad(Aggregator):
                 # `-c barrier log(t² - ‖g_w‖²)` and `t` eliminated, it is smooth.
                 half = w @ root_of
                 image = root_of @ half
-                t, root = bound(half @ half, barrier)
+                t, root = bound(float(half @ half), barrier)
                 value = float(w @ towards_mean + self.c * (t - barrier * np.log(t)))
                 hessian = self.c / t * (scaled - np.outer(image, image) / (t * root))
                 return value, towards_mean + self.c / t * image, hessian
@@ -57,7 +57,7 @@ class CAGrad(Aggregator):
             w = minimise_on_simplex(objective, tasks, end)
             # Where `g_w` is zero, `g_w / t` still leads to the best point of the ball, inside it.
             half = w @ root_of
-            t, _ = bound(half @ half, end)
+            t, _ = bound(float(half @ half), end)
             weights = mean + self.c * norm_of_mean / t * w
         if self.reduction == "reference":
             weights = weights * step.present.sum() / (1 + self.c**2)
@@ -71,7 +71,8 @@ def factor(gramian: Array) -> Array:
     """
     norms = np.sqrt(np.diagonal(gramian))
     values, vectors = np.linalg.eigh(gramian / np.outer(norms, norms))
-    return norms[:, None] * vectors * np.sqrt(np.where(values > 1e-14, values, 0.0))
+    # Smaller eigenvalues are rounding. Cosines nearer to -1 than that cannot be told from it.
+    return norms[:, None] * vectors * np.sqrt(np.where(values > 4e-16 * len(values), values, 0.0))
 
 
 def bound(squared_norm: float, slack: float) -> tuple[float, float]:
