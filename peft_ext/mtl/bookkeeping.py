@@ -11,6 +11,7 @@ from torch import nn
 
 from .aggregators.base import Array
 from .checkpoint import read_state, write_state
+from .conflicts import ConflictRecorder
 from .data import rows_of
 from .gradients import TaskGradients
 from .losses import batch_size_of
@@ -46,6 +47,8 @@ class TaskBookkeepingMixin(_Trainer):
     """Part of [`MTLTrainerMixin`]."""
 
     _aggregator: Any
+    _make_aggregator: Any
+    _task_names: list[str] | None
     _given_aggregator: Any
     _recorder: Any
     _gradients: Any
@@ -56,6 +59,12 @@ class TaskBookkeepingMixin(_Trainer):
     _skipped_steps: int
 
     # ------------------------------------------------------------------ logs and state
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with a record of its own for each training."""
+        if self._recorder is not None and self._recorder.steps:
+            self._recorder = ConflictRecorder(self._recorder.tasks, self._recorder.path)
+        return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the tasks' losses and the conflicts since the last log; at the end, their summary."""
@@ -98,6 +107,10 @@ class TaskBookkeepingMixin(_Trainer):
         self._loaded = read_state(checkpoint, self._method_name(), self._task_names)
         if self._loaded is None:
             logger.warning("%s has no state of multi-task training; the method starts afresh.", checkpoint)
+        elif self._task_names is None:
+            self._task_names = list(self._loaded["tasks"])
+            self._make_aggregator()
+            return
         self._restore()
 
     def _method_name(self) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from .conflicts import ConflictRecorder
@@ -77,6 +78,8 @@ class GradientConflictCallback(TrainerCallback):
     ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps!r} must be at least 1.")
+        if not isinstance(probe, Mapping) or not probe:
+            raise ValueError(f"probe must be a batch, or a dict of one batch per task, not {probe!r:.80}.")
         if task_losses_func is None and not all(isinstance(batch, Mapping) for batch in probe.values()):
             raise ValueError("probe must be a dict of one batch per task, or come with task_losses_func.")
         self.probe = probe
@@ -87,11 +90,13 @@ class GradientConflictCallback(TrainerCallback):
         self.noise_floor = noise_floor
         self.output_file = output_file
         self.recorder: ConflictRecorder | None = None
+        self.resumed = 0
 
     # ------------------------------------------------------------------ events
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.recorder = None
+        self.resumed = state.global_step  # the file has the steps before it
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if (state.global_step + 1) % self.every_n_steps == 0:
@@ -114,7 +119,8 @@ class GradientConflictCallback(TrainerCallback):
 
     def measure(self, model: nn.Module, args: Any, state: Any) -> None:
         """Record the conflicts of the model as it is now."""
-        bare: nn.Module = getattr(model, "module", model)  # DDP's wrapper would average over processes by itself
+        # DDP's wrapper would average over processes by itself.
+        bare: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         if any(hasattr(parameter, "to_local") for parameter in bare.parameters()):
             raise ValueError("GradientConflictCallback does not work with FSDP; MTLTrainer records conflicts there.")
         device = next(bare.parameters()).device
@@ -128,9 +134,13 @@ class GradientConflictCallback(TrainerCallback):
                     names, found = [name for _, name, _ in kept], iter(kept)
                 path = os.path.join(args.output_dir, self.output_file) if self.output_file else None
                 self.recorder = ConflictRecorder(names, path if args.should_save else None)
+                if self.resumed:
+                    self.recorder.read_back(self.resumed)
             tasks = self.recorder.tasks
             rows, values = self._store(bare, len(tasks)), np.full(len(tasks), np.nan)
             for _, name, loss in found:
+                if name not in tasks:
+                    raise ValueError(f"task_losses_func returned a loss for {name!r}, which was not among {tasks}.")
                 values[tasks.index(name)] = float(loss.detach())
                 collect_rows(rows, [(tasks.index(name), loss)])
             rows.reduce()
@@ -165,7 +175,13 @@ class GradientConflictCallback(TrainerCallback):
                 if self.task_losses_func is not None:
                     losses = checked_losses(self.task_losses_func(model, piece), "task_losses_func's result")
                 else:
-                    losses = {str(name): model(**piece)["loss"]}
+                    outputs = model(**piece)
+                    loss = outputs.get("loss") if isinstance(outputs, dict) else None
+                    if loss is None:
+                        raise ValueError(
+                            f"The model returns no loss for probe[{name!r}]: add its labels, or give task_losses_func."
+                        )
+                    losses = {str(name): loss}
                 for task, loss in losses.items():
                     yield half, task, loss
 

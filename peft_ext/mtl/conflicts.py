@@ -67,6 +67,7 @@ class ConflictRecorder:
         self.tasks = list(tasks)
         self.pairs = [f"{a}__{b}" for a, b in combinations(self.tasks, 2)]
         self.path = path
+        self.continues = False  # whether the file has this run's earlier steps
         self.steps: list[int] = []
         self.epochs: list[float] = []
         self.cosines: list[Array] = []
@@ -110,11 +111,7 @@ class ConflictRecorder:
         if layers:
             line["layers"] = {}
             for name, part in layers.items():
-                known = pair_cosines(part)
-                known = known[~np.isnan(known)]
-                counts = self.layers.setdefault(name, [0, 0])
-                counts[0] += int((known < 0).sum())
-                counts[1] += len(known)
+                self._count_layer(name, pair_cosines(part))
                 line["layers"][name] = _plain(pair_cosines(part))
         if floor is not None:
             self.noise += [bool(c < 0) for c in floor if not np.isnan(c)]
@@ -125,8 +122,47 @@ class ConflictRecorder:
     def _write(self, line: dict[str, Any]) -> None:
         if self.path:
             os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
+            # An earlier run's file is replaced, unless this one continues it.
+            with open(self.path, "a" if self.continues else "w", encoding="utf-8") as file:
                 file.write(json.dumps({"tasks": self.tasks, **line}) + "\n")
+        self.continues = True
+
+    def read_back(self, last: int) -> None:
+        """
+        Take the steps up to `last` from the file of a run that is resumed, and cut the file back to them. The means
+        over the last logging interval begin anew.
+
+        Raises:
+            `ValueError`: if the file was written for other tasks.
+        """
+        kept = self._cut(last)
+        for text in kept:
+            line = json.loads(text)
+            if line["tasks"] != self.tasks:
+                raise ValueError(f"{self.path} was written for the tasks {line['tasks']}, not {self.tasks}.")
+            self.steps.append(line["step"])
+            self.epochs.append(line["epoch"])
+            self.cosines.append(np.array(line["cos"], dtype=np.float64))
+            self.noise += [cosine < 0 for cosine in line.get("noise_cos", ()) if cosine is not None]
+            for name, cosines in line.get("layers", {}).items():
+                self._count_layer(name, np.array(cosines, dtype=np.float64))
+        self.logged = len(self.cosines)
+
+    def _cut(self, last: int) -> list[str]:
+        self.continues = True
+        if not self.path or not os.path.isfile(self.path):
+            return []
+        from ..files import write_atomically
+
+        with open(self.path, encoding="utf-8") as file:
+            kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= last]
+        write_atomically(self.path, "".join(kept))
+        return kept
+
+    def _count_layer(self, name: str, cosines: Array) -> None:
+        counts = self.layers.setdefault(name, [0, 0])
+        counts[0] += int((cosines < 0).sum())
+        counts[1] += int((~np.isnan(cosines)).sum())
 
     def logs(self, total_steps: int | None = None) -> dict[str, float]:
         """
@@ -213,13 +249,7 @@ class ConflictRecorder:
         self.layers = {name: list(counts) for name, counts in state["layers"].items()}
         self.window = [dict(entry) for entry in state["window"]]
         self.logged = state["logged"]
-        if self.path and os.path.isfile(self.path):
-            from ..files import write_atomically
-
-            last = self.steps[-1] if self.steps else 0
-            with open(self.path, encoding="utf-8") as file:
-                kept = [line for line in file if json.loads(line)["step"] <= last]
-            write_atomically(self.path, "".join(kept))
+        self._cut(self.steps[-1] if self.steps else 0)
 
 
 def _mean(values: Array) -> float:

@@ -68,7 +68,19 @@ def task_ids_of(dataset: Any, task_column: str) -> Tensor | None:
     if isinstance(dataset, TaskDataset) and dataset.task_column == task_column:
         return dataset.task_ids
     if task_column in (getattr(dataset, "column_names", None) or ()):
+        if not hasattr(dataset, "__len__"):
+            raise ValueError(
+                f"train_dataset has a column {task_column!r} but no length: samples of one task each are drawn by "
+                "number. Give map-style data sets, or compute_task_losses_func."
+            )
         return torch.as_tensor(dataset.with_format(None)[task_column][:])
+    if (
+        isinstance(dataset, (list, tuple))
+        and dataset
+        and isinstance(dataset[0], Mapping)
+        and task_column in dataset[0]
+    ):
+        return torch.tensor([int(sample[task_column]) for sample in dataset])
     return None
 
 

@@ -23,6 +23,7 @@ class TaskEvaluationMixin(_Trainer):
     compute_task_losses: Any
     _splits: bool
     _counts_of: Any
+    _unlogged: Any
     _eval_losses: dict[str, list[float]] | None = None
 
     def compute_loss(
@@ -42,7 +43,8 @@ class TaskEvaluationMixin(_Trainer):
                 if len(tasks) == 1:
                     loss = result[0] if return_outputs else result
                 else:
-                    loss = super().compute_loss(model, rows_of(bare, rows, len(ids)))
+                    with self._unlogged():
+                        loss = super().compute_loss(model, rows_of(bare, rows, len(ids)))
                 self._add(self.task_names[task], loss, len(rows))
         return result
 
@@ -58,12 +60,14 @@ class TaskEvaluationMixin(_Trainer):
         for i, name in enumerate(self.task_names):
             if name in there and self._eval_losses is not None:
                 self._add(name, there[name], float(counts[i]))
-        loss = torch.stack(list(there.values())).mean()
+        # Nothing is labelled in some batches; `evaluation_loop` replaces the mean over batches.
+        loss = torch.stack(list(there.values())).mean() if there else torch.tensor(0.0, device=self.args.device)
         if not return_outputs:
             return loss
         if isinstance(outputs, dict):
-            outputs = {key: value for key, value in outputs.items() if key != "task_losses"}
-        return loss, outputs
+            return loss, {key: value for key, value in outputs.items() if key != "task_losses"}
+        # Trainer takes what follows the loss for predictions.
+        return loss, (loss, *(outputs if isinstance(outputs, (tuple, list)) else (outputs,)))
 
     def _add(self, task: str, loss: Any, count: float) -> None:
         assert self._eval_losses is not None
@@ -80,9 +84,13 @@ class TaskEvaluationMixin(_Trainer):
             if self._task_names_known():
                 rows = [self._eval_losses.get(task, [0.0, 0.0]) for task in self.task_names]
                 totals = sum_over_processes(torch.tensor(rows, dtype=torch.float64).to(self.args.device)).cpu()
-                for task, (loss, count) in zip(self.task_names, totals.tolist(), strict=True):
-                    if count:
-                        output.metrics[f"{prefix}_{task}_loss"] = loss / count
+                means = {
+                    task: total / n for task, (total, n) in zip(self.task_names, totals.tolist(), strict=True) if n
+                }
+                output.metrics.update({f"{prefix}_{task}_loss": loss for task, loss in means.items()})
+                if not self._splits and means:
+                    # Every task counts the same, however many labels a batch has of it.
+                    output.metrics[f"{prefix}_loss"] = sum(means.values()) / len(means)
         finally:
             self._eval_losses = None
         return output

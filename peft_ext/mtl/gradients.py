@@ -129,7 +129,7 @@ class TaskGradients:
         for task, row in enumerate(self.rows):
             reached[task, list(row)] = True
         reached = any_process(reached.to(self.device)).cpu()
-        self.reached |= reached
+        self._note_reached(reached)
         for task, row in enumerate(self.rows):
             plain: dict[int, Tensor] = {}
             for index in torch.nonzero(reached[task]).flatten().tolist():
@@ -141,6 +141,16 @@ class TaskGradients:
         if not self.fixed:
             by_several = (self.reached.sum(dim=0) > 1).tolist()
             self.shared = [new and name not in self.heads for name, new in zip(self.names, by_several, strict=True)]
+
+    def _note_reached(self, reached: Tensor) -> None:
+        """A gradient of zeros reaches nothing: compiled graphs have one for the heads of all other tasks."""
+        new = reached & ~self.reached
+        pairs = [(task, index) for task, index in torch.nonzero(new).tolist() if index in self.rows[task]]
+        flags = torch.zeros_like(self.reached)
+        if pairs:
+            found = torch.stack([self.rows[task][index].any().to(self.device) for task, index in pairs])
+            flags[tuple(torch.tensor(pairs).T)] = found.cpu()
+        self.reached |= any_process(flags.to(self.device)).cpu() if bool(new.any()) else flags
 
     def scale(self, factor: float) -> None:
         """Multiply all gradients."""
@@ -175,7 +185,7 @@ class TaskGradients:
         for row in self.rows:
             for index, gradient in row.items():
                 if not self.shared[index]:
-                    bad |= ~gradient.isfinite().all()
+                    bad |= ~gradient.isfinite().all().to(self.device)
         return not bool(any_process(bad))
 
     def write(self, aggregator: Aggregator, step: Step, factor: float = 1.0) -> Array | None:

@@ -70,6 +70,8 @@ def aggregate(
     tensor([0., 1., 1.])
     ```
     """
+    if not isinstance(jacobian, Tensor):
+        raise ValueError(f"jacobian must be a tensor [tasks, parameters], not a {type(jacobian).__name__}.")
     if jacobian.ndim != 2 or not jacobian.is_floating_point() or not len(jacobian):
         raise ValueError(
             f"jacobian must be a floating-point matrix [tasks, parameters], not {tuple(jacobian.shape)} of "

@@ -46,23 +46,65 @@ class Window:
 
 def labels_of_tasks(label_names: Sequence[str], tasks: Sequence[str]) -> list[str] | None:
     """
-    The name of each task's labels where every task has its own: by the end of the name (`labels_depth` for `depth`),
-    else by position; `None` where labels and tasks do not pair up.
+    The name of each task's labels where every task has its own: by name (`depth`, `labels_depth`, `label_depth`), else
+    by the end of the name, else by position; `None` where labels and tasks do not pair up.
     """
-    if len(label_names) != len(tasks) or len(tasks) == 1:
+    if len(label_names) != len(tasks):
         return None
-    by_name = [[label for label in label_names if label.endswith(task)] for task in tasks]
+
+    def matching(task: str) -> list[str]:
+        exact = [label for label in label_names if label in (task, f"labels_{task}", f"label_{task}")]
+        return exact or [label for label in label_names if label.endswith(task)]
+
+    by_name = [matching(task) for task in tasks]
     if all(len(found) == 1 for found in by_name) and len({found[0] for found in by_name}) == len(tasks):
         return [found[0] for found in by_name]
     return list(label_names)
+
+
+def count_labels_of_tasks(batch: Mapping[str, Any], label_names: Sequence[str], tasks: Sequence[str]) -> Tensor:
+    """
+    Labels of each task in a batch, float64 `[tasks]`: of its own labels, or of its column where one tensor of labels
+    has a column per task. Else the number of samples, the same for all.
+    """
+    size = batch_size_of(batch)
+    names = labels_of_tasks(label_names, tasks)
+    if names is not None and all(name in batch for name in names):
+        return torch.tensor([count_labels(batch[name], size) for name in names], dtype=torch.float64)
+    matrix = batch.get(label_names[0]) if len(label_names) == 1 else None
+    if isinstance(matrix, Tensor) and matrix.ndim == 2 and matrix.shape[1] == len(tasks):
+        return torch.tensor([count_labels(column, size) for column in matrix.T], dtype=torch.float64)
+    return torch.full((len(tasks),), float(size), dtype=torch.float64)
 
 
 def count_labels(labels: Any, size: int) -> float:
     """Labels that are neither -100 nor NaN; for anything but a tensor, the number of samples."""
     if not isinstance(labels, Tensor):
         return float(size)
-    known = ~labels.isnan() if labels.is_floating_point() else labels.ne(IGNORED)
-    return float(known.sum())
+    return float(_known(labels).sum())
+
+
+def count_labels_by_id(batch: Mapping[str, Any], label_names: Sequence[str], ids: Tensor, tasks: int) -> Tensor:
+    """
+    Labels of each task in a batch of samples with one task each, float64 `[tasks]`; without one tensor of labels laid
+    out by samples, the number of samples.
+
+    Args:
+        batch (`dict`): the batch.
+        label_names (`list[str]`): names of its labels.
+        ids (`torch.Tensor`): every sample's task, `[samples]`.
+        tasks (`int`): number of tasks.
+    """
+    ids = ids.cpu()
+    labels = batch.get(label_names[0]) if len(label_names) == 1 else None
+    if not isinstance(labels, Tensor) or not labels.ndim or len(labels) != len(ids):
+        return torch.bincount(ids, minlength=tasks).double()
+    known = _known(labels).reshape(len(ids), -1).sum(dim=1).cpu()  # [samples]
+    return torch.zeros(tasks, dtype=torch.float64).index_add_(0, ids, known.double())
+
+
+def _known(labels: Tensor) -> Tensor:
+    return ~labels.isnan() if labels.is_floating_point() else labels.ne(IGNORED)
 
 
 def batch_size_of(batch: Mapping[str, Any]) -> int:

@@ -41,7 +41,8 @@ def relative_task_drop(
         Percent.
 
     Raises:
-        `ValueError`: if a metric is missing, a baseline is zero, or the reduction is not known.
+        `ValueError`: if a metric is missing or not finite, a baseline is not above zero, or the reduction is
+        not known.
 
     Example:
 
@@ -67,8 +68,11 @@ def relative_task_drop(
             if not isinstance(signs, Mapping) or name not in signs:
                 raise ValueError(f"higher_is_better does not say whether higher is better for {task!r}'s {name!r}.")
             reference = baseline[task][name]
-            if reference == 0:
-                raise ValueError(f"The baseline's {name!r} of {task!r} is 0: a relative drop is not defined.")
+            if not reference > 0 or not np.isfinite([reference, value]).all():
+                raise ValueError(
+                    f"{name!r} of {task!r} is {value!r}, and {reference!r} in the baseline; for a relative drop both "
+                    "must be finite and the baseline above 0."
+                )
             drop = (value - reference) / reference
             drops.setdefault(task, []).append(-drop if signs[name] else drop)
     if reduction == "tasks":

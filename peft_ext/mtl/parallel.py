@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -50,7 +50,7 @@ def refuse_unsupported(trainer: Any) -> None:
             "MTLTrainer does not work with FSDP version 1, whose flat parameters mix shared ones with heads; set "
             "fsdp_version: 2."
         )
-    if "lomo" in str(args.optim):
+    if any(kind in str(args.optim) for kind in ("lomo", "layerwise")):
         raise ValueError(
             f"optim={args.optim!r} updates parameters during the backward pass of the first task; use AdamW."
         )
@@ -99,6 +99,23 @@ def any_process(flags: Tensor) -> Tensor:
     counts = flags.to(torch.int32)
     dist.all_reduce(counts)
     return counts > 0
+
+
+def average_gradients(parameters: Sequence[Tensor]) -> None:
+    """Average `.grad` over processes, also where some have none; FSDP2's shards are averaged already."""
+    if processes() == 1:
+        return
+    parameters = [parameter for parameter in parameters if not is_sharded(parameter)]
+    if not parameters:
+        return
+    found = torch.tensor([parameter.grad is not None for parameter in parameters], device=parameters[0].device)
+    gradients = {}
+    for index in torch.nonzero(any_process(found)).flatten().tolist():
+        parameter = parameters[index]
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        gradients[index] = parameter.grad
+    mean_over_processes(gradients)
 
 
 def mean_over_processes(gradients: Mapping[int, Tensor]) -> None:

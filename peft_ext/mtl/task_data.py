@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .data import MIXED_SAMPLINGS, TaskCollator, TaskSampler, task_ids_of
-from .losses import Window, batch_size_of, count_labels, fork_state, labels_of_tasks, restore_state
-from .parallel import any_process, processes, sum_over_processes
+from .losses import Window, count_labels_by_id, count_labels_of_tasks, fork_state, restore_state
+from .parallel import any_process, is_sharded, processes, sum_over_processes
 
 
 if TYPE_CHECKING:
@@ -38,9 +38,11 @@ class TaskDataMixin(_Trainer):
     _make_aggregator: Any
     compute_task_losses: Any
     _splits: bool
+    _one_task_per_sample: bool
     _task_names: list[str] | None
     _gradients: Any
     _task_losses: Any
+    _seen: Any
 
     @property
     def _train_data(self) -> Any:
@@ -72,6 +74,19 @@ class TaskDataMixin(_Trainer):
                 f"{len(self._task_names)} tasks: {self._task_names}."
             )
         refuse_packing(config)
+        strategy = getattr(config, "train_sampling_strategy", "random")
+        if strategy != "random":
+            raise ValueError(
+                f"train_sampling_strategy={strategy!r} has no effect where every sample belongs to one task: "
+                "task_sampling decides in which order they are drawn. Leave it at 'random'."
+            )
+        together = self._train_batch_size * config.gradient_accumulation_steps * config.world_size
+        if config.task_sampling == "mixed" and config.mtl_method != "joint" and together < len(self._task_names):
+            raise ValueError(
+                f"A step of {together} samples cannot have every one of {len(self._task_names)} tasks, which "
+                f"mtl_method={config.mtl_method!r} combines: raise per_device_train_batch_size or "
+                "gradient_accumulation_steps."
+            )
         if config.task_sampling not in MIXED_SAMPLINGS and config.mtl_method != "joint":
             window = config.gradient_accumulation_steps
             if window % len(self._task_names):
@@ -89,7 +104,7 @@ class TaskDataMixin(_Trainer):
                 self._signature_columns.append(name)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if not self._splits:
+        if not self._one_task_per_sample:
             return super()._get_train_sampler(train_dataset)
         config = self.args
         ids = task_ids_of(train_dataset if train_dataset is not None else self._train_data, config.task_column)
@@ -110,9 +125,12 @@ class TaskDataMixin(_Trainer):
         self._micro_batch = 0
         self._window = None
         self._task_losses = None
+        self._seen = torch.zeros(0 if self._task_names is None else len(self._task_names), dtype=torch.bool)
+        self._returned = 0.0
         if batches:
             if self._task_names is None:
                 self._name_tasks(batches[0])
+                self._seen = torch.zeros(len(self.task_names), dtype=torch.bool)
             if self._gradients is not None:
                 self._gradients.clear()
             self._window = self._measure(batches, device)
@@ -126,25 +144,33 @@ class TaskDataMixin(_Trainer):
             for task in range(len(self.task_names)):
                 # Each task's part of every batch: Trainer counts its labels, over all processes.
                 parts = [
-                    {k: v[b[column] == task] for k, v in b.items() if k in ("labels", "shift_labels")} for b in batches
+                    {k: _part(v, b[column] == task) for k, v in b.items() if k in ("labels", "shift_labels")}
+                    for b in batches
                 ]
                 num_items[task] = self._get_num_items_in_batch(parts, device)
         totals = sum_over_processes(counts.sum(dim=0).to(device)).cpu()
         if self.args.task_loss_scale == "window":
             num_items = {task: totals[task] / processes() for task in range(len(totals))}
         anywhere = any_process((counts > 0).to(device)).cpu()
+        if any(is_sharded(parameter) for parameter in self.model.parameters()):
+            idle = any_process((counts.sum(dim=1) == 0).to(device)).cpu()
+            if bool((idle & anywhere.any(dim=1)).any()):
+                raise ValueError(
+                    "A micro-batch of one process has no label of any task, and with FSDP2 every process must make "
+                    "the same passes: leave samples without labels out."
+                )
         return Window(counts, totals, anywhere, num_items)
 
     def _counts_of(self, batch: Mapping[str, Any]) -> Tensor:
         """Labels of each task in a micro-batch, float64 `[tasks]`."""
         tasks = self.task_names
-        if self._splits:
-            return torch.bincount(batch[self.args.task_column].cpu(), minlength=len(tasks)).double()
-        size = batch_size_of(batch)
-        names = labels_of_tasks(self.label_names or [], tasks)
-        if names is None or not all(name in batch for name in names):
-            return torch.full((len(tasks),), float(size), dtype=torch.float64)
-        return torch.tensor([count_labels(batch[name], size) for name in names], dtype=torch.float64)
+        column = self.args.task_column
+        names = [name for name in self.label_names or () if name != column]
+        if self._one_task_per_sample:
+            if getattr(self, "_loss_shifts_labels", False) and names == ["labels"] and "labels" in batch:
+                batch = {**batch, "labels": batch["labels"][..., 1:]}
+            return count_labels_by_id(batch, names, batch[column], len(tasks))
+        return count_labels_of_tasks(batch, names, tasks)
 
     def _name_tasks(self, batch: Any) -> None:
         """Learn the tasks' names from the losses of one batch, leaving the random streams as they were."""
@@ -159,3 +185,10 @@ class TaskDataMixin(_Trainer):
         restore_state(streams, self.args.device)
         self._task_names = list(losses)
         self._make_aggregator()
+
+
+def _part(labels: Any, rows: Tensor) -> Any:
+    """The labels of some samples; of a packed row, whose samples are of one task, all or none."""
+    if len(labels) == len(rows):
+        return labels[rows]
+    return labels if bool(rows.all()) else labels[:0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,9 +48,12 @@ class TaskPassesMixin(_Trainer):
         Returns:
             `dict[str, torch.Tensor]`: a scalar per task that the batch has.
         """
-        inputs = {key: value for key, value in inputs.items() if key != self.args.task_column}
+        column, names = self.args.task_column, self.label_names or []
+        has_ids = column in inputs
+        if column not in names:
+            inputs = {key: value for key, value in inputs.items() if key != column}
         if self.compute_task_losses_func is not None:
-            inputs, labels = split_labels(inputs, self.label_names or [])
+            inputs, labels = split_labels(inputs, names)
             outputs = model(**inputs)
             losses = self.compute_task_losses_func(outputs, labels, num_items_in_batch=num_items_in_batch)
             checked = checked_losses(losses, "compute_task_losses_func's result")
@@ -57,6 +61,12 @@ class TaskPassesMixin(_Trainer):
             outputs = model(**inputs)
             losses = outputs.get("task_losses") if isinstance(outputs, dict) else None
             losses = losses if losses is not None else getattr(outputs, "task_losses", None)
+            if losses is None and has_ids:
+                raise ValueError(
+                    f"Batches have {column!r}, but the training set does not show every sample's: pass train_dataset "
+                    f"as a dict of data sets or as a datasets.Dataset with that column, not as "
+                    f"{type(getattr(self, 'train_dataset', None)).__name__}."
+                )
             if losses is None:
                 raise ValueError(
                     "No losses per task: give compute_task_losses_func, let the model return `task_losses`, pass "
@@ -75,7 +85,10 @@ class TaskPassesMixin(_Trainer):
             losses = self.compute_task_losses(model, inputs, num_items_in_batch=named)
         unknown = sorted(set(losses) - set(self.task_names))
         if unknown:
-            raise ValueError(f"There is a loss for {unknown[0]!r}, which is not one of the tasks {self.task_names}.")
+            raise ValueError(
+                f"There is a loss for {unknown[0]!r}, which is not one of the tasks {self.task_names}; set task_names "
+                "in the config to all of them."
+            )
         scaled = {}
         for task, name in enumerate(self.task_names):
             if name in losses and self._window.counts[index, task] > 0:
@@ -102,34 +115,37 @@ class TaskPassesMixin(_Trainer):
         bare = {key: value for key, value in inputs.items() if key != self.args.task_column}
         for task in torch.nonzero(self._window.anywhere[index]).flatten().tolist():
             rows = torch.nonzero(ids == task).flatten()
-            if len(rows):
+            if self._window.counts[index, task] > 0:
                 yield task, dict(bare) if len(rows) == len(ids) else rows_of(bare, rows, len(ids)), False
             else:
                 yield task, rows_of(bare, torch.zeros(1, dtype=torch.long), len(ids)), True
 
-    def _backward_sum(self, model: nn.Module, inputs: Any, index: int) -> np.ndarray[Any, Any]:
+    def _backward_sum(self, model: nn.Module, inputs: Any, index: int) -> dict[int, Tensor]:
+        """One backward pass; gradients are averaged over processes at the end, since each may lack other tasks."""
         assert self._window is not None
-        scaled = self._scaled_losses(model, inputs, index)
-        share = 1.0 / int(self._window.present.sum()) if self.aggregator.reduction == "mean" else 1.0
-        self.accelerator.backward(torch.stack(list(scaled.values())).sum() * share)
-        return self._as_array(scaled)
+        with task_backward(self.accelerator, model) if processes() > 1 else nullcontext():
+            scaled = self._scaled_losses(model, inputs, index)
+            if scaled:
+                share = 1.0 / int(self._window.present.sum()) if self.aggregator.reduction == "mean" else 1.0
+                self.accelerator.backward(torch.stack(list(scaled.values())).sum() * share)
+        return scaled
 
-    def _backward_tasks(self, model: nn.Module, inputs: Any, index: int) -> np.ndarray[Any, Any]:
+    def _backward_tasks(self, model: nn.Module, inputs: Any, index: int) -> dict[int, Tensor]:
         """One forward pass, one backward pass per task."""
         assert self._window is not None and self._gradients is not None
         with task_backward(self.accelerator, model):
             scaled = self._scaled_losses(model, inputs, index)
             if not scaled:  # nothing is labelled in this micro-batch
-                return np.zeros(len(self.task_names))
+                return {}
             tasks = torch.nonzero(self._window.anywhere[index]).flatten().tolist() if processes() > 1 else list(scaled)
             for task in tasks:
                 stands_in = task not in scaled  # FSDP2's processes must make the same passes
                 loss = next(iter(scaled.values())) * 0.0 if stands_in else scaled[task]
                 self.accelerator.backward(loss, retain_graph=task != tasks[-1])
                 self._gradients.collect(task, stands_in)
-        return self._as_array(scaled)
+        return scaled
 
-    def _backward_parts(self, model: nn.Module, inputs: Any, index: int) -> np.ndarray[Any, Any]:
+    def _backward_parts(self, model: nn.Module, inputs: Any, index: int) -> dict[int, Tensor]:
         """A forward and a backward pass for each task's part of the batch."""
         assert self._gradients is not None
         losses: dict[int, Tensor] = {}
@@ -142,7 +158,7 @@ class TaskPassesMixin(_Trainer):
                     losses[task] = loss.detach()
                 self.accelerator.backward(loss)
             self._gradients.collect(task, stands_in)
-        return self._as_array(losses)
+        return losses
 
     def _as_array(self, losses: Mapping[int, Tensor]) -> np.ndarray[Any, Any]:
         """float64 `[tasks]`; zero for tasks that the micro-batch does not have."""

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,14 @@ from .evaluation import TaskEvaluationMixin
 from .feedback import FeedbackCallback, Replay
 from .gradients import TaskGradients
 from .losses import Window
-from .parallel import any_process, local, processes, refuse_unsupported, sum_over_processes
+from .parallel import (
+    any_process,
+    average_gradients,
+    local,
+    processes,
+    refuse_unsupported,
+    sum_over_processes,
+)
 from .task_data import TaskDataMixin, refuse_packing
 from .task_passes import TaskPassesMixin
 
@@ -51,7 +59,8 @@ class MTLTrainerMixin(TaskBookkeepingMixin, TaskEvaluationMixin, TaskDataMixin, 
         if not hasattr(config, "mtl_method"):
             raise ValueError(f"args must be an MTLConfig (or MTLSFTConfig), not {type(config).__name__}.")
         self.compute_task_losses_func = compute_task_losses_func
-        self._splits = False
+        self._splits = False  # whether batches are taken apart by task
+        self._one_task_per_sample = False
         self._task_names = list(config.task_names) if config.task_names else None
         self._given_aggregator = aggregator
         self._aggregator: Aggregator | None = None
@@ -62,6 +71,8 @@ class MTLTrainerMixin(TaskBookkeepingMixin, TaskEvaluationMixin, TaskDataMixin, 
         self._micro_batch = 0
         self._replay: Replay | None = None
         self._task_losses: Array | None = None  # of the window so far
+        self._seen = torch.zeros(0, dtype=torch.bool)  # tasks with a loss in it
+        self._returned = 0.0
         self._logged_losses: list[Array] = []
         self._skipped_steps = 0
         train_dataset = given.get("train_dataset")
@@ -71,9 +82,21 @@ class MTLTrainerMixin(TaskBookkeepingMixin, TaskEvaluationMixin, TaskDataMixin, 
             given["train_dataset"] = concatenate_tasks(train_dataset, config.task_column)
         super().__init__(*bound.args, **bound.kwargs)
         refuse_unsupported(self)
-        if compute_task_losses_func is None and task_ids_of(self._train_data, config.task_column) is not None:
-            self._splits = True
+        has_ids = config.task_column in (self.label_names or ())
+        if isinstance(train_dataset, dict) and compute_task_losses_func is not None and not has_ids:
+            raise ValueError(
+                "compute_task_losses_func cannot tell the samples of a dict of data sets apart: add "
+                f"{config.task_column!r} to label_names, so that its `labels` have every sample's task number, or "
+                "leave the function out, and batches are taken apart by task."
+            )
+        reads_ids = compute_task_losses_func is None or has_ids
+        if reads_ids and task_ids_of(self._train_data, config.task_column) is not None:
+            self._splits = compute_task_losses_func is None
+            self._one_task_per_sample = True
             self._prepare_split()
+        if config.torch_compile or hasattr(self.model, "_orig_mod"):
+            # A compiled graph otherwise gives its buffers away in the first task's backward pass.
+            torch._functorch.config.donated_buffer = False
         if self._task_names is not None:
             self._make_aggregator()
 
@@ -132,11 +155,16 @@ class MTLTrainerMixin(TaskBookkeepingMixin, TaskEvaluationMixin, TaskDataMixin, 
                 losses = self._backward_sum(model, inputs, index)
             else:
                 losses = self._backward_tasks(model, inputs, index)
-        self._task_losses = losses if self._task_losses is None else self._task_losses + losses
+        self._seen[list(losses)] = True
+        values = self._as_array(losses)
+        self._task_losses = values if self._task_losses is None else self._task_losses + values
         if self.accelerator.sync_gradients:
             self._finish(model, inputs, combine=self._splits or not is_plain)
         divisor = int(self._window.present.sum()) if self.aggregator.reduction == "mean" else 1
-        return torch.tensor(losses.sum() / max(1, divisor), device=self.args.device, dtype=torch.float32)
+        # So that the micro-batches' add up, even if the last shows that a task is absent.
+        loss = float(self._task_losses.sum()) / max(1, divisor) - self._returned
+        self._returned += loss
+        return torch.tensor(loss, device=self.args.device, dtype=torch.float32)
 
     def _is_plain_step(self) -> bool:
         """Whether one backward pass of the sum does: nothing to combine, nothing to record."""
@@ -149,10 +177,19 @@ class MTLTrainerMixin(TaskBookkeepingMixin, TaskEvaluationMixin, TaskDataMixin, 
     def _finish(self, model: nn.Module, inputs: Any, combine: bool) -> None:
         """Combine the window's gradients into `.grad`, and record what they were."""
         assert self._window is not None and self._gradients is not None and self._task_losses is not None
-        gradients, present = self._gradients, self._window.present.numpy()
+        gradients, expected = self._gradients, int(self._window.present.sum())
+        seen = any_process(self._seen.to(self.args.device)).cpu()
+        # A task may have labels that cannot be counted, and turn out to have no loss.
+        self._window = replace(self._window, totals=self._window.totals * seen)
+        present = self._window.present.numpy()
         losses = np.where(present, self._mean_over_processes(self._task_losses), np.nan)
         self._logged_losses.append(losses)
         if not combine:
+            average_gradients(gradients.parameters)
+            if self.aggregator.reduction == "mean" and 0 < present.sum() < expected:
+                for parameter in gradients.parameters:
+                    if parameter.grad is not None:
+                        parameter.grad *= expected / int(present.sum())
             self._skip_if_not_finite()
             return
         gradients.reduce()
@@ -216,12 +253,15 @@ class MTLTrainer(MTLTrainerMixin, Trainer):
             data set per task.
         compute_task_losses_func (`Callable`, *optional*):
             `f(outputs, labels, num_items_in_batch) -> dict` of a scalar loss per task. `labels` is the tensor of the
-            one label name, or a dict where `label_names` has several. A task that a batch lacks is left out.
+            one label name, or a dict where `label_names` has several. A task that a batch lacks is left out. Losses
+            are means over labels that are neither -100 nor NaN: of the task's own labels, or of its column of labels
+            `[samples, tasks]`. With `task_column` in `label_names`, `labels` has every sample's task number.
         aggregator ([`Aggregator`], *optional*):
             A method of your own, in place of `mtl_method`.
 
     Raises:
-        `ValueError`: with DeepSpeed, `nn.DataParallel`, FSDP 1, LOMO, or packed batches to be taken apart by task.
+        `ValueError`: with DeepSpeed, `nn.DataParallel`, FSDP 1, optimisers that step during the backward pass, or
+            packed batches to be taken apart by task.
 
     Example:
 

@@ -47,7 +47,7 @@ def train(folder, options):
     split = options.pop("split", False)
     method = options.pop("mtl_method")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    missing = [(1, i) for i in range(64) if i % 4 in (0, 1)] if options.pop("missing", False) else []
+    missing = [(1, i) for i in range(64) if i % 8 < 4] if options.pop("missing", False) else []
     common = {
         "mtl_method": method,
         "per_device_train_batch_size": 8 // processes,
@@ -66,6 +66,7 @@ def train(folder, options):
 
         data = {"one": Numbers(1, 64, 1), "two": Numbers(2, 64, 2)}
         common |= {"task_names": None, "label_names": ["labels"]}
+        del common["train_sampling_strategy"]
         run = MTLTrainer(model=Regression(), args=config(folder, **common), train_dataset=data)
     else:
         run = trainer(folder, model=TwoLayers(), data=samples(missing=missing), **common)

@@ -88,6 +88,37 @@ def test_cagrad_lies_on_the_ball_and_beats_every_other_point_of_it(jacobian, c):
         assert best <= (jacobian @ d).min() + 1e-8 * mean.norm() ** 2
 
 
+@pytest.mark.parametrize("size", [(2, 1), (10, 3), (10, 20)], ids=str)
+@pytest.mark.parametrize("kind", ["many", "opposite", "twice"])
+def test_cagrad_where_the_hull_holds_zero(size, kind):
+    """There `g_w` may vanish, which its formula divides by: the direction stays the best of the ball."""
+    for seed in range(4):
+        jacobian = random_jacobian(*size, seed=seed)
+        if kind != "many":
+            jacobian[-1] = {"opposite": -2.0, "twice": 1.0}[kind] * jacobian[0]
+        mean = jacobian.mean(0)
+        d = direction(jacobian, "cagrad")
+        generator = torch.Generator().manual_seed(1)
+        spanned = torch.randn(300, size[0], generator=generator, dtype=torch.float64) @ jacobian
+        spanned = torch.cat([spanned, mean[None], -mean[None]])
+        points = mean + 0.4 * mean.norm() * spanned / spanned.norm(dim=1, keepdim=True)
+        best = (points @ jacobian.T).min(dim=1).values.max()
+        tolerance = 1e-7 * mean.norm() * jacobian.norm(dim=1).max()
+        assert best <= (jacobian @ d).min() + tolerance
+        assert (d - mean).norm() <= 0.4 * mean.norm() * (1 + 1e-7)
+
+
+@pytest.mark.parametrize("tasks", [2, 5])
+def test_gradients_of_very_unlike_norms(tasks):
+    jacobian = random_jacobian(tasks, 20) * torch.logspace(-6, 6, tasks, dtype=torch.float64)[:, None]
+    norms = jacobian.norm(dim=1)
+    shortest = direction(jacobian, "mgda")
+    assert bool((jacobian @ shortest >= shortest @ shortest - 1e-8 * norms * shortest.norm()).all())
+    assert shortest.norm() <= norms.min() * (1 + 1e-9)
+    mean = jacobian.mean(0)
+    assert_close((direction(jacobian, "cagrad") - mean).norm(), 0.4 * mean.norm(), 1e-7)
+
+
 def test_mgda_is_the_shortest_vector_of_the_hull(jacobian):
     d = direction(jacobian, "mgda")
     squared = d @ d
@@ -202,3 +233,23 @@ def test_mistakes_are_named():
         aggregate(jacobian[0])
     with pytest.raises(ValueError, match="needs the tasks' losses"):
         aggregate(jacobian, method="famo")
+    with pytest.raises(ValueError, match="not a list"):
+        aggregate(jacobian.tolist())
+    with pytest.raises(ValueError, match="no option 'num_tasks'"):
+        aggregate(jacobian, method="famo", losses=[1.0, 1.0, 1.0], num_tasks=7)
+    with pytest.raises(ValueError, match=r"method='cagrad' does not take the options \{'c': 'x'\}"):
+        aggregate(jacobian, method="cagrad", c="x")
+    with pytest.raises(ValueError, match="update_weights_every=1.5"):
+        aggregate(jacobian, method="nash_mtl", update_weights_every=1.5)
+
+
+def test_constant_weights_keep_to_their_tasks_when_one_is_absent():
+    jacobian = random_jacobian(3, 5)
+    jacobian[1] = 0
+    assert_close(aggregate(jacobian, "constant", weights=[1.0, 2.0, 3.0]), jacobian[0] + 3 * jacobian[2], 1e-12)
+
+
+def test_methods_with_a_least_number_of_tasks_say_so():
+    pytest.importorskip("torchjd")
+    with pytest.raises(ValueError, match="Krum cannot combine the gradients of 2 tasks"):
+        aggregate(random_jacobian(2, 5), "krum", n_byzantine=0)

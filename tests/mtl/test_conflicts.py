@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -157,11 +158,55 @@ def test_reporters_get_the_numbers(tmp_path):
     assert any("gradient_conflict/cos/a__b" in entry for entry in run.state.log_history)
 
 
+def test_a_resumed_training_continues_the_file(tmp_path):
+    def watched(checkpoint=None):
+        callback = GradientConflictCallback(
+            probe_batch(), probe_losses, every_n_steps=1, noise_floor=True, layerwise=True
+        )
+        run = plain(tmp_path, [callback], save_strategy="steps", save_steps=3)
+        run.train(resume_from_checkpoint=checkpoint)
+        return callback.recorder
+
+    whole = watched()
+    lines = (tmp_path / "gradient_conflicts.jsonl").read_text()
+    resumed = watched(str(tmp_path / "checkpoint-3"))
+    assert (tmp_path / "gradient_conflicts.jsonl").read_text() == lines
+    assert resumed.summary(6) == whole.summary(6)
+    watched()  # from the start: not added to what another run left
+    assert (tmp_path / "gradient_conflicts.jsonl").read_text() == lines
+
+
+def test_every_training_has_a_file_and_a_record_of_its_own(tmp_path):
+    run = trainer(tmp_path, mtl_method="pcgrad")
+    for _ in range(2):
+        run.train()
+        assert run.conflicts.steps == [1, 2, 3, 4, 5, 6]
+        assert len((tmp_path / "gradient_conflicts.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_model_with_a_part_called_module_is_watched_whole(tmp_path):
+    class Named(WithMeanLoss):
+        def __init__(self):
+            super().__init__()
+            self.module = torch.nn.Linear(1, 1)
+
+    run = plain(tmp_path)
+    callback = GradientConflictCallback(probe_batch(), probe_losses)
+    callback.measure(Named(), run.args, run.state)
+    assert callback.recorder.tasks == TASKS
+
+
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="every_n_steps=0"):
         GradientConflictCallback({"a": {}}, every_n_steps=0)
     with pytest.raises(ValueError, match="probe must be a dict"):
         GradientConflictCallback({"x": torch.zeros(2)})
+    for probe in (None, {}, [1]):
+        with pytest.raises(ValueError, match="probe must be a batch"):
+            GradientConflictCallback(probe)
+    args, state = SimpleNamespace(output_dir=".", should_save=False), SimpleNamespace(global_step=0, epoch=0.0)
+    with pytest.raises(ValueError, match=r"no loss for probe\['a'\]"):
+        GradientConflictCallback({"a": {"x": torch.zeros(2, 6)}}).measure(TwoLayers(), args, state)
 
 
 def test_figures_come_with_their_data(tmp_path):

@@ -165,7 +165,85 @@ def test_a_column_of_a_hub_data_set_is_enough(tmp_path, tiny):
     assert len(result.conflicts.steps) == 3
 
 
+def test_task_numbers_may_be_labels_of_one_pass(tmp_path):
+    """One forward pass over a mixed batch, with losses told apart by task, is the batch taken apart."""
+
+    class Plain(Regression):
+        def forward(self, x, labels=None):
+            return super().forward(x, labels) if labels is not None else self.net(x)
+
+    def losses(outputs, labels, num_items_in_batch=None):
+        error = (outputs - labels["labels"]).square().squeeze(1)
+        found = {"one": error[labels["task_ids"] == 0], "two": error[labels["task_ids"] == 1]}
+        return {task: part.mean() for task, part in found.items() if len(part)}
+
+    def train(names, function):
+        options = {"task_names": None, "mtl_method": "cagrad", "task_sampling": "proportional"}
+        result = MTLTrainer(
+            model=Plain(),
+            args=config(tmp_path, label_names=names, per_device_train_batch_size=4, **options),
+            train_dataset={"one": Numbers(1, 48, 1), "two": Numbers(2, 48, 2)},
+            compute_task_losses_func=function,
+        )
+        result.args.gradient_accumulation_steps = 2
+        result.train()
+        return result.model
+
+    assert_same_weights(train(["labels", "task_ids"], losses), train(["labels"], None), 1e-6)
+    with pytest.raises(ValueError, match="add 'task_ids' to label_names"):
+        train(["labels"], losses)
+
+
+def test_packed_rows_of_one_task_train_where_micro_batches_have_one(tmp_path):
+    class Words(nn.Module):
+        accepts_loss_kwargs = False
+
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 20))
+
+        def forward(self, input_ids, labels):
+            logits = self.net(input_ids)
+            return {"loss": functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+    def pack(rows):
+        ids = torch.cat([row["input_ids"] for row in rows])[None]
+        return {"input_ids": ids, "labels": ids}
+
+    def train(sampling):
+        options = {"label_names": ["labels"], "task_names": None, "mtl_method": "pcgrad", "task_sampling": sampling}
+        result = MTLTrainer(
+            model=Words(),
+            args=config(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, **options),
+            train_dataset={
+                name: [{"input_ids": torch.arange(start, start + 3 + i % 3)} for i in range(24)]
+                for start, name in enumerate(("a", "b"))
+            },
+            data_collator=pack,
+        )
+        result.train()
+        return result
+
+    assert not any(cosines.isnan() for cosines in map(torch.tensor, train("homogeneous").conflicts.cosines))
+    with pytest.raises(ValueError, match="cannot be taken apart by task"):
+        train("mixed")
+
+
+def test_a_list_of_samples_with_task_numbers_is_enough(tmp_path):
+    data = [{**Numbers(i % 2, 48, i % 2)[i], "task_ids": i % 2} for i in range(48)]
+    assert run(tmp_path, data, mtl_method="pcgrad").task_names == ["0", "1"]
+
+
 def test_mistakes_are_named(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    stream = datasets.Dataset.from_list([{"x": [0.0] * 6, "labels": [0.0], "task_ids": 0}]).to_iterable_dataset()
+    with pytest.raises(ValueError, match="has a column 'task_ids' but no length"):
+        run(tmp_path, stream)
+    with pytest.raises(ValueError, match="train_sampling_strategy='group_by_length' has no effect"):
+        run(tmp_path, train_sampling_strategy="group_by_length")
+    with pytest.raises(ValueError, match="A step of 1 samples cannot have every one of 2 tasks"):
+        run(tmp_path, per_device_train_batch_size=1, mtl_method="pcgrad")
     with pytest.raises(ValueError, match=r"train_dataset\['two'\] is empty"):
         concatenate_tasks({"one": Numbers(1, 3, 1), "two": Numbers(2, 0, 1)}, "task_ids")
     with pytest.raises(ValueError, match=r"train_dataset\['one'\] has no length"):

@@ -11,6 +11,7 @@ pytestmark = pytest.mark.slow
 CASES = [
     {"mtl_method": "pcgrad"},
     {"mtl_method": "joint", "conflict_logging_steps": 2},
+    {"mtl_method": "joint", "conflict_logging_steps": 0, "missing": True},
     {"mtl_method": "famo", "missing": True},
     {"mtl_method": "graddrop", "split": True, "task_sampling": "proportional"},
     {"mtl_method": "cagrad", "shard": True},

@@ -110,6 +110,7 @@ def trainer_with(**options):
         ({"distributed_type": "DistributedType.MEGATRON_LM"}, "MEGATRON_LM"),
         ({"fsdp_plugin": SimpleNamespace(fsdp_version=1)}, "fsdp_version: 2"),
         ({"optim": "lomo"}, "optim='lomo'"),
+        ({"optim": "galore_adamw_layerwise"}, "optim='galore_adamw_layerwise'"),
         ({"parallelism_config": SimpleNamespace(tp_size=2)}, "tensor, context or hybrid"),
     ],
     ids=lambda value: str(value)[:30],

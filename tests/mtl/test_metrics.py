@@ -64,5 +64,9 @@ def test_mistakes_are_named():
         relative_task_drop(one, {"a": {"y": 1.0}}, {"x": True})
     with pytest.raises(ValueError, match="higher_is_better"):
         relative_task_drop(one, one, {})
-    with pytest.raises(ValueError, match="is 0"):
+    with pytest.raises(ValueError, match="baseline above 0"):
         relative_task_drop(one, {"a": {"x": 0.0}}, {"x": True})
+    with pytest.raises(ValueError, match="baseline above 0"):
+        relative_task_drop(one, {"a": {"x": -1.0}}, {"x": True})
+    with pytest.raises(ValueError, match="must be finite"):
+        relative_task_drop({"a": {"x": float("nan")}}, one, {"x": True})

@@ -249,6 +249,16 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, reentrant):
     assert_same_weights(ours.model, expected.model, 1e-7)
 
 
+@pytest.mark.parametrize("method", ["joint", "pcgrad"])
+def test_compiling_changes_nothing(tmp_path, method):
+    expected = trainer(tmp_path, mtl_method=method)
+    expected.train()
+    ours = trainer(tmp_path, mtl_method=method, torch_compile=True, torch_compile_backend="aot_eager")
+    ours.train()
+    assert_same_weights(ours.model, expected.model)
+    assert ours._gradients.shared == expected._gradients.shared
+
+
 def test_bf16_autocast_trains(tmp_path):
     run = trainer(tmp_path, mtl_method="cagrad", bf16=True)
     run.train()

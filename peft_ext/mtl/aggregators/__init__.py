@@ -31,7 +31,7 @@ OWN_METHODS: dict[str, type[Aggregator]] = {
 METHODS = (*OWN_METHODS, *TORCHJD_METHODS)
 
 
-def make_aggregator(method: str, num_tasks: int, **kwargs: Any) -> Aggregator:
+def make_aggregator(method: str, num_tasks: int, /, **kwargs: Any) -> Aggregator:
     """
     Build an aggregator by name.
 
@@ -46,26 +46,26 @@ def make_aggregator(method: str, num_tasks: int, **kwargs: Any) -> Aggregator:
     """
     if method in TORCHJD_METHODS:
         if method == "constant":  # the only one with weights per task
-            kwargs["weights"] = _as_tensor(kwargs.get("weights"), num_tasks)
+            _check_weights(kwargs.get("weights"), num_tasks)
         return make_torchjd(method, **kwargs)
     if method not in OWN_METHODS:
         raise ValueError(f"method={method!r} is not known; choose one of {', '.join(METHODS)}.")
     cls = OWN_METHODS[method]
-    if cls is FAMO:
-        kwargs["num_tasks"] = num_tasks
-    known = {"reduction", "seed", *inspect.signature(cls.__init__).parameters} - {"self", "kwargs"}
+    known = {"reduction", "seed", *inspect.signature(cls.__init__).parameters} - {"self", "kwargs", "num_tasks"}
     unknown = sorted(set(kwargs) - known)
     if unknown:
         raise ValueError(f"method={method!r} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}.")
-    return cls(**kwargs)
+    if cls is FAMO:
+        kwargs["num_tasks"] = num_tasks
+    try:
+        return cls(**kwargs)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"method={method!r} does not take the options {kwargs!r}: {error}") from error
 
 
-def _as_tensor(weights: Any, num_tasks: int) -> Any:
-    import torch
-
+def _check_weights(weights: Any, num_tasks: int) -> None:
     if weights is None or len(weights) != num_tasks:
         raise ValueError(f"method='constant' needs weights=[...] with one entry for each of the {num_tasks} tasks.")
-    return torch.as_tensor(weights, dtype=torch.float64)
 
 
 __all__ = [

@@ -19,8 +19,9 @@ class MGDA(Aggregator):
     def solve(self, gramian: Array, step: Step) -> Array:
         scaled = gramian / np.trace(gramian)
 
-        def half_norm(w: Array) -> Derivatives:
+        def half_norm(w: Array, barrier: float) -> Derivatives:
             image = scaled @ w
             return float(0.5 * w @ image), image, scaled
 
-        return minimise_on_simplex(half_norm, len(gramian))
+        smallest = float(np.diagonal(scaled).min())  # the direction is at most as long as the shortest gradient
+        return minimise_on_simplex(half_norm, len(gramian), end=1e-14 * smallest)

@@ -37,8 +37,8 @@ class NashMTL(Aggregator):
         super().__init__(**kwargs)
         if not max_norm >= 0:
             raise ValueError(f"max_norm={max_norm!r} must be at least 0; 0 does not clip.")
-        if update_weights_every < 1:
-            raise ValueError(f"update_weights_every={update_weights_every!r} must be at least 1.")
+        if update_weights_every < 1 or update_weights_every != int(update_weights_every):
+            raise ValueError(f"update_weights_every={update_weights_every!r} must be a whole number, at least 1.")
         self.max_norm = max_norm
         self.update_weights_every = update_weights_every
         self.age = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,16 +60,26 @@ class TorchJDAggregator(Aggregator):
 
     def solve(self, gramian: Array, step: Step) -> Array:
         assert self.weighting is not None
-        with self._random_stream():
+        with self._random_stream(), self._named(len(gramian)):
             weights = self.weighting(torch.from_numpy(gramian / self._scale(gramian, step) ** 2))
         return weights.detach().numpy().astype(np.float64)
 
     def combine(self, rows: Tensor, step: Step) -> Tensor:
         active = step.active
         scale = self._scale(step.gramian[np.ix_(active, active)], step)
-        with self._random_stream():
+        with self._random_stream(), self._named(len(rows)):
             direction = self.aggregator(rows.double().cpu() / scale)
         return (direction * scale).to(rows)
+
+    @contextmanager
+    def _named(self, count: int) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(
+                f"{type(self.aggregator).__name__} cannot combine the gradients of {count} tasks, as many as have one "
+                f"in this step: {error} Use a method without a least number of tasks, or batches that have all."
+            ) from error
 
     @contextmanager
     def _random_stream(self) -> Iterator[None]:
@@ -98,7 +108,24 @@ class TorchJDAggregator(Aggregator):
                 setattr(modules[name], key, value.clone() if isinstance(value, Tensor) else value)
 
 
-def make_torchjd(method: str, **kwargs: Any) -> TorchJDAggregator:
+class Constant(Aggregator):
+    """
+    Fixed weights per task.
+
+    Args:
+        weights (`list[float]`): one per task.
+        **kwargs: see [`Aggregator`].
+    """
+
+    def __init__(self, weights: Sequence[float], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.fixed = np.asarray(weights, dtype=np.float64)
+
+    def solve(self, gramian: Array, step: Step) -> Array:
+        return self.fixed[step.active]
+
+
+def make_torchjd(method: str, **kwargs: Any) -> Aggregator:
     """
     Build a [`TorchJDAggregator`] by name.
 
@@ -109,6 +136,8 @@ def make_torchjd(method: str, **kwargs: Any) -> TorchJDAggregator:
     class_name, homogeneous = METHODS[method]
     own = {key: kwargs.pop(key) for key in ("reduction", "seed") if key in kwargs}
     try:
+        if method == "constant":  # TorchJD's asks for every task in every step
+            return Constant(**kwargs, **own)
         aggregation = importlib.import_module("torchjd.aggregation")
         aggregator = getattr(aggregation, class_name)(**kwargs)
     except ImportError as error:
