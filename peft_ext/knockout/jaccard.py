@@ -13,7 +13,7 @@ from .architecture import Architecture, inspect_model
 from .attention import AttentionKnockout
 from .clean_run import NotReusable, clean_run
 from .edges import check_mask, check_pairs
-from .engines import ENGINES, PACKED_TOKENS
+from .engines import APART_TOKENS, ENGINES, PACKED_TOKENS
 from .implementation import editable_attention
 from .modules import MODULES, ModuleKnockout
 from .records import Record
@@ -157,8 +157,9 @@ def _replayed(
             Knock(first, knock.start, knock.end, knock.edges, knock.positions, knock.module)
             for knock, first in zip(knocks, run.firsts, strict=False)
         ]
-        tokens = PACKED_TOKENS if engine in ("auto", "packed") else 1
-        found = dict(replay(architecture, run, moved, implementation, tokens))
+        packed = engine != "suffix"
+        tokens = PACKED_TOKENS if packed else APART_TOKENS
+        found = dict(replay(architecture, run, moved, implementation, tokens, packed))
     assert run.final is not None
 
     def whole(states: Tensor) -> Tensor:
