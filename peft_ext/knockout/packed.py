@@ -103,7 +103,7 @@ class PackedPasses:
         arguments = {name: self._arguments(name, value, spans) for name, value in layer.arguments.items()}
         arguments["attention_mask"] = mask
         cache = InPlace(layer, self.prefix) if len(self.knocks) == 1 else Prefix(layer, self.prefix)
-        arguments["past_key_values"] = cache
+        arguments[layer.cache_name] = cache
         module = self.architecture.layers[index].module
         try:
             with self._zeros(index, active, hidden, emptied):

@@ -85,7 +85,9 @@ def layer_sweep(
     settings = {"window": window, "mode": mode, "answer_token": answer_token}
     file = None
     if output is not None:
-        file = RecordFile(output, settings, len(named) * len(over), share.process_index, share.num_processes)
+        expected = [(":".join(pair), window.layer) for pair in named for window in over]
+        file = RecordFile(output, settings, expected, share.process_index, share.num_processes)
+    seen: set[str] = set()
     sweep = _Sweep(model, architecture, named, over, settings, engine, self_check)
     found: list[Record] = list(file.kept) if file else []
     chosen = [samples] if isinstance(samples, FlowSample) else samples
@@ -105,9 +107,14 @@ def layer_sweep(
                     made.names = [sample.name]
                     sample = made
                 prompt = prepare(sample, named, answer_token, number, _device(model))
+                if twice := seen.intersection(prompt.names):
+                    raise ValueError(f"samples[{number}] has the name {twice.pop()!r}, as an earlier one: rename it.")
+                seen.update(prompt.names)
                 if file and set(prompt.names) <= file.done:
                     continue
                 records = sweep.run(prompt, sample)
+                if file:  # of a batch some rows may be done
+                    records = [record for record in records if record["sample"] not in file.done]
                 found += records
                 if file:
                     file.add(records)
