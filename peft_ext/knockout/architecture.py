@@ -144,7 +144,8 @@ def inspect_model(model: nn.Module) -> Architecture:
     Raises:
         `ValueError`: naming what the model lacks.
     """
-    _check_not_compiled(model)
+    if hasattr(model, "named_modules"):
+        _check_not_compiled(model)
     virtual, base = 0, model
     if isinstance(model, PeftModel):
         config = model.active_peft_config
@@ -178,20 +179,17 @@ def inspect_model(model: nn.Module) -> Architecture:
 
 def _check_not_compiled(model: nn.Module) -> None:
     """Compiled code does not look for hooks that came after it was compiled: a knockout would do nothing."""
-    if not isinstance(model, nn.Module):
-        return  # said in other words below
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        raise ValueError(
-            "model is compiled, and compiled code passes over knockouts: give the model that was compiled "
-            "(model._orig_mod), and call that one inside."
-        )
-    compiled = [name or "model" for name, module in model.named_modules() if module._compiled_call_impl is not None]
-    compiled += [name for name, module in model.named_modules() if isinstance(module, torch._dynamo.OptimizedModule)]
-    if compiled:
-        raise ValueError(
-            f"{compiled[0]} is compiled, and compiled code passes over knockouts: load the model anew without "
-            "compile()."
-        )
+    for name, module in model.named_modules():
+        forward = module.__dict__.get("forward")
+        if (
+            "_orig_mod" in module._modules  # torch.compile(module)
+            or getattr(module, "_compiled_call_impl", None) is not None  # module.compile()
+            or hasattr(forward, "_torchdynamo_orig_callable")  # module.forward = torch.compile(module.forward)
+        ):
+            raise ValueError(
+                f"model is compiled ({name or 'all of it'}), and compiled code passes over knockouts: give and call "
+                "the model as it was before torch.compile, or load it anew."
+            )
 
 
 def _layer_list(decoder: Any) -> nn.ModuleList | None:

@@ -86,8 +86,8 @@ class RecordFile:
             place = record.get("pair"), record.get("layer")
             if place not in self._expected:
                 raise ValueError(
-                    f"{file} holds {place[0]} at layer {place[1]}, which this sweep does not have: it is of other pairs "
-                    "or layers; give another output, or move the file away."
+                    f"{file} holds {place[0]} at layer {place[1]}, which this sweep does not have: it is of other "
+                    "pairs or layers; give another output, or move the file away."
                 )
             own = found.setdefault(str(record["sample"]), set())
             if place in own:
@@ -99,8 +99,8 @@ class RecordFile:
         partial = [name for name, places in found.items() if places != self._expected]
         if partial and partial != list(found)[-1:]:  # an interruption cuts off the last sample alone
             raise ValueError(
-                f"{file} lacks pairs or layers of this sweep for sample {partial[0]!r}: it is of other pairs or layers; "
-                "give another output, or move the file away."
+                f"{file} lacks pairs or layers of this sweep for sample {partial[0]!r}: it is of other pairs or "
+                "layers; give another output, or move the file away."
             )
         return [record for record in records if str(record["sample"]) not in partial]
 

@@ -12,6 +12,22 @@ from .patches import box_coverage, check_boxes, image_size, newline_tokens
 from .spans import OCCURRENCES, Segment, segments
 
 
+# What the function can find, besides the names of the user's own spans.
+GROUPS = (
+    "image",
+    "question",
+    "last",
+    "text",
+    "newline",
+    "true_option",
+    "false_option",
+    "options",
+    "objects",
+    "question_without_options",
+    "question_without_objects",
+    "related_patches",
+    "other_patches",
+)
 # Parts of the question; other names are looked for in all of the text.
 IN_QUESTION = ("options", "true_option", "false_option", "objects")
 
