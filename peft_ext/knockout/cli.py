@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
     check_groups(dict.fromkeys(group for pair in pairs for group in pair))
     questions = _questions(options)
     which = int(options.answer_token) if options.answer_token.isdigit() else options.answer_token
-    _same_run(options)
+    _check_same_run(options)
     model, processor = _load(options)
     asker = Asker(
         model,
@@ -106,6 +106,8 @@ def run(options: argparse.Namespace) -> int:
         max_new_tokens=options.max_new_tokens,
     )
     lazy = [LazySample(question.name, lambda question=question: asker.sample(question)) for question in questions]  # type: ignore[misc]
+    if PartialState().is_main_process:
+        _write_settings(options)
     records = layer_sweep(
         model,
         lazy,
@@ -138,35 +140,46 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    state = PartialState()
+    device = state.device if state.num_processes > 1 else _device(options.device)
     processor = AutoProcessor.from_pretrained(options.model)
     model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=_DTYPES[options.dtype])
     if options.adapter:
         model = PeftModel.from_pretrained(model, options.adapter)
-    state = PartialState()
-    device = state.device if state.num_processes > 1 else torch.device(options.device)
     return model.to(device).eval(), processor
 
 
-def _same_run(options: argparse.Namespace) -> None:
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch says that a device is not there in either way
+        raise ValueError(f"--device is {name!r}: {str(error).splitlines()[0]}") from None
+
+
+def _check_same_run(options: argparse.Namespace) -> None:
     """
-    Write down what the results in a folder are of, and refuse to go on with those of something else.
+    Refuse to go on with the results of something else.
 
     Raises:
         `ValueError`: naming an option that has another value than before.
     """
-    now = {name: getattr(options, name) for name in _OF_ONE_RUN}
-    file = options.out / "settings.json"
-    if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        for name, value in now.items():
-            if before.get(name) != value:
-                raise ValueError(
-                    f"--out {options.out} holds results with --{name.replace('_', '-')} {before.get(name)!r}, not "
-                    f"{value!r}: give another folder."
-                )
-    elif PartialState().is_main_process:
-        options.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(str(file), json.dumps(now, indent=2) + "\n")
+    results, file = options.out / "sweep.jsonl", options.out / "settings.json"
+    if not (file.exists() and results.exists() and results.stat().st_size):
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    for name in _OF_ONE_RUN:
+        now = getattr(options, name)
+        if before.get(name) != now:
+            raise ValueError(
+                f"--out {options.out} holds results with --{name.replace('_', '-')} {before.get(name)!r}, not "
+                f"{now!r}: give another folder."
+            )
+
+
+def _write_settings(options: argparse.Namespace) -> None:
+    options.out.mkdir(parents=True, exist_ok=True)
+    settings = {name: getattr(options, name) for name in _OF_ONE_RUN}
+    write_atomically(str(options.out / "settings.json"), json.dumps(settings, indent=2) + "\n")
 
 
 def _report(

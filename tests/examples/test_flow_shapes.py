@@ -148,6 +148,7 @@ def test_the_command_reads_data_sets(gqa, tmp_path):
         (["--pairs", "image"], "pairs holds 'image'"),
         (["--window", "0"], "window is 0"),
         (["--limit", "0"], "--limit is 0"),
+        (["--device", "abacus"], "--device is 'abacus'"),
         (["--pairs", "image:captions"], "pairs holds the group 'captions'; there are image"),
         (["--pairs", "image:newline"], "no question of 5 could be used"),
         (["--prompt", "no question"], "must hold {question}"),
@@ -155,9 +156,11 @@ def test_the_command_reads_data_sets(gqa, tmp_path):
     ],
 )
 def test_the_command_says_what_is_wrong(gqa, capsys, monkeypatch, loaded, options, message):
-    monkeypatch.setattr(flow_cli, "_load", lambda options: loaded)
+    monkeypatch.setattr(flow_cli, "_load", lambda options: (flow_cli._device(options.device), loaded)[1])
     assert flow(gqa, *options) == 1
     assert message in capsys.readouterr().err
+    # what went wrong does not stand in the way of a second try
+    assert not (gqa[2] / "sweep.jsonl").exists() or not (gqa[2] / "sweep.jsonl").read_text()
 
 
 def test_results_of_something_else_are_not_continued(gqa, capsys, monkeypatch, loaded):
