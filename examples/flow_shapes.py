@@ -147,8 +147,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         PAIRS,
         window=options.window,
         engine=options.engine,
-        output=options.out / f"sweep_window{options.window}_seed{options.seed}.jsonl",
+        output=options.out / f"sweep_{options.model.name}_window{options.window}_seed{options.seed}.jsonl",
     )
+    names = {name for own, _, _ in drawn for name in own.names or []}
+    records = [record for record in records if record["sample"] in names]  # not those of an earlier, larger run
     print(flow_table(records))
     plot_sweep(records, options.out / "flow.png", title=f"window of {options.window}")
     for task in TASKS:

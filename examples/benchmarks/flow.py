@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, count in result["peak_bytes"].items():
         print(f"peak memory, {name}: {mebibytes(count)} MiB, {count / least:.2f} × the clean forward")
     if options.json:
-        content = {"settings": {k: str(v) for k, v in vars(options).items()}, **result}
+        content = {"settings": {k: v for k, v in vars(options).items() if k != "json"}, **result}
         content["environment"] = environment(torch.device("cpu"))
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(content, indent=2) + "\n")

@@ -18,7 +18,7 @@ REMEDY = "Knockouts need a decoder whose layers each have one self-attention, su
 _LAYERS = ("layers", "h", "blocks")
 _ATTENTION = ("self_attn", "attention", "attn", "self_attention")
 _MLP = ("mlp", "feed_forward")
-_NORM = ("norm", "final_layernorm", "final_layer_norm", "embedding_norm", "ln_f")
+_NORM = ("norm", "final_layernorm", "final_layer_norm", "layer_norm", "embedding_norm", "ln_f")
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,17 @@ class Architecture:
             f"{type(self.decoder).__name__} has no final norm under any of the names {', '.join(_NORM)}. {REMEDY}"
         )
 
+    @property
+    def vocabulary(self) -> int:
+        """How many words the model chooses from."""
+        return int(self._head().weight.shape[0])
+
+    def _head(self) -> Any:
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        if head is None:
+            raise ValueError(f"{type(self.model).__name__} has no output embeddings to read states with. {REMEDY}")
+        return head
+
     def logits(self, hidden: Tensor, norm: bool = True) -> Tensor:
         """
         What the model would predict from states after its last layer.
@@ -79,13 +90,13 @@ class Architecture:
         Returns:
             `torch.Tensor`: float32 `[…, vocabulary]`.
         """
-        head = getattr(self.model, "get_output_embeddings", lambda: None)()
-        if head is None:
-            raise ValueError(f"{type(self.model).__name__} has no output embeddings to read states with. {REMEDY}")
+        head = self._head()
         weight = next(self.norm.parameters(), hidden)
         states = self.norm(hidden.to(weight.device)) if norm else hidden
         scores: Tensor = head(states.to(next(head.parameters()).device)).float()
-        cap = getattr(self.text_config, "final_logit_softcapping", None)
+        scores = scores * getattr(self.text_config, "logit_scale", 1.0)  # Cohere
+        scores = scores / getattr(self.text_config, "logits_scaling", 1.0)  # Granite
+        cap = getattr(self.text_config, "final_logit_softcapping", None)  # Gemma
         return scores if cap is None else cap * torch.tanh(scores / cap)
 
     def attention(self, index: int) -> nn.Module:
@@ -133,6 +144,8 @@ def inspect_model(model: nn.Module) -> Architecture:
     Raises:
         `ValueError`: naming what the model lacks.
     """
+    if hasattr(model, "named_modules"):
+        _check_not_compiled(model)
     virtual, base = 0, model
     if isinstance(model, PeftModel):
         config = model.active_peft_config
@@ -164,6 +177,21 @@ def inspect_model(model: nn.Module) -> Architecture:
     return Architecture(base, decoder, layers, text_config, virtual)
 
 
+def _check_not_compiled(model: nn.Module) -> None:
+    """Compiled code does not look for hooks that came after it was compiled: a knockout would do nothing."""
+    for name, module in model.named_modules():
+        forward = module.__dict__.get("forward")
+        if (
+            "_orig_mod" in module._modules  # torch.compile(module)
+            or getattr(module, "_compiled_call_impl", None) is not None  # module.compile()
+            or hasattr(forward, "_torchdynamo_orig_callable")  # module.forward = torch.compile(module.forward)
+        ):
+            raise ValueError(
+                f"model is compiled ({name or 'all of it'}), and compiled code passes over knockouts: give and call "
+                "the model as it was before torch.compile, or load it anew."
+            )
+
+
 def _layer_list(decoder: Any) -> nn.ModuleList | None:
     for name in _LAYERS:
         if isinstance(found := getattr(decoder, name, None), nn.ModuleList) and len(found):
@@ -186,8 +214,13 @@ def _layer(index: int, module: nn.Module, kind: str) -> Layer:
     name = type(attention).__name__
     if "linear" in str(kind) or "Linear" in name or "DeltaNet" in name or "Mamba" in name:
         return Layer(index, module, None, mlp, f"has linear attention ({name}), which has no edges to block")
-    if "attention_mask" not in parameters(type(attention).forward):
+    takes = parameters(type(attention).forward)
+    if "attention_mask" not in takes:
         return Layer(index, module, None, mlp, f"has an attention ({name}) that takes no attention_mask")
+    if "position_bias" in takes:  # MPT, whose masks are True where nothing is attended
+        return Layer(index, module, None, mlp, f"has an attention ({name}) whose mask is of its own kind")
+    if "residual" in takes:  # Bloom: without what the attention adds, the residual stream would be gone too
+        return Layer(index, module, None, mlp, f"has an attention ({name}) that adds the residual stream itself")
     return Layer(index, module, attention, mlp)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,13 +12,20 @@ from torch import Tensor, nn
 from .lens import answer_tokens
 from .questions import Question, open_image
 from .samples import FlowSample
-from .token_groups import find_token_groups
+from .token_groups import GROUPS, find_token_groups
 
 
 # Groups that are looked for in the text, by the part of the question that they need.
 _OPTIONS = ("true_option", "false_option", "options", "question_without_options")
 _OBJECTS = ("objects", "question_without_objects")
 _PATCHES = ("related_patches", "other_patches")
+
+
+def check_groups(names: Iterable[str]) -> None:
+    """Raises `ValueError` for names of groups that are not found in questions."""
+    for name in names:
+        if name not in GROUPS:
+            raise ValueError(f"pairs holds the group {name!r}; there are {', '.join(GROUPS)}.")
 
 
 class Asker:
@@ -36,7 +43,7 @@ class Asker:
         max_new_tokens (`int`): of an answer.
 
     Raises:
-        `ValueError`: if there is no prompt to ask with.
+        `ValueError`: if there is no prompt to ask with, or no group of such a name.
     """
 
     def __init__(
@@ -59,6 +66,7 @@ class Asker:
                 f"{type(processor).__name__} has no chat template; give a prompt, such as "
                 '"USER: <image>\\n{question} ASSISTANT:".'
             )
+        check_groups(groups)
         self.model, self.processor, self.groups = model, processor, set(groups)
         self.prompt, self.suffix, self.image_options = prompt, suffix, image_options or {}
         self.only_correct, self.max_new_tokens = only_correct, max_new_tokens
@@ -92,7 +100,10 @@ class Asker:
             text = self.processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
             )
-        made = self.processor(images=[image], text=[text], return_tensors="pt", **self.image_options)
+        begin = getattr(self.processor.tokenizer, "bos_token", None)
+        # A chat template may begin with what the tokenizer adds too.
+        more = {"add_special_tokens": False} if begin and text.startswith(begin) else {}
+        made = self.processor(images=[image], text=[text], return_tensors="pt", **more, **self.image_options)
         device = next(self.model.parameters()).device
         return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in made.items()}
 

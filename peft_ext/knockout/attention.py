@@ -43,7 +43,8 @@ class AttentionKnockout:
             forward pass, if the masks do not fit its inputs.
 
     Warns:
-        `UserWarning`: if the model has none of a pair's edges, so that nothing is blocked.
+        `UserWarning`: if the model has none of a pair's edges, so that nothing is blocked; on exit, if none of the
+            layers was called.
 
     Example:
 
@@ -88,6 +89,12 @@ class AttentionKnockout:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is None and not self.position.called:
+            warnings.warn(
+                f"{type(self).__name__} ended without a call to its layers: run the model inside, and not as compiled "
+                "code, which passes over knockouts.",
+                stacklevel=2,
+            )
         stack, self._stack, self._emptied = self._stack, None, {}
         if stack is not None:
             stack.close()

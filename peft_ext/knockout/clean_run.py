@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from .architecture import Architecture, bind
-from .masks import Span, allowed_edges
+from .masks import Span, allowed_edges, cache_name
 
 
 class NotReusable(ValueError):
@@ -38,6 +38,7 @@ class LayerRun:
         keys, values (`torch.Tensor`): `[batch, heads, tokens, D/heads]` of all tokens.
         allowed (`torch.Tensor`): bool `[batch or 1, 1, T, tokens]`, the model's own edges.
         arguments (`dict`): its other arguments.
+        cache_name (`str`): the argument that holds the cache.
     """
 
     hidden: Tensor
@@ -45,6 +46,7 @@ class LayerRun:
     values: Tensor
     allowed: Tensor
     arguments: dict[str, Any]
+    cache_name: str
     added: Tensor | None = None
 
 
@@ -163,8 +165,9 @@ class _Recorder:
             raise NotReusable(f"the decoder runs {hidden.shape[1]} tokens for a prompt of {self.length}")
         kept = hidden[:, self.start :]
         if self._output is not None:
-            same = hidden is self._output or hidden.device != self._output.device
-            self.added.append(None if same else (kept - self._output[:, self.start :]))
+            before = self._output[:, self.start :].to(kept.device)
+            same = hidden is self._output or torch.equal(kept, before)
+            self.added.append(None if same else kept - before)
         self.hidden.append(kept.clone())
         self.calls.append(arguments)
 
@@ -208,11 +211,17 @@ class _Recorder:
             arguments = {
                 name: self._sliced(name, value)
                 for name, value in self.calls[index].items()
-                if name not in ("attention_mask", "past_key_values")
+                if name != "attention_mask" and not isinstance(value, Cache)
             }
             found.append(
                 LayerRun(
-                    self.hidden[index], stored.keys, stored.values, self.allowed[index], arguments, self.added[index]
+                    self.hidden[index],
+                    stored.keys,
+                    stored.values,
+                    self.allowed[index],
+                    arguments,
+                    cache_name(self.calls[index]),
+                    self.added[index],
                 )
             )
         return found

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ..files import write_atomically
-from .ask import Asker
+from .ask import Asker, check_groups
 from .engines import ENGINES
 from .jaccard import topk_jaccard
 from .lens import answer_probability_by_layer
@@ -33,6 +34,20 @@ DESCRIPTION = (
     "'accelerate launch -m peft_ext.cli flow …' several processes share the questions."
 )
 PAIRS = "image:last,question:last,last:last,image:question"
+# Options with another value of which the results in a folder may not be continued.
+_OF_ONE_RUN = (
+    "model",
+    "adapter",
+    "data",
+    "dataset",
+    "split",
+    "prompt",
+    "suffix",
+    "pad",
+    "all_answers",
+    "max_new_tokens",
+    "dtype",
+)
 _DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -75,8 +90,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     pairs = parse_pairs(options.pairs)
+    check_groups(dict.fromkeys(group for pair in pairs for group in pair))
     questions = _questions(options)
     which = int(options.answer_token) if options.answer_token.isdigit() else options.answer_token
+    _check_same_run(options)
     model, processor = _load(options)
     asker = Asker(
         model,
@@ -89,6 +106,8 @@ def run(options: argparse.Namespace) -> int:
         max_new_tokens=options.max_new_tokens,
     )
     lazy = [LazySample(question.name, lambda question=question: asker.sample(question)) for question in questions]  # type: ignore[misc]
+    if PartialState().is_main_process:
+        _write_settings(options)
     records = layer_sweep(
         model,
         lazy,
@@ -101,8 +120,9 @@ def run(options: argparse.Namespace) -> int:
     )
     names = {question.name for question in questions}
     records = [record for record in records if record["sample"] in names]
+    skipped = gather_object(asker.skipped)  # of all processes
     if PartialState().is_main_process:
-        _report(options, asker, questions, records)
+        _report(options, asker, skipped, questions, records)
     return 0
 
 
@@ -112,25 +132,64 @@ def _questions(options: argparse.Namespace) -> list[Question]:
     if options.data:
         if not options.images:
             raise ValueError("--data needs --images, the folder of its images.")
-        return read_csv(options.data, options.images)[: options.limit]
-    return read_dataset(options.dataset, options.split)[: options.limit]
+        return read_csv(options.data, options.images, options.limit)
+    return read_dataset(options.dataset, options.split, options.limit)
 
 
 def _load(options: argparse.Namespace) -> tuple[Any, Any]:
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    state = PartialState()
+    device = state.device if state.num_processes > 1 else _device(options.device)
     processor = AutoProcessor.from_pretrained(options.model)
     model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=_DTYPES[options.dtype])
     if options.adapter:
         model = PeftModel.from_pretrained(model, options.adapter)
-    state = PartialState()
-    device = state.device if state.num_processes > 1 else torch.device(options.device)
     return model.to(device).eval(), processor
 
 
-def _report(options: argparse.Namespace, asker: Asker, questions: Sequence[Question], records: list[Record]) -> None:
-    reasons = [{"sample": name, "reason": reason} for name, reason in asker.skipped]
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch says that a device is not there in either way
+        raise ValueError(f"--device is {name!r}: {str(error).splitlines()[0]}") from None
+
+
+def _check_same_run(options: argparse.Namespace) -> None:
+    """
+    Refuse to go on with the results of something else.
+
+    Raises:
+        `ValueError`: naming an option that has another value than before.
+    """
+    results, file = options.out / "sweep.jsonl", options.out / "settings.json"
+    if not (file.exists() and results.exists() and results.stat().st_size):
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    for name in _OF_ONE_RUN:
+        now = getattr(options, name)
+        if before.get(name) != now:
+            raise ValueError(
+                f"--out {options.out} holds results with --{name.replace('_', '-')} {before.get(name)!r}, not "
+                f"{now!r}: give another folder."
+            )
+
+
+def _write_settings(options: argparse.Namespace) -> None:
+    options.out.mkdir(parents=True, exist_ok=True)
+    settings = {name: getattr(options, name) for name in _OF_ONE_RUN}
+    write_atomically(str(options.out / "settings.json"), json.dumps(settings, indent=2) + "\n")
+
+
+def _report(
+    options: argparse.Namespace,
+    asker: Asker,
+    skipped: Sequence[tuple[str, str]],
+    questions: Sequence[Question],
+    records: list[Record],
+) -> None:
+    reasons = [{"sample": name, "reason": reason} for name, reason in skipped]
     _write_lines(options.out / "skipped.jsonl", reasons)
     if not records:
         first = f"; the first: {reasons[0]['sample']}: {reasons[0]['reason']}" if reasons else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +22,34 @@ from .windows import Window
 ENGINES = ("full", "suffix", "packed")
 # Packed copies attend to each other in vain: beyond some hundreds of tokens this costs more than starting anew saves.
 PACKED_TOKENS = 256
+# Passes that run one by one only keep their states meanwhile: a few MiB for a model 5,120 wide.
+APART_TOKENS = 512
+# The output embeddings are read for many passes at once, but not for all: a vocabulary is large.
+READOUTS = 32
 
 Pair = tuple[str, str]
 Span = tuple[int, int]
 
 
+class Passes(NamedTuple):
+    """
+    Log-probabilities of each row's answer, float32 `[batch]`.
+
+    Attributes:
+        answer (`torch.Tensor`): int64 `[batch]`: the given answer, or the clean pass's most probable token.
+        clean (`torch.Tensor`): without a knockout.
+        knocked (`dict[tuple[tuple[str, str], tuple[int, int]], torch.Tensor]`): by pair and span of layers.
+    """
+
+    answer: Tensor
+    clean: Tensor
+    knocked: dict[tuple[Pair, Span], Tensor]
+
+
 @torch.no_grad()
 def run_engine(
     engine: str, architecture: Architecture, model: nn.Module, prompt: Prompt, spans: Mapping[Pair, Sequence[Span]]
-) -> tuple[Tensor, dict[tuple[Pair, Span], Tensor]]:
+) -> Passes:
     """
     One prompt's clean pass and its knocked-out passes.
 
@@ -39,35 +59,49 @@ def run_engine(
         spans (`dict[tuple[str, str], list[tuple[int, int]]]`): first layer and the one after the last, of each
             window of each pair.
 
-    Returns:
-        `tuple`: the clean log-probabilities, float32 `[batch, vocabulary]` at the readout position, and the
-            knocked-out ones by pair and span.
-
     Raises:
         [`NotReusable`]: by the fast engines, if they would not be exact for this model and these targets.
     """
+    order = [(pair, span) for pair, wanted in spans.items() for span in wanted]
     if engine == "full":
-        clean = logits_at(architecture, model, prompt.inputs, prompt.readout, use_cache=False).log_softmax(-1)
-        return clean, {
-            (pair, span): _full(architecture, model, prompt, prompt.edges[pair], span)
-            for pair, wanted in spans.items()
-            for span in wanted
+        logits = logits_at(architecture, model, prompt.inputs, prompt.readout, use_cache=False)
+        answer = _answer(prompt, logits)
+        knocked = {
+            (pair, span): _read(_full(architecture, model, prompt, prompt.edges[pair], span), answer)
+            for pair, span in order
         }
+        return Passes(answer, _read(logits, answer), knocked)
     with editable_attention(architecture) as implementation:
         targets = [_first_target(prompt.edges[pair]) for pair in spans]
         run = clean_run(architecture, model, prompt.inputs, prompt.readout, targets)
+        answer = _answer(prompt, run.logits)
         firsts = dict(zip(spans, run.firsts, strict=True))
         for pair in spans:
             _warn_of_nothing(pair, prompt.edges[pair], run)
-        order = [(pair, span) for pair, wanted in spans.items() for span in wanted]
         knocks = [Knock(firsts[pair], *span, edges=prompt.edges[pair]) for pair, span in order]
-        tokens = PACKED_TOKENS if engine == "packed" else 1
-        read = prompt.readout - run.start
+        rows, read = torch.arange(len(answer)), prompt.readout - run.start
+        packed = engine == "packed"
+        passes = replay(architecture, run, knocks, implementation, PACKED_TOKENS if packed else APART_TOKENS, packed)
+        numbers, last = [], []
+        for number, states in passes:
+            numbers.append(number)
+            last.append(states[rows, read])  # [batch, D]
         found = {}
-        rows = torch.arange(len(read))
-        for number, states in replay(architecture, run, knocks, implementation, tokens):
-            found[order[number]] = architecture.logits(states[rows, read]).log_softmax(-1)
-    return run.logits.log_softmax(-1), found
+        for some in range(0, len(last), READOUTS):
+            logits = architecture.logits(torch.stack(last[some : some + READOUTS]))  # [passes, batch, vocabulary]
+            for number, own in zip(numbers[some : some + READOUTS], logits, strict=True):
+                found[order[number]] = _read(own, answer)
+    return Passes(answer, _read(run.logits, answer), found)
+
+
+def _answer(prompt: Prompt, logits: Tensor) -> Tensor:
+    return logits.argmax(-1) if prompt.answer is None else prompt.answer.to(logits.device)
+
+
+def _read(logits: Tensor, answer: Tensor) -> Tensor:
+    """`[batch, vocabulary]` to the log-probability of the answer, `[batch]`."""
+    answer = answer.to(logits.device)
+    return logits.log_softmax(-1).gather(1, answer[:, None])[:, 0]
 
 
 def _full(architecture: Architecture, model: nn.Module, prompt: Prompt, edges: Edges, span: Span) -> Tensor:
@@ -75,7 +109,7 @@ def _full(architecture: Architecture, model: nn.Module, prompt: Prompt, edges: E
         model, range(*span), [(edges.source, edges.target)], answer_tokens=prompt.answer_tokens
     )
     with knockout:
-        return logits_at(architecture, model, prompt.inputs, prompt.readout, use_cache=False).log_softmax(-1)
+        return logits_at(architecture, model, prompt.inputs, prompt.readout, use_cache=False)
 
 
 def _first_target(edges: Edges) -> int:

@@ -13,7 +13,7 @@ from .architecture import Architecture, inspect_model
 from .attention import AttentionKnockout
 from .clean_run import NotReusable, clean_run
 from .edges import check_mask, check_pairs
-from .engines import ENGINES, PACKED_TOKENS
+from .engines import APART_TOKENS, ENGINES, PACKED_TOKENS
 from .implementation import editable_attention
 from .modules import MODULES, ModuleKnockout
 from .records import Record
@@ -78,7 +78,12 @@ def topk_jaccard(
         raise ValueError(f"k is {k!r}: must be a whole number of at least 1.")
     if engine != "auto" and engine not in ENGINES:
         raise ValueError(f"engine is {engine!r}: must be auto, {', '.join(ENGINES)}.")
+    vocabulary = architecture.vocabulary
+    if k > vocabulary:
+        raise ValueError(f"k is {k}, but the model has {vocabulary} words: give fewer.")
     rows = [str(row) for row in range(len(tokens))] if names is None else list(names)
+    if len(rows) != len(tokens):
+        raise ValueError(f"names must hold {len(tokens)} names, one per row, but holds {len(rows)}.")
     plan = _plan(architecture, positions, modules, pairs or {}, window, mode)
     if not plan:
         raise ValueError("modules and pairs are both empty: name an intervention.")
@@ -127,6 +132,8 @@ def _plan(
         for over in windows(total, window, mode or "forward"):
             plan.append((module, over.layer, Knock(first, over.start, over.end, positions=positions, module=module)))
     for name, pair in pairs.items():
+        if name in MODULES:
+            raise ValueError(f"pairs holds {name!r}, which is the name of a module: rename it.")
         edges = check_pairs([pair])[0]
         if edges.source.shape != positions.shape:
             raise ValueError(f"pairs[{name!r}] has the shape {tuple(edges.source.shape)}, positions another.")
@@ -157,8 +164,9 @@ def _replayed(
             Knock(first, knock.start, knock.end, knock.edges, knock.positions, knock.module)
             for knock, first in zip(knocks, run.firsts, strict=False)
         ]
-        tokens = PACKED_TOKENS if engine in ("auto", "packed") else 1
-        found = dict(replay(architecture, run, moved, implementation, tokens))
+        packed = engine != "suffix"
+        tokens = PACKED_TOKENS if packed else APART_TOKENS
+        found = dict(replay(architecture, run, moved, implementation, tokens, packed))
     assert run.final is not None
 
     def whole(states: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .architecture import Architecture, bind, inspect_model
+from .architecture import bind, inspect_model
 from .records import Record
 from .samples import last_positions
 
@@ -105,7 +105,11 @@ class RidgeLens:
     def __call__(self, states: Tensor) -> Tensor:
         """`[layers + 1, batch, D]` to the same, as if after the last layer."""
         if states.shape[0] != self.weight.shape[0] or states.shape[-1] != self.weight.shape[-1]:
-            raise ValueError(f"lens is for {tuple(self.bias.shape)} layers + 1 and D, but the model has others.")
+            layers, width = self.bias.shape
+            raise ValueError(
+                f"lens was fitted on a model of {layers - 1} layers, {width} wide, but this one has "
+                f"{states.shape[0] - 1} layers, {states.shape[-1]} wide: fit another."
+            )
         return torch.einsum("lbd,led->lbe", states.float(), self.weight) + self.bias[:, None]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -154,12 +158,17 @@ def answer_probability_by_layer(
     """
     architecture = inspect_model(model)
     batch = len(inputs["input_ids"])
-    wanted = _check_tokens(tokens, batch, _vocabulary(architecture))
+    wanted = _check_tokens(tokens, batch, architecture.vocabulary)
     rows = [str(row) for row in range(batch)] if names is None else list(names)
     if len(rows) != batch:
         raise ValueError(f"names must hold {batch} names, one per row, but holds {len(rows)}.")
     if positions is not None and (positions.shape != (batch,) or positions.is_floating_point()):
         raise ValueError(f"positions must be int64 of shape ({batch},), but is {tuple(positions.shape)}.")
+    length = inputs["input_ids"].shape[1]
+    if positions is not None and not bool(((positions >= 0) & (positions < length)).all()):
+        raise ValueError(
+            f"positions is {positions.tolist()}, but the prompt has {length} tokens: give 0 to {length - 1}."
+        )
     states = residual_stream(model, inputs, positions)
     dtype = next(architecture.norm.parameters(), states).dtype
     read = states if lens is None else lens(states).to(dtype)
@@ -183,18 +192,15 @@ def answer_probability_by_layer(
     return records
 
 
-def _vocabulary(architecture: Architecture) -> int:
-    head = architecture.model.get_output_embeddings()  # type: ignore[operator]
-    return int(head.weight.shape[0])
-
-
 def _check_tokens(tokens: Any, batch: int, vocabulary: int) -> dict[str, list[int]]:
     if not isinstance(tokens, Mapping) or not tokens:
         raise ValueError(f'tokens must be a dict such as {{"answer": 17}}, but is {tokens!r}.')
     found = {}
     for word, given in tokens.items():
-        numbers = [int(given)] * batch if hasattr(given, "__index__") else [int(number) for number in given]
-        if len(numbers) != batch or not all(0 <= number < vocabulary for number in numbers):
+        given = given.tolist() if isinstance(given, Tensor) else given
+        numbers = [given] * batch if isinstance(given, int) else list(given) if isinstance(given, Sequence) else []
+        whole = all(isinstance(number, int) and 0 <= number < vocabulary for number in numbers)
+        if len(numbers) != batch or not whole:
             raise ValueError(
                 f"tokens[{word!r}] must be one token per row ({batch}) below {vocabulary}, but is {given!r}."
             )

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 
 class Span(NamedTuple):
@@ -33,7 +34,7 @@ def span_of_call(arguments: dict[str, Any], layer: int) -> Span:
         layer (`int`): the layer's number in the cache.
     """
     tokens = arguments["hidden_states"].shape[1]
-    cache, mask = arguments.get("past_key_values"), arguments.get("attention_mask")
+    cache, mask = arguments.get(cache_name(arguments)), arguments.get("attention_mask")
     if cache is None:
         keys = mask.shape[-1] if isinstance(mask, Tensor) else tokens
         return Span(range(keys - tokens, keys), range(keys))
@@ -42,6 +43,11 @@ def span_of_call(arguments: dict[str, Any], layer: int) -> Span:
     if isinstance(mask, Tensor) and mask.dim() == 4:
         length = mask.shape[-1]
     return Span(range(start, start + tokens), range(offset, offset + length))
+
+
+def cache_name(arguments: dict[str, Any]) -> str:
+    """The argument that holds the cache: `past_key_values`, or `layer_past` in older families."""
+    return next((name for name, value in arguments.items() if isinstance(value, Cache)), "past_key_values")
 
 
 def allowed_edges(mask: Tensor | None, span: Span, attention: nn.Module, device: torch.device) -> Tensor:

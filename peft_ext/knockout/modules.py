@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -37,6 +38,9 @@ class ModuleKnockout:
     Raises:
         `ValueError`: if the model lacks a part, or an argument is malformed; before anything is changed. During the
             forward pass, if the positions do not fit its inputs.
+
+    Warns:
+        `UserWarning`: on exit, if none of the layers was called.
     """
 
     def __init__(
@@ -78,6 +82,12 @@ class ModuleKnockout:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is None and not self.position.called:
+            warnings.warn(
+                f"{type(self).__name__} ended without a call to its layers: run the model inside, and not as compiled "
+                "code, which passes over knockouts.",
+                stacklevel=2,
+            )
         stack, self._stack, self._rows = self._stack, None, {}
         if stack is not None:
             stack.close()

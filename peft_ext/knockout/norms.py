@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .architecture import inspect_model
+from .edges import check_mask
 
 
 _CONNECTORS = ("multi_modal_projector", "connector", "merger")
@@ -37,6 +38,12 @@ def image_token_norms(model: nn.Module, inputs: Mapping[str, Any], image_tokens:
     if at not in SITES:
         raise ValueError(f'at is {at!r}: must be "vision" or "decoder".')
     architecture = inspect_model(model)
+    check_mask(image_tokens, "image_tokens")
+    if image_tokens.shape != inputs["input_ids"].shape:
+        raise ValueError(
+            f"image_tokens has the shape {tuple(image_tokens.shape)}, but input_ids have "
+            f"{tuple(inputs['input_ids'].shape)}: find the group in the same inputs."
+        )
     place: nn.Module = architecture.layers[0].module
     if at == "vision":
         named = [

@@ -21,10 +21,16 @@ class PromptPosition:
         self.answer_tokens = answer_tokens
         self._starts: dict[int, int] = {}
         self._tokens: dict[int, int] = {}
+        self._asked = False
 
     def reset(self) -> None:
         """Forget earlier calls."""
-        self._starts, self._tokens = {}, {}
+        self._starts, self._tokens, self._asked = {}, {}, False
+
+    @property
+    def called(self) -> bool:
+        """Whether there was a call since."""
+        return self._asked
 
     def start(self, queries: range, layer: int) -> int:
         """
@@ -33,6 +39,7 @@ class PromptPosition:
         Raises:
             `ValueError`: if this cannot be the prompt that the masks were made for.
         """
+        self._asked = True
         known = self._starts.get(layer)
         if known is not None and queries.start >= known + self.length:
             return known  # a step that continues the cache

@@ -6,6 +6,7 @@ import csv
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class Question:
     info: dict[str, Any] = field(default_factory=dict)
 
 
-def read_csv(path: str | os.PathLike[str], images: str | os.PathLike[str]) -> list[Question]:
+def read_csv(path: str | os.PathLike[str], images: str | os.PathLike[str], limit: int | None = None) -> list[Question]:
     """
     Questions of a CSV file.
 
@@ -49,6 +50,7 @@ def read_csv(path: str | os.PathLike[str], images: str | os.PathLike[str]) -> li
             its ending), and optionally `question_id`, `true option`, `false option`, and for `central object`,
             `object1` and `object2`: `… name`, `… x`, `… y`, `… w`, `… h`.
         images (`str`): the folder of the images.
+        limit (`int`, *optional*): how many rows to read.
 
     Raises:
         `ValueError`: naming the file, the line and what is missing.
@@ -70,7 +72,7 @@ def read_csv(path: str | os.PathLike[str], images: str | os.PathLike[str]) -> li
                 f"{path} lacks the column(s) {', '.join(missing)}; it has {', '.join(columns) or 'none'}."
             )
         questions: list[Question] = []
-        for row in reader:
+        for row in islice(reader, limit):
             name = row.get("image") or row.get("img_id") or ""
             found = files.get(name) or stems.get(name)
             if found is None:
@@ -79,7 +81,7 @@ def read_csv(path: str | os.PathLike[str], images: str | os.PathLike[str]) -> li
     return _checked(questions, str(path))
 
 
-def read_dataset(path: str, split: str) -> list[Question]:
+def read_dataset(path: str, split: str, limit: int | None = None) -> list[Question]:
     """
     Questions of a data set with the columns `question`, `answer`, `image`, and optionally `question_id` (or `id`),
     `true_option`, `false_option`, `objects` (names) and `boxes` (left, top, width, height of each).
@@ -87,6 +89,7 @@ def read_dataset(path: str, split: str) -> list[Question]:
     Args:
         path (`str`): a folder that `save_to_disk` wrote, or what `load_dataset` takes.
         split (`str`): which part of it.
+        limit (`int`, *optional*): how many rows to read.
 
     Raises:
         `ValueError`: naming what is missing.
@@ -102,7 +105,8 @@ def read_dataset(path: str, split: str) -> list[Question]:
     if missing:
         have = ", ".join(loaded.column_names)
         raise ValueError(f"{path} lacks the column(s) {', '.join(missing)}; it has {have}.")
-    return _checked([_question(row, at, row["image"], f"{path}, row {at}") for at, row in enumerate(loaded)], path)
+    rows = enumerate(islice(loaded, limit))
+    return _checked([_question(row, at, row["image"], f"{path}, row {at}") for at, row in rows], path)
 
 
 def _saved(path: str) -> bool:

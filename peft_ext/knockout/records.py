@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from glob import escape, glob
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ class RecordFile:
     Args:
         path (`str` or `os.PathLike`): of the results, `*.jsonl`.
         settings (`dict`): the columns that say how the sweep was made.
-        per_sample (`int`): records that a complete row of a sample has.
+        expected (`Collection[tuple[str, int]]`): pair and layer of each record of a complete row of a sample.
         process (`int`), processes (`int`): which of how many processes this is.
 
     Raises:
@@ -32,14 +31,19 @@ class RecordFile:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], settings: Mapping[str, Any], per_sample: int, process: int, processes: int
+        self,
+        path: str | os.PathLike[str],
+        settings: Mapping[str, Any],
+        expected: Collection[tuple[str, int]],
+        process: int,
+        processes: int,
     ) -> None:
-        self.path = Path(path)
+        self.path, self._settings, self._expected = Path(path), settings, set(expected)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         own = self.path if processes == 1 else _part(self.path, process)
         self.kept: list[Record] = []
         for file in _files(self.path):
-            records = _complete(_read(file), settings, per_sample, file)
+            records = self._complete(file)
             self.kept += records
             if file == own:
                 _write(own, records)  # without a line or a sample that was cut off
@@ -59,11 +63,46 @@ class RecordFile:
         files = _files(self.path)
         if files == [self.path]:
             return
-        records = [record for file in files for record in _read(file)]
+        records: list[Record] = []
+        for file in files:
+            before = {str(record["sample"]) for record in records}  # two processes may have had one sample
+            records += [record for record in self._complete(file) if str(record["sample"]) not in before]
         _write(self.path, records)
         for file in files:
             if file != self.path:
                 os.remove(file)
+
+    def _complete(self, file: Path) -> list[Record]:
+        """A file's records, without the samples that were cut off."""
+        records = _read(file)
+        found: dict[str, set[tuple[str, int]]] = {}
+        for record in records:
+            other = {name: record.get(name) for name in SETTINGS if record.get(name) != self._settings[name]}
+            if other:
+                raise ValueError(
+                    f"{file} holds a sweep with other settings ({other} instead of "
+                    f"{ {name: self._settings[name] for name in other} }); give another output, or move the file away."
+                )
+            place = record.get("pair"), record.get("layer")
+            if place not in self._expected:
+                raise ValueError(
+                    f"{file} holds {place[0]} at layer {place[1]}, which this sweep does not have: it is of other "
+                    "pairs or layers; give another output, or move the file away."
+                )
+            own = found.setdefault(str(record["sample"]), set())
+            if place in own:
+                raise ValueError(
+                    f"{file} holds {place[0]} at layer {place[1]} of sample {record['sample']!r} twice; give another "
+                    "output, or move the file away."
+                )
+            own.add(place)
+        partial = [name for name, places in found.items() if places != self._expected]
+        if partial and partial != list(found)[-1:]:  # an interruption cuts off the last sample alone
+            raise ValueError(
+                f"{file} lacks pairs or layers of this sweep for sample {partial[0]!r}: it is of other pairs or "
+                "layers; give another output, or move the file away."
+            )
+        return [record for record in records if str(record["sample"]) not in partial]
 
 
 def read_records(path: str | os.PathLike[str]) -> list[Record]:
@@ -103,24 +142,6 @@ def _read(file: Path) -> list[Record]:
             ) from None
         records.append(record)
     return records
-
-
-def _complete(records: list[Record], settings: Mapping[str, Any], per_sample: int, file: Path) -> list[Record]:
-    for record in records:
-        other = {name: record.get(name) for name in SETTINGS if record.get(name) != settings[name]}
-        if other:
-            raise ValueError(
-                f"{file} holds a sweep with other settings ({other} instead of "
-                f"{ {name: settings[name] for name in other} }); give another output, or move the file away."
-            )
-    counts = Counter(record["sample"] for record in records)
-    too_many = [name for name, count in counts.items() if count > per_sample]
-    if too_many:
-        raise ValueError(
-            f"{file} holds {counts[too_many[0]]} records of sample {too_many[0]!r} where this sweep has {per_sample}: "
-            "it is of other pairs or layers; give another output, or move the file away."
-        )
-    return [record for record in records if counts[record["sample"]] == per_sample]
 
 
 def _write(path: Path, records: Iterable[Record]) -> None:

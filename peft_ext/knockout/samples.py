@@ -12,6 +12,26 @@ from torch import Tensor
 from .edges import Edges, check_mask, check_pairs
 
 
+# What a sweep says of each sample itself.
+COLUMNS = (
+    "sample",
+    "pair",
+    "source",
+    "target",
+    "layer",
+    "window_start",
+    "window_end",
+    "answer_id",
+    "base_probability",
+    "probability",
+    "change_percent",
+    "engine",
+    "window",
+    "mode",
+    "answer_token",
+)
+
+
 @dataclass
 class FlowSample:
     """
@@ -112,6 +132,9 @@ def prepare(
     if len(names) != batch or len(set(names)) != batch:
         raise ValueError(f"sample {number}: names must be {batch} different names, one per row, but is {names}.")
     label = f"sample {names[0]}"
+    taken = [column for column in sample.info if column in COLUMNS]
+    if taken:
+        raise ValueError(f"{label}: info holds {taken[0]!r}, a column of the results: rename it.")
     edges = {}
     for pair in pairs:
         for group in pair:

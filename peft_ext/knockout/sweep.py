@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from .architecture import Architecture, inspect_model
 from .clean_run import NotReusable
-from .engines import ENGINES, Pair, Span, run_engine, span_of
+from .engines import ENGINES, Pair, Passes, Span, run_engine, span_of
 from .records import Record, RecordFile, read_records
 from .samples import FlowSample, LazySample, Prompt, parse_pairs, prepare
 from .windows import Window, windows
@@ -84,7 +85,9 @@ def layer_sweep(
     settings = {"window": window, "mode": mode, "answer_token": answer_token}
     file = None
     if output is not None:
-        file = RecordFile(output, settings, len(named) * len(over), share.process_index, share.num_processes)
+        expected = [(":".join(pair), window.layer) for pair in named for window in over]
+        file = RecordFile(output, settings, expected, share.process_index, share.num_processes)
+    seen: set[str] = set()
     sweep = _Sweep(model, architecture, named, over, settings, engine, self_check)
     found: list[Record] = list(file.kept) if file else []
     chosen = [samples] if isinstance(samples, FlowSample) else samples
@@ -104,9 +107,14 @@ def layer_sweep(
                     made.names = [sample.name]
                     sample = made
                 prompt = prepare(sample, named, answer_token, number, _device(model))
+                if twice := seen.intersection(prompt.names):
+                    raise ValueError(f"samples[{number}] has the name {twice.pop()!r}, as an earlier one: rename it.")
+                seen.update(prompt.names)
                 if file and set(prompt.names) <= file.done:
                     continue
                 records = sweep.run(prompt, sample)
+                if file:  # of a batch some rows may be done
+                    records = [record for record in records if record["sample"] not in file.done]
                 found += records
                 if file:
                     file.add(records)
@@ -158,7 +166,7 @@ class _Sweep:
         spans = {pair: list(dict.fromkeys(map(span_of, self.over))) for pair in self.pairs}
         engine = self.engine
         try:
-            clean, knocked = self._checked(prompt, spans) if self.unchecked else self._with(engine, prompt, spans)
+            passes = self._checked(prompt, spans) if self.unchecked else self._with(engine, prompt, spans)
             engine = self.engine
         except NotReusable as reason:
             if self.given != "auto":
@@ -167,14 +175,13 @@ class _Sweep:
                     'Use engine="full" or "auto".'
                 ) from reason
             engine = "full"
-            clean, knocked = self._with(engine, prompt, spans)
-        answer = clean.argmax(-1) if prompt.answer is None else prompt.answer.to(clean.device)
-        base = clean.gather(1, answer[:, None])[:, 0].double()  # [batch]
+            passes = self._with(engine, prompt, spans)
+        base = passes.clean.double()  # [batch]
         records = []
         for row, name in enumerate(prompt.names):
             for pair in self.pairs:
                 for window in self.over:
-                    after = knocked[pair, span_of(window)][row, answer[row]].double()
+                    after = passes.knocked[pair, span_of(window)][row].double()
                     records.append(
                         {
                             "sample": name,
@@ -184,7 +191,7 @@ class _Sweep:
                             "layer": window.layer,
                             "window_start": window.start,
                             "window_end": window.end,
-                            "answer_id": int(answer[row]),
+                            "answer_id": int(passes.answer[row]),
                             "base_probability": float(base[row].exp()),
                             "probability": float(after.exp()),
                             # of log-probabilities: small differences of large numbers stay exact
@@ -196,15 +203,15 @@ class _Sweep:
                     )
         return records
 
-    def _with(self, engine: str, prompt: Prompt, spans: Any) -> tuple[Tensor, dict[tuple[Pair, Span], Tensor]]:
+    def _with(self, engine: str, prompt: Prompt, spans: Mapping[Pair, Sequence[Span]]) -> Passes:
         return run_engine(engine, self.architecture, self.model, prompt, spans)
 
-    def _checked(self, prompt: Prompt, spans: Any) -> tuple[Tensor, dict[tuple[Pair, Span], Tensor]]:
+    def _checked(self, prompt: Prompt, spans: Mapping[Pair, Sequence[Span]]) -> Passes:
         """The first sample, whose largest change of each pair must be what the full engine finds."""
         while self.engine != "full":
             problem = ""
             try:
-                clean, knocked = self._with(self.engine, prompt, spans)
+                passes = self._with(self.engine, prompt, spans)
             except NotReusable:
                 raise
             except torch.OutOfMemoryError:
@@ -212,22 +219,25 @@ class _Sweep:
             except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
                 problem = f"fails on this model ({error})"
             else:
-                answer = clean.argmax(-1) if prompt.answer is None else prompt.answer.to(clean.device)
-                rows = torch.arange(len(answer), device=clean.device)
-                for pair in self.pairs:
-                    change = {s: (knocked[pair, s] - clean)[rows, answer].abs().max() for s in spans[pair]}
-                    largest = max(change, key=lambda s: float(change[s]))
-                    base, exact = self._with("full", prompt, {pair: [largest]})
-                    far = (knocked[pair, largest] - exact[pair, largest])[rows, answer].abs().max()
-                    far = torch.maximum(far, (clean - base)[rows, answer].abs().max())
-                    if not float(far) <= self.tolerance:
-                        problem = f"is off by {float(far):.1e} in log-probability for {':'.join(pair)}"
-                        break
+                problem = self._difference(passes, prompt, spans)
             if not problem:
                 self.unchecked = False
-                return clean, knocked
+                return passes
             slower = _SLOWER[self.engine]
             warnings.warn(f'engine="{self.engine}" {problem}; using "{slower}" instead.', stacklevel=4)
             self.engine = slower
         self.unchecked = False
         return self._with("full", prompt, spans)
+
+    def _difference(self, passes: Passes, prompt: Prompt, spans: Mapping[Pair, Sequence[Span]]) -> str:
+        """What is wrong with a fast engine's numbers; empty if they are the full one's."""
+        fixed = replace(prompt, answer=passes.answer)
+        for pair in self.pairs:
+            change = {span: (passes.knocked[pair, span] - passes.clean).abs().max() for span in spans[pair]}
+            largest = max(change, key=lambda span: float(change[span]))
+            exact = self._with("full", fixed, {pair: [largest]})
+            far = (passes.knocked[pair, largest] - exact.knocked[pair, largest]).abs().max()
+            far = torch.maximum(far, (passes.clean - exact.clean).abs().max())
+            if not float(far) <= self.tolerance:
+                return f"is off by {float(far):.1e} in log-probability for {':'.join(pair)}"
+        return ""

@@ -12,6 +12,22 @@ from .patches import box_coverage, check_boxes, image_size, newline_tokens
 from .spans import OCCURRENCES, Segment, segments
 
 
+# What the function can find, besides the names of the user's own spans.
+GROUPS = (
+    "image",
+    "question",
+    "last",
+    "text",
+    "newline",
+    "true_option",
+    "false_option",
+    "options",
+    "objects",
+    "question_without_options",
+    "question_without_objects",
+    "related_patches",
+    "other_patches",
+)
 # Parts of the question; other names are looked for in all of the text.
 IN_QUESTION = ("options", "true_option", "false_option", "objects")
 
@@ -109,13 +125,17 @@ def _attended(inputs: Mapping[str, Any], tokens: Tensor) -> Tensor:
 
 def _visual(processor: Any, tokenizer: Any, tokens: Tensor) -> Tensor:
     """Bool `[batch, sequence]`: the placeholders of image features."""
-    number = getattr(processor, "image_token_id", None)
-    if number is None:
-        number = getattr(tokenizer, "image_token_id", None)
+    # The plural first: Gemma 3's image_token_id is the mark before the image, not the placeholders of its features.
+    several = getattr(processor, "image_token_ids", None)
+    numbers = [number for number in several if number is not None] if isinstance(several, list) else []
+    if not numbers and (number := getattr(processor, "image_token_id", None)) is not None:
+        numbers = [number]
+    if not numbers and (number := getattr(tokenizer, "image_token_id", None)) is not None:
+        numbers = [number]
     name = getattr(processor, "image_token", None)
-    if number is None and isinstance(name, str):
-        number = tokenizer.convert_tokens_to_ids(name)
-    return torch.zeros_like(tokens, dtype=torch.bool) if number is None else tokens == number
+    if not numbers and isinstance(name, str):
+        numbers = [tokenizer.convert_tokens_to_ids(name)]
+    return torch.isin(tokens, torch.tensor(numbers, dtype=tokens.dtype, device=tokens.device))
 
 
 def _newlines(processor: Any, inputs: Mapping[str, Any], visual: Tensor) -> Tensor | None:

@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from peft_ext import cli
+from peft_ext.knockout import cli as flow_cli
 from peft_ext.knockout import layer_sweep, read_records
 from tests.examples.conftest import EXAMPLES
 
@@ -20,9 +21,13 @@ PROMPT = "a chat about a picture . USER : <image> {question} ASSISTANT :"
 
 
 @pytest.fixture(scope="module")
-def records():
-    model = LlavaForConditionalGeneration.from_pretrained(CHECKPOINT).eval()
-    processor = AutoProcessor.from_pretrained(CHECKPOINT)
+def loaded():
+    return LlavaForConditionalGeneration.from_pretrained(CHECKPOINT).eval(), AutoProcessor.from_pretrained(CHECKPOINT)
+
+
+@pytest.fixture(scope="module")
+def records(loaded):
+    model, processor = loaded
     drawn = [own for own, _, _ in flow_shapes.samples(processor, 12, 3)]
     return layer_sweep(model, drawn, flow_shapes.PAIRS, window=3, progress=False)
 
@@ -143,14 +148,35 @@ def test_the_command_reads_data_sets(gqa, tmp_path):
         (["--pairs", "image"], "pairs holds 'image'"),
         (["--window", "0"], "window is 0"),
         (["--limit", "0"], "--limit is 0"),
-        (["--pairs", "image:captions"], "no question of 5 could be used"),
+        (["--device", "abacus"], "--device is 'abacus'"),
+        (["--pairs", "image:captions"], "pairs holds the group 'captions'; there are image"),
+        (["--pairs", "image:newline"], "no question of 5 could be used"),
         (["--prompt", "no question"], "must hold {question}"),
         (["--answer-token", "second"], "answer_token is 'second'"),
     ],
 )
-def test_the_command_says_what_is_wrong(gqa, capsys, options, message):
+def test_the_command_says_what_is_wrong(gqa, capsys, monkeypatch, loaded, options, message):
+    monkeypatch.setattr(flow_cli, "_load", lambda options: (flow_cli._device(options.device), loaded)[1])
     assert flow(gqa, *options) == 1
     assert message in capsys.readouterr().err
+    # what went wrong does not stand in the way of a second try
+    assert not (gqa[2] / "sweep.jsonl").exists() or not (gqa[2] / "sweep.jsonl").read_text()
+
+
+def test_results_of_something_else_are_not_continued(gqa, capsys, monkeypatch, loaded):
+    monkeypatch.setattr(flow_cli, "_load", lambda options: loaded)
+    assert flow(gqa, "--window", "3", "--limit", "1") == 0
+    before = (gqa[2] / "sweep.jsonl").read_bytes()
+    assert flow(gqa, "--window", "3", "--limit", "1", "--all-answers") == 1
+    assert "holds results with --all-answers False, not True" in capsys.readouterr().err
+    assert flow(gqa, "--window", "3", "--limit", "2") == 0
+    assert (gqa[2] / "sweep.jsonl").read_bytes().startswith(before)
+
+
+def test_images_beyond_the_limit_need_not_be_there(gqa, monkeypatch, loaded):
+    monkeypatch.setattr(flow_cli, "_load", lambda options: loaded)
+    (gqa[1] / "1003.png").unlink()
+    assert flow(gqa, "--window", "3", "--limit", "2") == 0
 
 
 def test_missing_files_and_columns_are_named(gqa, capsys, tmp_path):

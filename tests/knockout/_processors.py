@@ -91,6 +91,18 @@ def llava_next():
     )
 
 
+def gemma3():
+    """The mark before the image is another token than the placeholders of its features."""
+    made = tokenizer()
+    marks = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    made.add_special_tokens({"additional_special_tokens": list(marks.values())})
+    for name, mark in marks.items():
+        setattr(made, name, mark)
+        setattr(made, f"{name}_id", made.convert_tokens_to_ids(mark))
+    images = hf.Gemma3ImageProcessor(size={"height": 32, "width": 32})
+    return hf.Gemma3Processor(images, made, image_seq_length=16)
+
+
 class Qwen:
     """Qwen2-VL's image processor with a tokenizer; its own processor class needs torchvision, for videos."""
 

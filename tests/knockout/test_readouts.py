@@ -126,7 +126,10 @@ def test_jaccard_by_hand(engine, pooled):
         ({"tokens": {}}, "tokens must be a dict"),
         ({"tokens": {"a": 64}}, r"tokens\['a'\] must be one token per row"),
         ({"tokens": {"a": [1, 2, 3]}}, "one token per row"),
+        ({"tokens": {"a": "red"}}, "one token per row"),
         ({"tokens": {"a": 1}, "names": ["x"]}, "names must hold 2 names"),
+        ({"tokens": {"a": 1}, "positions": torch.tensor([1, 99])}, "the prompt has 20 tokens: give 0 to 19"),
+        ({"tokens": {"a": 1}, "lens": RidgeLens(torch.zeros(3, 5, 5), torch.zeros(3, 5))}, "a model of 2 layers, 5"),
     ],
 )
 def test_malformed_lens_arguments(options, message):
@@ -138,6 +141,9 @@ def test_malformed_lens_arguments(options, message):
     ("options", "message"),
     [
         ({"k": 0}, "k is 0"),
+        ({"k": 65}, "k is 65, but the model has 64 words"),
+        ({"names": ["x"]}, "names must hold 2 names"),
+        ({"pairs": {"mlp": ()}}, "pairs holds 'mlp', which is the name of a module"),
         ({"pooled": "words"}, "pooled is 'words'"),
         ({"modules": ["norm"]}, "modules holds 'norm'"),
         ({"modules": []}, "both empty"),

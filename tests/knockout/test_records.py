@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -88,15 +89,59 @@ def test_lazy_samples_are_made_when_needed(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"window": 3}, "other settings"), ({"mode": "forward"}, "other settings"), ({"layers": [0]}, "other pairs")],
+    [
+        ({"window": 3}, "other settings"),
+        ({"mode": "forward"}, "other settings"),
+        ({"layers": [0]}, "other pairs"),
+        ({"pairs": ["image:question", "image:last"]}, "other pairs"),
+        ({"pairs": PAIRS[:1]}, "other pairs"),
+        ({"pairs": [*PAIRS, "image:last"]}, "lacks pairs or layers"),
+    ],
 )
 def test_another_sweep_is_not_continued(tmp_path, options, message):
+    """Nor one that has as many pairs and layers, but others."""
     path = tmp_path / "sweep.jsonl"
     layer_sweep(build(), samples(), PAIRS, output=path, **OPTIONS)
     before = path.read_bytes()
     with pytest.raises(ValueError, match=message):
-        layer_sweep(build(), samples(), PAIRS, output=path, **{**OPTIONS, **options})
+        layer_sweep(build(), samples(), output=path, **{**OPTIONS, "pairs": PAIRS, **options})
     assert path.read_bytes() == before
+
+
+def test_a_batch_that_was_cut_off_between_its_rows_continues(tmp_path):
+    path, model = tmp_path / "sweep.jsonl", build()
+    batch = FlowSample(*inputs("llava"), names=["a", "b"])
+    whole = layer_sweep(model, batch, PAIRS, output=path, **OPTIONS)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[: len(lines) // 2 + 2]) + lines[-1][:20])
+    for _ in range(2):
+        assert layer_sweep(model, batch, PAIRS, output=path, **OPTIONS) == whole == read_records(path)
+
+
+def test_what_another_process_left_behind_is_joined(tmp_path):
+    """A killed process's file, with a whole sample, part of another and part of a line."""
+    path, model = tmp_path / "sweep.jsonl", build()
+    whole = layer_sweep(model, samples(), PAIRS, output=path, **OPTIONS)
+    lines = path.read_text().splitlines(keepends=True)
+    path.unlink()
+    (tmp_path / "sweep.process3.jsonl").write_text("".join(lines[:11]) + lines[11][:20])
+    key = ("sample", "pair", "layer")
+    for _ in range(2):
+        found = layer_sweep(model, samples(), PAIRS, output=path, **OPTIONS)
+        for records in (found, read_records(path)):
+            assert sorted(records, key=lambda r: [r[name] for name in key]) == sorted(
+                whole, key=lambda r: [r[name] for name in key]
+            )
+    assert os.listdir(tmp_path) == ["sweep.jsonl"]
+
+
+def test_names_and_columns_are_not_taken_twice():
+    twice = [samples()[0], samples()[0]]
+    with pytest.raises(ValueError, match=r"samples\[1\] has the name 's0', as an earlier one"):
+        layer_sweep(build(), twice, PAIRS, **OPTIONS)
+    twice[0].info = {"layer": 3}
+    with pytest.raises(ValueError, match="sample s0: info holds 'layer', a column of the results"):
+        layer_sweep(build(), twice[:1], PAIRS, **OPTIONS)
 
 
 def test_another_file_is_not_overwritten(tmp_path):
@@ -107,12 +152,20 @@ def test_another_file_is_not_overwritten(tmp_path):
     assert path.read_text() == "my notes\nand more\n"
 
 
+# One process that divides itself, since most of the time goes into imports.
 _WORKER = """
-import sys
+import os, sys
+import torch
 from tests.knockout.test_records import OPTIONS, PAIRS, build, samples
 from peft_ext.knockout import layer_sweep
+torch.set_num_threads(1)
+other = os.fork()
+os.environ["RANK"] = os.environ["LOCAL_RANK"] = "1" if other else "0"
 records = layer_sweep(build(), samples(), PAIRS, output=sys.argv[1], **OPTIONS)
 assert len(records) == 24, len(records)
+torch.distributed.destroy_process_group()
+if other:
+    assert os.waitpid(other, 0)[1] == 0
 """
 
 
@@ -121,10 +174,19 @@ def test_two_processes_share_the_samples(tmp_path):
     root = Path(__file__).parents[2]
     worker = tmp_path / "worker.py"
     worker.write_text(_WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(worker)]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(path)], env=environment, capture_output=True, text=True)
+    environment = os.environ | {
+        "PYTHONPATH": paths,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+    }
+    done = subprocess.run([sys.executable, str(worker), str(path)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert os.listdir(tmp_path) == ["worker.py", "sweep.jsonl"] or set(os.listdir(tmp_path)) == {
         "worker.py",

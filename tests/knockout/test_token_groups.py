@@ -157,6 +157,14 @@ def test_related_patches_are_the_tokens_that_see_the_box(name, box):
     assert torch.equal(same["related_patches"], groups["related_patches"])
 
 
+def test_gemma_3_s_image_is_its_features_not_the_mark_before_them():
+    processor, image = make.gemma3(), picture(32, 32)
+    inputs = processor(images=[image], text=["<start_of_image>red?"], return_tensors="pt")
+    groups = find_token_groups(processor, inputs, image=image, boxes=[(8, 8, 16, 16)])
+    assert torch.equal(groups["image"], inputs["token_type_ids"] == 1) and groups["image"].sum() == 16
+    assert groups["related_patches"].sum() == 4 and groups["other_patches"].sum() == 12
+
+
 @pytest.mark.parametrize("size", [(64, 32), (50, 30), (31, 97), (64, 64), (20, 20)], ids=str)
 def test_newlines_are_the_model_s_newline_tokens(size):
     processor = make.llava_next()
