@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 
 # Below this share of trained weights, a dense copy of W and its gradient are not worth a few percent of time.
-MIN_DENSE_SHARE = 0.02
+MIN_DENSE_SHARE = 0.015
 
 
 @dataclass(frozen=True)

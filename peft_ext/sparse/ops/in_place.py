@@ -10,6 +10,9 @@ from torch import Tensor
 from . import gpu
 
 
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
 class _AddInPlace(torch.autograd.Function):
     """
     `result += S x` and its gradients straight through the kernels: `torch.library` has no autograd for operators that
@@ -49,13 +52,13 @@ def _owner(result: Tensor) -> Tensor:
 
 def may_add_in_place(result: Tensor, x: Tensor, values: Tensor) -> bool:
     """
-    Whether nobody can notice that a fresh `result` changes: no part of something larger, no leaf, no mode that may
-    keep what operators return (selective checkpointing does), no compiler and no transform of `torch.func`, which
-    work on the functional operator. CPU tensors stay on the functional path.
+    Whether nobody can notice that a fresh `result` changes: no part of something larger, no leaf, no subclass and no
+    mode that may keep what operators return (selective checkpointing does), no compiler and no transform of
+    `torch.func`, which work on the functional operator. CPU tensors stay on the functional path.
     """
     if torch.compiler.is_compiling() or not gpu.usable(result, x, values):
         return False
-    if result.numel() == 0 or values.numel() == 0:
+    if result.numel() == 0 or values.numel() == 0 or any(type(t) not in PLAIN for t in (result, x, values)):
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False

@@ -17,11 +17,11 @@ from .tuning import Config
 # Words of 8 bytes that fit in the shared memory of a multiprocessor (227 KB on H100, 163 KB on A100); smaller devices
 # refuse at launch and fall back on the other configurations.
 MAX_STAGED_WIDTH = 16384
-# A value gradient splits the tokens until it has so many of the largest programs (an H100 runs some 300 at once), but
+# A value gradient splits the tokens until it has so many programs of that size (an H100 runs some 300 at once), but
 # not below a span where writing and summing the parts would cost more than reading the activations. The parts together
 # take at most 16 MB.
 PROGRAMS = 1024
-LARGEST_BLOCK = 4096
+PROGRAM_ENTRIES = 4096
 MIN_SPAN = 32
 # Entries of a neuron that are summed side by side with those of others; a multiple of every `block_k`.
 LIGHT = 32
@@ -42,9 +42,9 @@ def sum_configs(tokens: int, neurons: int, width: int, k: int, itemsize: int) ->
     configs = [Config(power_of_two(tokens, 16), neurons_of(128), block_k)]
     if tokens > 4:
         configs.append(Config(4, neurons_of(512), block_k))
-        for entries, warps in _staged_blocks(width, itemsize):
+        for entries, warps in _staged_blocks(width, itemsize, block_k):
             configs.append(Config(0, neurons_of(entries), block_k, warps))
-    return configs
+    return list(dict.fromkeys(configs))  # few neurons make some of them equal
 
 
 def value_configs(tokens: int, entries: int, width: int, itemsize: int) -> list[Config]:
@@ -54,15 +54,20 @@ def value_configs(tokens: int, entries: int, width: int, itemsize: int) -> list[
         configs.append(Config(4, power_of_two(entries, 512)))
         for most, warps in _staged_blocks(width, itemsize):
             configs.append(Config(0, power_of_two(entries, most), 1, warps))
-    return configs
+    return list(dict.fromkeys(configs))
 
 
-def _staged_blocks(width: int, itemsize: int) -> list[tuple[int, int]]:
-    """Entries and warps of staged programs: about as many entries as words, since each gather stages all words."""
+def _staged_blocks(width: int, itemsize: int, block_k: int = 1) -> list[tuple[int, int]]:
+    """
+    Entries and warps of staged programs: about as many entries as words, since each gather stages all words, and no
+    more than registers hold (`tests/sparse/ops/gpu/test_targets.py` compiles them).
+    """
     words = power_of_two(width)
     if words > MAX_STAGED_WIDTH or itemsize not in (2, 4):
         return []
-    return [(2048, 8), (LARGEST_BLOCK, 8)] if words <= 4096 else [(LARGEST_BLOCK, 16)]
+    if words <= 4096:
+        return [(2048, 8), (4096, 8)]
+    return [(4096 if block_k == 1 else 2048, 16)]
 
 
 def splits_of(tokens: int, entries: int) -> tuple[int, int]:
@@ -71,7 +76,7 @@ def splits_of(tokens: int, entries: int) -> tuple[int, int]:
 
     It depends on the sizes alone, not on what was measured.
     """
-    blocks = -(-entries // LARGEST_BLOCK)
+    blocks = -(-entries // PROGRAM_ENTRIES)
     parts = max(1, min(PROGRAMS // blocks, tokens // MIN_SPAN))
     span = -(-tokens // parts)
     span += -span % 16  # whole blocks of tokens
