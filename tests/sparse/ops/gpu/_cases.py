@@ -43,7 +43,7 @@ def laid_out(matrix: Tensor, layout: str) -> Tensor:
     if layout == "transposed":
         return matrix.t().contiguous().t()
     if layout == "sliced":
-        wide = torch.full((2 * matrix.shape[0] + 1, matrix.shape[1] + 3), torch.nan, dtype=matrix.dtype)
+        wide = matrix.new_full((2 * matrix.shape[0] + 1, matrix.shape[1] + 3), torch.nan)
         part = wide[1::2, 2:-1]
         return part.copy_(matrix)
     return matrix[:1].expand(matrix.shape) if layout == "expanded" else matrix
@@ -60,20 +60,20 @@ class Case:
     grad: Tensor
 
     @classmethod
-    def draw(cls, shape: Shape, dtypes: tuple[torch.dtype, ...], layout: str) -> "Case":
+    def draw(cls, shape: Shape, dtypes: tuple[torch.dtype, ...], layout: str, device: str = "cpu") -> "Case":
         generator = torch.Generator().manual_seed(0)
         support = random_support(shape.rows, shape.fan_in, shape.entries, generator)
 
         def draw(width: int, dtype: torch.dtype) -> Tensor:
-            return laid_out(torch.randn(*shape.tokens, width, generator=generator).to(dtype), layout)
+            return laid_out(torch.randn(*shape.tokens, width, generator=generator).to(device, dtype), layout)
 
         result_dtype, x_dtype, values_dtype = dtypes
-        values = torch.randn(support.indices.shape, generator=generator).to(values_dtype)
+        values = torch.randn(support.indices.shape, generator=generator).to(device, values_dtype)
         return cls(
             draw(shape.rows, result_dtype).requires_grad_(),
             draw(shape.fan_in, x_dtype).requires_grad_(),
             values.requires_grad_(),
-            support,
+            support.to(device),
             draw(shape.rows, result_dtype),
         )
 
@@ -81,17 +81,18 @@ class Case:
         return (self.support.indices, self.support.offsets, *self.support.transposed())
 
     def expected(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Each output with the sum of the magnitudes of its terms, by dense matrices in fp64."""
-        result, x, values, grad = (t.detach().double() for t in (self.result, self.x, self.values, self.grad))
+        """Each output with the sum of the magnitudes of its terms, by dense matrices in fp64 on the CPU."""
+        result, x, values, grad = (t.detach().cpu().double() for t in (self.result, self.x, self.values, self.grad))
+        support = self.support.to("cpu")
         exact = []
         for sign in (lambda t: t, torch.abs):
-            update = dense_update(sign(values), self.support)
+            update = dense_update(sign(values), support)
             exact.append(
                 {
                     "output": sign(result) + sign(x) @ update.t(),
                     "gradient of result": sign(grad),
                     "gradient of x": sign(grad) @ update,
-                    "gradient of values": self.support.gather(sign(grad).t() @ sign(x)),
+                    "gradient of values": support.gather(sign(grad).t() @ sign(x)),
                 }
             )
         return {name: (value, exact[1][name]) for name, value in exact[0].items()}
@@ -103,8 +104,23 @@ def assert_rounded_once(result: Tensor, exact: Tensor, magnitude: Tensor, dtype:
     half of one for the rounding and an fp32 sum's error, which is relative to the magnitude of its terms.
     """
     assert result.dtype == dtype and result.shape == exact.shape
+    result = result.detach().cpu()
     information = torch.finfo(dtype)
     _, exponent = torch.frexp(exact)
     spacing = torch.ldexp(torch.full_like(exact, information.eps), exponent - 1).clamp_min(information.tiny)
     bound = 0.5 * spacing + 64 * torch.finfo(torch.float32).eps * magnitude
     assert ((result.double() - exact).abs() <= bound).all()  # not `any(>)`: a NaN must not pass
+
+
+def assert_case_correct(case: Case, out: Tensor) -> None:
+    """`out` was computed from the case: it and the gradients through it are fp32 sums rounded once."""
+    gradients = torch.autograd.grad(out, (case.result, case.x, case.values), case.grad)
+    results = {
+        "output": (out, case.result.dtype),
+        "gradient of result": (gradients[0], case.result.dtype),
+        "gradient of x": (gradients[1], case.x.dtype),
+        "gradient of values": (gradients[2], case.values.dtype),
+    }
+    for name, (exact, magnitude) in case.expected().items():
+        result, dtype = results[name]
+        assert_rounded_once(result, exact, magnitude, dtype)

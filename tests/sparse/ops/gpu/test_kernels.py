@@ -11,7 +11,7 @@ from ..._asserts import assert_product_correct, dense_update
 from ..._inputs import SHAPES as ALL_SHAPES
 from ..._inputs import Shape, make_inputs
 from .._paths import PATHS
-from ._cases import DTYPES, LAYOUTS, SHAPES, Case, assert_rounded_once
+from ._cases import DTYPES, LAYOUTS, SHAPES, Case, assert_case_correct, assert_rounded_once
 
 
 FLOAT = (torch.float32,) * 3
@@ -19,25 +19,12 @@ BFLOAT = (torch.bfloat16, torch.bfloat16, torch.float32)
 STAGED_SUFFIX = {"direct": "", "staged": "_staged"}
 
 
-def _check(case, out):
-    gradients = torch.autograd.grad(out, (case.result, case.x, case.values), case.grad)
-    results = {
-        "output": (out, case.result.dtype),
-        "gradient of result": (gradients[0], case.result.dtype),
-        "gradient of x": (gradients[1], case.x.dtype),
-        "gradient of values": (gradients[2], case.values.dtype),
-    }
-    for name, (exact, magnitude) in case.expected().items():
-        result, dtype = results[name]
-        assert_rounded_once(result.detach(), exact, magnitude, dtype)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda dtypes: " ".join(str(dtype)[6:] for dtype in dtypes))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_output_and_gradients_are_fp32_sums_rounded_once(kernel, on_interpreter, shape, dtypes, layout):
     case = Case.draw(SHAPES[shape], dtypes, layout)
-    _check(case, bypass(case.result, case.x, case.values, *case.support_tensors()))
+    assert_case_correct(case, bypass(case.result, case.x, case.values, *case.support_tensors()))
     suffix = STAGED_SUFFIX[kernel]
     assert on_interpreter == [f"gather_sum{suffix}", f"gather_sum{suffix}", f"grad_values{suffix}"]
 
@@ -50,7 +37,7 @@ def test_in_place_is_the_same(kernel, shape, dtypes):
     assert may_add_in_place(base, case.x, case.values)
     out = add_in_place(base, case.x, case.values, *case.support_tensors())
     assert out.data_ptr() == base.data_ptr()
-    _check(case, out)
+    assert_case_correct(case, out)
 
 
 @pytest.mark.parametrize("shape", [name for name, shape in ALL_SHAPES.items() if 0 in (*shape.tokens, shape.entries)])
@@ -74,7 +61,7 @@ def test_neurons_with_very_many_entries(entries):
     support, (_, ends) = case.support, case.support.transposed()
     longest = max(int((ends[1:] - ends[:-1]).max()), *(entries if isinstance(entries, tuple) else (0, 0)))
     assert longest > launch.LIGHT + 1 and support.entries >= longest
-    _check(case, bypass(case.result, case.x, case.values, *case.support_tensors()))
+    assert_case_correct(case, bypass(case.result, case.x, case.values, *case.support_tensors()))
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 33, 47])

@@ -6,7 +6,7 @@ from triton.runtime.errors import OutOfResources
 
 from peft_ext.sparse.ops import add_in_place
 from peft_ext.sparse.ops.bypass import sparse_add
-from peft_ext.sparse.ops.gpu import tuning
+from peft_ext.sparse.ops.gpu import launch, tuning
 from peft_ext.sparse.ops.gpu.tuning import Config
 
 from ..._inputs import Shape
@@ -97,3 +97,30 @@ def test_measuring_leaves_no_trace_on_the_output(measured):
         added = add_in_place(case.result.detach().clone(), case.x, case.values, *case.support_tensors())
     assert_rounded_once(added, *exact, torch.float32)
     assert len(measured) > 3
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 31, 32, 1024, 8192, 8193, 10**6])
+@pytest.mark.parametrize("entries", [1, 1024, 4096, 14336, 20 * 14336, 512 * 128256])
+def test_parts_of_a_value_gradient_cover_the_tokens_in_little_memory(tokens, entries):
+    parts, span = launch.splits_of(tokens, entries)
+    assert (parts - 1) * span < tokens <= parts * span
+    assert span % 16 == 0  # whole blocks, and whole words of staged tokens
+    assert parts == 1 or 4 * parts * entries <= 16 * 2**20 + 4 * entries
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 5, 10**6])
+@pytest.mark.parametrize("k", [1, 2, 20, 512])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_candidates_are_few_and_fit_any_width(tokens, k, itemsize):
+    for width in (1, 4096, 14336, 16385, 10**6):
+        for neurons in (1, 1000, 128256):
+            for configs in (
+                launch.sum_configs(tokens, neurons, width, k, itemsize),
+                launch.value_configs(tokens, neurons * k, width, itemsize),
+            ):
+                assert 1 <= len(configs) == len(set(configs)) <= 4
+                assert not configs[0].staged
+                assert width <= launch.MAX_STAGED_WIDTH or not any(config.staged for config in configs)
+                assert all(launch.LIGHT % config.block_k == 0 for config in configs)
+                programs = max(tokens * neurons / (max(1, c.block_tokens) * c.block_neurons) for c in configs)
+                assert programs < 2**31  # what a grid may have
