@@ -115,3 +115,13 @@ def test_cpu_tensors_are_left_to_pytorch():
 
 
 _unpatched_usable = gpu.usable
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_inference_gives_the_same_bits(kind, mode):
+    layer = adapt(random_linear(9, 6, kind, torch.bfloat16), k=2)
+    x = torch.randn(2, 3, 9).to(torch.bfloat16)
+    expected = layer(x)
+    with mode():
+        assert torch.equal(layer(x), expected)
