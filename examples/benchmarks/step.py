@@ -2,12 +2,17 @@
 Time and memory of one training step: NeuroAda beside LoRA, SHiRA, Super-Tuning, masked and full training.
 
     python examples/benchmarks/step.py                          # the default: CPU, fp32, 2 threads
-    python examples/benchmarks/step.py --device cuda --dtype bfloat16 --hidden 4096 --intermediate 11008 --tokens 1024
+    python examples/benchmarks/step.py --preset llama-3-8b --device cuda --dtype bfloat16 --batch 2 --tokens 512
+    python examples/benchmarks/step.py --preset llama-7b --device cuda --dtype bfloat16 --batch 8 --tokens 1024 \
+        --checkpointing --layers 16                             # a part of the depth, where the memory ends
 
 A step is zero_grad, forward, backward and AdamW on a Llama-shaped model with random weights, all seven linears of a
 block adapted. NeuroAda's outputs and gradients are compared with the dense reference first; if they differ, nothing is
 timed. Steps of all methods are interleaved in one process and ratios are medians over rounds, so that a slow spell of
 the machine does not decide. `_common/methods.py` says what each method is.
+
+Masked and full training keep dense weights of their own. On a GPU they therefore run alone, after the others
+(`--solo`), and a method that does not fit is left out of the tables and noted.
 """
 
 from __future__ import annotations
@@ -22,9 +27,9 @@ from typing import Any
 
 import torch
 from _common.gate import Check, gate, require
-from _common.memory import adapter_file_bytes, allocations, peak_bytes, saved_bytes
+from _common.memory import adapter_file_bytes, allocations, peak_bytes, resident_bytes, saved_bytes
 from _common.methods import Method, adapt, trained_parameters
-from _common.models import LINEARS, Shape, SingleLinear, llama, token_batch
+from _common.models import LINEARS, PRESETS, Shape, SingleLinear, llama, token_batch
 from _common.report import environment, mebibytes, table
 from _common.steps import Spread, Stepper, interleave, pair_ratio
 from torch import Tensor, nn
@@ -49,10 +54,12 @@ REFERENCES = ("lora", "frozen", "shira", "supertuning")
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = parser.add_argument_group("sizes")
+    sizes.add_argument("--preset", choices=PRESETS, help="the sizes of a published model; what you pass yourself wins")
     sizes.add_argument("--hidden", type=int, default=1024, help="width of the residual stream (%(default)s)")
     sizes.add_argument("--intermediate", type=int, default=2816, help="width of the MLP (%(default)s)")
     sizes.add_argument("--layers", type=int, default=4, help="decoder blocks (%(default)s)")
     sizes.add_argument("--heads", type=int, help="attention heads (hidden / 64)")
+    sizes.add_argument("--kv-heads", type=int, help="heads of keys and values (as many as --heads)")
     sizes.add_argument("--vocab", type=int, default=1024, help="vocabulary, alike for all methods (%(default)s)")
     sizes.add_argument("--batch", type=int, default=4, help="sequences of a batch (%(default)s)")
     sizes.add_argument("--tokens", type=int, default=256, help="tokens of a sequence (%(default)s)")
@@ -63,13 +70,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=30, help="timed rounds, one step of each method (%(default)s)")
     parser.add_argument("--warmup", type=int, default=3, help="rounds before (%(default)s)")
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD", help=f"({' '.join(METHODS)})")
+    parser.add_argument("--solo", nargs="*", metavar="METHOD", help="timed alone, last (on CUDA: masked and full)")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute each block's activations in backward")
     parser.add_argument("--profile", action="store_true", help="also print where the time of each method's step goes")
     parser.add_argument("--out", type=Path, help="write everything, with the raw times, to this JSON file")
+    preset = parser.parse_known_args(argv)[0].preset
+    parser.set_defaults(**PRESETS.get(preset, {}))
     args = parser.parse_args(argv)
     args.heads = args.heads or max(1, args.hidden // 64)
     for name in ("steps", "warmup", "threads", "layer"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be a positive integer, got {getattr(args, name)}")
+    if args.solo is None:
+        dense = ("masked", "full")
+        args.solo = [name for name in args.methods if name.startswith(dense) and args.device.startswith("cuda")]
     return args
 
 
@@ -106,6 +120,7 @@ def model_memory(model: nn.Module, stepper: Stepper, device: torch.device) -> di
     return {
         "saved_bytes": saved_bytes(model, forward),
         "peak_bytes": peak_bytes(stepper, device),
+        "resident_bytes": resident_bytes(model),
         "optimizer_bytes": stepper.optimizer_bytes(),
         "file_bytes": adapter_file_bytes(model),
     }
@@ -173,6 +188,7 @@ def memory_table(results: dict[str, dict[str, Any]], layer: int) -> str:
                 f"weight-sized allocations {layer}²": str(result["layer_weight_sized_allocations"]),
                 "peak of a step": mebibytes(result["peak_bytes"]),
                 "optimiser": mebibytes(result["optimizer_bytes"]),
+                "all in all": mebibytes(result["resident_bytes"] + result["optimizer_bytes"] + result["peak_bytes"]),
                 "file": mebibytes(result["file_bytes"]),
             }
             for name, result in results.items()
@@ -180,10 +196,63 @@ def memory_table(results: dict[str, dict[str, Any]], layer: int) -> str:
     )
 
 
+def fits(stepper: Stepper) -> bool:
+    """Whether the device has the memory for a step."""
+    try:
+        stepper()
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
+def measure(
+    base: nn.Module, methods: Sequence[Method], batch: dict[str, Tensor], args: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    """Times and bytes of some methods, timed together; those that run out of memory are missing."""
+    dtype, device = getattr(torch, args.dtype), torch.device(args.device)
+    models: dict[str, nn.Module] = {}
+    steppers: dict[str, Stepper] = {}
+    for method in tqdm(methods, desc="building", unit="model"):
+        try:
+            model = adapt(base, method, LINEARS)
+            stepper = Stepper(model, batch)
+            if device.type == "cuda" and not fits(stepper):
+                raise torch.OutOfMemoryError
+        except torch.OutOfMemoryError:
+            model = stepper = None  # type: ignore[assignment]  # frees them
+            gc.collect()
+            torch.cuda.empty_cache()
+            continue
+        models[method.name], steppers[method.name] = model, stepper
+    gc.collect()
+    gc.disable()  # a collection would fall on some method's step
+    try:
+        times = interleave(steppers, args.steps, args.warmup, device)
+    finally:
+        gc.enable()
+    results: dict[str, dict[str, Any]] = {}
+    for method in tqdm([m for m in methods if m.name in models], desc="memory", unit="model"):
+        name = method.name
+        results[name] = {
+            "trained_parameters": trained_parameters(models[name], method),
+            "seconds": asdict(Spread.of(times[name])),
+            "ratios": {},
+            "times": times[name],
+            **model_memory(models[name], steppers[name], device),
+            **layer_memory(method, args.layer, dtype, device),
+        }
+    if args.profile:
+        for name, stepper in steppers.items():
+            print_profile(name, stepper, device)
+    return results
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     methods = [Method.parse(name) for name in dict.fromkeys(args.methods)]
-    shape = Shape(args.hidden, args.intermediate, args.layers, args.heads, args.vocab, args.batch, args.tokens)
+    shape = Shape(
+        args.hidden, args.intermediate, args.layers, args.heads, args.vocab, args.batch, args.tokens, args.kv_heads
+    )
     dtype, device = getattr(torch, args.dtype), torch.device(args.device)
     torch.set_num_threads(args.threads)
 
@@ -194,38 +263,31 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         require(checks)
 
     base, batch = llama(shape, dtype, device), token_batch(shape, device)
-    models = {m.name: adapt(base, m, LINEARS) for m in tqdm(methods, desc="building", unit="model")}
-    steppers = {name: Stepper(model, batch) for name, model in models.items()}
-    gc.collect()
-    gc.disable()  # a collection would fall on some method's step
-    try:
-        times = interleave(steppers, args.steps, args.warmup, device)
-    finally:
-        gc.enable()
-    spreads = ratios(times, methods)
-
-    results: dict[str, dict[str, Any]] = {}
-    for method in tqdm(methods, desc="memory", unit="model"):
-        name = method.name
-        results[name] = {
-            "trained_parameters": trained_parameters(models[name], method),
-            "seconds": asdict(Spread.of(times[name])),
-            "ratios": {other: asdict(spread) for other, spread in spreads[name].items()},
-            "times": times[name],
-            **model_memory(models[name], steppers[name], device),
-            **layer_memory(method, args.layer, dtype, device),
-        }
+    if args.checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    groups = [[m for m in methods if m.name not in args.solo], *([m] for m in methods if m.name in args.solo)]
+    measured: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        measured |= measure(base, group, batch, args) if group else {}
+    results = {method.name: measured[method.name] for method in methods if method.name in measured}
+    spreads = ratios(
+        {name: result["times"] for name, result in results.items()}, [m for m in methods if m.name in results]
+    )
+    for name, result in results.items():
+        result["ratios"] = {other: asdict(spread) for other, spread in spreads[name].items()}
     print(f"\n{time_table(results)}\n\n{memory_table(results, args.layer)}")
     print("Peaks are above what is allocated when a step begins; on CPU from the profiler's allocator records.")
-    if args.profile:
-        for name, stepper in steppers.items():
-            print_profile(name, stepper, device)
+    missing = [method.name for method in methods if method.name not in results]
+    if missing:
+        print(f"Out of memory: {', '.join(missing)}.")
 
     report = {
         "environment": environment(device),
         "shape": asdict(shape),
         "dtype": args.dtype,
         "device": args.device,
+        "checkpointing": args.checkpointing,
+        "out_of_memory": missing,
         "gate": [asdict(entry) for entry in checks],
         "results": results,
     }

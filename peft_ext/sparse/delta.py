@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .ops import ConvGeometry, bypass, bypass_conv
+from .ops import ConvGeometry, add_in_place, bypass, bypass_conv, may_add_in_place
 from .ops.conv import entries_by_tap
 from .support import FINGERPRINT_LENGTH, Support
 
@@ -118,12 +118,14 @@ class SparseDelta(nn.Module):
         self.checked = False
         self.stale = True
 
-    def forward(self, result: Tensor, x: Tensor, geometry: ConvGeometry | None = None) -> Tensor:
+    def forward(self, result: Tensor, x: Tensor, geometry: ConvGeometry | None = None, owned: bool = False) -> Tensor:
         """`result + S x` by the bypass: `result` `[..., rows]`, `x` `[..., fan_in]`; with `geometry`, as a convolution
-        has them."""
+        has them. `owned`: nobody else needs `result`, which may be overwritten."""
         support = (self.indices, self.offsets, self.transposed_entries, self.transposed_offsets)
         if geometry is not None:
             return bypass_conv(result, x, self.weight, *support, geometry)
+        if owned and may_add_in_place(result, x, self.weight):
+            return add_in_place(result, x, self.weight, *support)
         return bypass(result, x, self.weight, *support)
 
     def extra_repr(self) -> str:

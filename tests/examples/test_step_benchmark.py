@@ -60,6 +60,41 @@ def test_report_and_table_hold_every_method_with_its_raw_times(
     assert all(check["output"] <= check["tolerance"] for check in report["gate"])
 
 
+def test_published_sizes_a_part_of_their_depth_and_what_is_passed(bench: SimpleNamespace) -> None:
+    args = bench.step.parse(["--preset", "llama-3-8b", "--layers", "2", "--device", "cuda"])
+    assert (args.hidden, args.intermediate, args.layers, args.heads, args.kv_heads) == (4096, 14336, 2, 32, 8)
+    assert args.solo == ["masked-k20", "full"]
+    assert bench.step.parse([]).solo == []
+
+
+def test_solo_and_checkpointed_steps_are_reported_like_the_others(bench: SimpleNamespace, tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    methods = ["frozen", "neuroada-k1", "lora-r8", "masked-k1", "full"]
+    arguments = [*TINY, "--kv-heads", "1", "--methods", *methods, "--solo", "masked-k1", "full", "--checkpointing"]
+    bench.step.main([*arguments, "--out", str(out)])
+    report = json.loads(out.read_text())
+    assert list(report["results"]) == methods and report["checkpointing"] and report["out_of_memory"] == []
+    assert report["results"]["full"]["ratios"].keys() == {"lora-r8", "frozen"}
+    resident = {name: result["resident_bytes"] for name, result in report["results"].items()}
+    assert resident["frozen"] < resident["neuroada-k1"] < resident["masked-k1"]  # its masks count
+
+
+def test_a_method_without_the_memory_for_a_step_is_left_out(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapt = bench.step.adapt
+
+    def adapt_or_fail(base: nn.Module, method: Any, targets: Any) -> nn.Module:
+        if method.kind == "full":
+            raise torch.OutOfMemoryError
+        return adapt(base, method, targets)
+
+    monkeypatch.setattr(bench.step, "adapt", adapt_or_fail)
+    report = bench.step.main([*TINY, "--methods", "frozen", "full", "lora-r8"])
+    assert list(report["results"]) == ["frozen", "lora-r8"] and report["out_of_memory"] == ["full"]
+    assert "Out of memory: full." in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("backend", ["bypass", "folded"])
 def test_neuroada_allocates_no_tensor_of_the_weights_size(bench: SimpleNamespace, backend: str) -> None:
     sizes = {

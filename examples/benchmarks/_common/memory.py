@@ -29,6 +29,12 @@ def resident_storages(model: nn.Module) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and buffers (masks of gradients too), each storage once."""
+    storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     """
     Bytes that a forward pass keeps for the backward pass, each storage once, without the model's own tensors.

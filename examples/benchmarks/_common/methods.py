@@ -103,6 +103,7 @@ def mask_gradients(model: nn.Module, targets: Sequence[str], k: int) -> None:
         mask = torch.zeros_like(weight).scatter_(1, support, 1)  # [rows, fan_in]
         weight.requires_grad_(True)
         weight.register_hook(mask.mul)
+        linear.register_buffer("gradient_mask", mask, persistent=False)  # to be counted with the model's memory
 
 
 def peft_config(method: Method, linears: list[nn.Linear], targets: Sequence[str]) -> PeftConfig:

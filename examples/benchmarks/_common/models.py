@@ -22,6 +22,7 @@ class Shape:
         intermediate (`int`): Width of the MLP.
         layers (`int`): Decoder blocks.
         heads (`int`): Attention heads; `hidden` is a multiple of it.
+        kv_heads (`int`, *optional*): Heads of keys and values; as many as `heads` by default.
         vocab (`int`): Vocabulary. Small, so that the head, alike for every method, does not dilute the ratios.
         batch (`int`): Sequences of a batch.
         tokens (`int`): Tokens of a sequence.
@@ -34,15 +35,27 @@ class Shape:
     vocab: int
     batch: int
     tokens: int
+    kv_heads: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be a positive integer, got {value}: pass a larger --{name}")
         if self.hidden % self.heads or (self.hidden // self.heads) % 2:
             raise ValueError(
                 f"`hidden` ({self.hidden}) must split into `heads` ({self.heads}) of an even width: change --heads"
             )
+        if self.heads % (self.kv_heads or self.heads):
+            raise ValueError(f"`heads` ({self.heads}) must be a multiple of `kv_heads` ({self.kv_heads})")
+
+
+# The shapes of published models: what --preset sets.
+PRESETS = {
+    "llama-7b": {"hidden": 4096, "intermediate": 11008, "layers": 32, "heads": 32, "vocab": 32000},
+    "llama-3-8b": {
+        "hidden": 4096, "intermediate": 14336, "layers": 32, "heads": 32, "kv_heads": 8, "vocab": 128256,
+    },
+}  # fmt: skip
 
 
 def llama(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> nn.Module:
@@ -53,7 +66,7 @@ def llama(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0)
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads or shape.heads,
         vocab_size=shape.vocab,
         max_position_embeddings=shape.tokens,
         use_cache=False,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..neurons import neuron_view
 from ..ops import choose_backend, dense, folded
@@ -25,7 +26,9 @@ class SparseLinear(SparseLayer):
             self.backends[adapter_name], x, weight, support.entries, self.out_features, support.is_table
         )
         if weight is None or path == "bypass":
-            return delta(self._base_result(x, *args, **kwargs), x)
+            # A plain linear layer does not need its output for backward, and nobody else has seen it yet.
+            owned = weight is not None and type(self.base_layer) in (nn.Linear, Conv1D)
+            return delta(self._base_result(x, *args, **kwargs), x, owned=owned)
         bias = self.get_base_layer().bias
         if path == "folded":
             return folded(x, weight, bias, delta.weight, delta.indices)

@@ -7,12 +7,14 @@ from .dispatch import BACKENDS, Backend, choose_backend, choose_conv_backend
 from .folded import folded
 from .folded_conv import folded_conv
 from .geometry import ConvGeometry
+from .in_place import add_in_place, may_add_in_place
 
 
 __all__ = [
     "BACKENDS",
     "Backend",
     "ConvGeometry",
+    "add_in_place",
     "bypass",
     "bypass_conv",
     "choose_backend",
@@ -20,4 +22,5 @@ __all__ = [
     "dense",
     "folded",
     "folded_conv",
+    "may_add_in_place",
 ]

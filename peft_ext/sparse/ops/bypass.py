@@ -4,14 +4,19 @@ The three products are embedding bags over transposed activations: a bag sums, f
 k inputs. With one input per neuron a plain column gather saves the transposes, which cost more than the products:
 value gradient of 1024 tokens, 1024→2816, k=1, 2 CPU threads: 2.3 ms gathered, 5.8 ms as bags.
 Sums are taken in fp32 (fp64 for fp64 tensors) whatever the dtype of the activations, a chunk of tokens at a time.
+On a GPU the Triton kernels in `gpu` take over where they can.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..support import row_of_entry
+from . import gpu
+from .batching import vmap_rule
 
 
 # Tokens handled at once: bounds the transposed or gathered copies whatever the batch.
@@ -60,6 +65,8 @@ def sparse_add(result: Tensor, x: Tensor, values: Tensor, indices: Tensor, offse
     out = torch.empty_like(result, memory_format=torch.contiguous_format)
     if indices.numel() == 0:
         return out.copy_(result)
+    if gpu.usable(result, x, values):
+        return gpu.kernels().add(result, x, values, indices, offsets, out)
     columns, weights = indices.reshape(-1), values.reshape(-1).to(dtype)
     one_each = offsets is None and indices.shape[1] == 1
     few = offsets is None and x.shape[0] <= FEW_TOKENS
@@ -88,9 +95,12 @@ def _(result: Tensor, x: Tensor, values: Tensor, indices: Tensor, offsets: Tenso
 def sparse_grad_values(grad: Tensor, x: Tensor, indices: Tensor, offsets: Tensor | None) -> Tensor:
     """`grad^T x` at the support only: `grad` `[tokens, rows]`, `x` `[tokens, fan_in]`; fp32 (or fp64)."""
     dtype = accumulation_dtype(grad, x)
-    total = torch.zeros(indices.numel(), dtype=dtype, device=x.device)
     if indices.numel() == 0 or x.shape[0] == 0:
-        return total.view(indices.shape)
+        return torch.zeros(indices.shape, dtype=dtype, device=x.device)
+    if gpu.usable(grad, x):
+        kernels = gpu.kernels()
+        return kernels.grad_values(grad, x, indices, kernels.rows_of(indices, offsets))
+    total = torch.zeros(indices.numel(), dtype=dtype, device=x.device)
     columns = indices.reshape(-1)
     if offsets is None and indices.shape[1] == 1:
         chunk = min(GATHER_TOKENS, x.shape[0])
@@ -130,6 +140,10 @@ def sparse_grad_input(
     if indices.numel() == 0:
         return torch.zeros(grad.shape[0], fan_in, dtype=dtype, device=grad.device)
     out = torch.empty(grad.shape[0], fan_in, dtype=dtype, device=grad.device)
+    if gpu.usable(grad, values, out):
+        kernels = gpu.kernels()
+        rows = kernels.rows_of(indices, offsets)
+        return kernels.grad_input(grad, values, indices, rows, transposed_entries, transposed_offsets, out)
     entries = transposed_entries.long()
     rows = row_of_entry(indices, offsets).to(torch.int32)[entries]
     weights = values.reshape(-1).to(accumulate)[entries]
@@ -153,7 +167,7 @@ def _(
 
 
 @torch.library.custom_op("peft_ext::bypass_linear", mutates_args=())
-def _bypass_linear(
+def bypass_linear(
     result: Tensor,
     x: Tensor,
     values: Tensor,
@@ -162,10 +176,11 @@ def _bypass_linear(
     transposed_entries: Tensor,
     transposed_offsets: Tensor,
 ) -> Tensor:
+    """[`sparse_add`] with a gradient, for two-dimensional activations; see [`bypass`]."""
     return sparse_add(result, x, values, indices, offsets)
 
 
-@_bypass_linear.register_fake
+@bypass_linear.register_fake
 def _(
     result: Tensor,
     x: Tensor,
@@ -194,7 +209,50 @@ def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
     return grad, grad_x, grad_values, None, None, None, None
 
 
-_bypass_linear.register_autograd(_backward, setup_context=_setup_context)
+bypass_linear.register_autograd(_backward, setup_context=_setup_context)
+
+for _op, _activations in ((sparse_add, 2), (bypass_linear, 2), (sparse_grad_input, 1), (sparse_grad_values, 0)):
+    _op.register_vmap(vmap_rule(_op, _activations))
+
+
+class _Once(torch.autograd.Function):
+    """An operator without a gradient of its own, inside transforms of `torch.func`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(operator: Any, *arguments: Any) -> Tensor:
+        return operator(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        raise RuntimeError("sparse updates can be differentiated once only: their gradients have no gradient")
+
+
+class _Transformable(torch.autograd.Function):
+    """[`bypass_linear`] for transforms of `torch.func`, which do not enter the autograd of a registered operator."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(result: Tensor, x: Tensor, values: Tensor, *support: Any) -> Tensor:
+        return sparse_add(result, x, values, support[0], support[1])
+
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, values, *support = ctx.saved_tensors
+        grad_x = grad_values = None
+        if ctx.needs_input_grad[1]:
+            grad_x = _Once.apply(sparse_grad_input, grad, values, *support, ctx.x_dtype)
+        if ctx.needs_input_grad[2]:
+            grad_values = _Once.apply(sparse_grad_values, grad, x, *support[:2]).to(values.dtype)
+        return grad, grad_x, grad_values, *(None,) * 4
 
 
 def bypass(
@@ -219,7 +277,8 @@ def bypass(
         `torch.Tensor`: `[..., rows]` in the dtype of `result`.
     """
     rows = result.shape[-1]
-    out = _bypass_linear(
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    out = (_Transformable.apply if transformed else bypass_linear)(
         result.reshape(-1, rows),
         x.reshape(-1, x.shape[-1]),
         values,

@@ -7,14 +7,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .crossovers import dense_pays
+
 
 Backend = Literal["auto", "bypass", "folded", "dense", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
-
-# Share of trained inputs above which one dense weight gradient beats products entry by entry: those of the folded path
-# (tables) and of the bypass (ragged). From examples/benchmarks/crossover.py: fp32, 2 CPU threads, 1024 tokens.
-DENSE_ABOVE = 0.125
-DENSE_ABOVE_RAGGED = 0.03
 
 
 def choose_backend(
@@ -49,7 +46,8 @@ def choose_backend(
     wide = weight.dtype in (torch.float32, torch.float64)
     if not wide or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return "bypass"
-    if entries > (DENSE_ABOVE if is_table else DENSE_ABOVE_RAGGED) * rows * x.shape[-1]:
+    tokens = x.numel() // x.shape[-1]
+    if dense_pays(x.device.type, is_table, entries, rows * x.shape[-1], tokens):
         return "dense"
     return "folded" if is_table else "bypass"
 

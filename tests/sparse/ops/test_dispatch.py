@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peft_ext.sparse.ops import BACKENDS, choose_backend
-from peft_ext.sparse.ops.dispatch import DENSE_ABOVE, DENSE_ABOVE_RAGGED
+from peft_ext.sparse.ops.crossovers import BYPASS, FOLDED, MIN_DENSE_SHARE, Costs, Share, dense_pays
 
 
 def _choose(requested="auto", dtype=torch.float32, x_dtype=None, entries=64, rows=64, fan_in=100, **options):
@@ -54,8 +54,27 @@ def test_auto_leaves_the_weight_alone_without_gradients():
         assert _choose() == "bypass"
 
 
-@pytest.mark.parametrize(("is_table", "share"), [(True, DENSE_ABOVE), (False, DENSE_ABOVE_RAGGED)])
-def test_auto_goes_dense_above_the_measured_share(is_table, share):
-    at = int(share * 64 * 100)
-    assert _choose(entries=at, is_table=is_table) != "dense"
-    assert _choose(entries=at + 1, is_table=is_table) == "dense"
+@pytest.mark.parametrize("is_table", [True, False])
+@pytest.mark.parametrize("tokens", [1, 1000])
+def test_auto_goes_dense_where_that_is_measured_to_pay(is_table, tokens):
+    rows, fan_in = 2048, 1024
+    x, weight = torch.zeros(tokens, fan_in), torch.zeros(rows, fan_in)
+    chosen = [choose_backend("auto", x, weight, rows * k, rows, is_table) for k in range(1, fan_in + 1)]
+    pays = [dense_pays("cpu", is_table, rows * k, rows * fan_in, tokens) for k in range(1, fan_in + 1)]
+    assert [path == "dense" for path in chosen] == pays
+    assert pays == sorted(pays) and pays[-1] and not pays[0]  # from one k on
+    assert set(chosen) == {"dense", "folded" if is_table else "bypass"}
+
+
+@pytest.mark.parametrize("costs", [*FOLDED.values(), *BYPASS.values()], ids=str)
+@pytest.mark.parametrize("tokens", [1, 10**6])
+def test_few_trained_weights_never_go_dense(costs, tokens):
+    for weights in (10**2, 10**4, 10**8):
+        assert not costs.dense_pays(int(MIN_DENSE_SHARE * weights), weights, tokens)
+
+
+def test_costs_decide_by_their_sum():
+    costs = Costs(entry=10, entry_token=1, call=100, weight=1, weight_token=0.5)
+    # 100 weights, 5 tokens: dense 350; 16 entries 340, 17 entries 355.
+    assert [costs.dense_pays(entries, 100, 5) for entries in (16, 17)] == [False, True]
+    assert [Share(0.1).dense_pays(entries, 100, 5) for entries in (10, 11)] == [False, True]

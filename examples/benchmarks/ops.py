@@ -1,0 +1,206 @@
+"""
+Bandwidth of the bypass's products, beside what the device reaches in a plain copy measured in the same run.
+
+    python examples/benchmarks/ops.py --device cuda             # Llama-3-8B's layers, bf16, 1024 and 8192 tokens
+    python examples/benchmarks/ops.py --shapes 256x128 --tokens 64 --dtype float32      # a look on the CPU
+
+Bytes are those that any implementation has to move once: the activations that a product reads and writes, the indices
+and the values. What caches save or repeat does not count, so shares of the copy's bandwidth are comparable between k.
+Every product is compared with dense matrices in fp64 first; if one differs, nothing is timed. Inputs rotate through
+more memory than the caches hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common.report import environment, table
+from torch import Tensor
+from tqdm import tqdm
+
+from peft_ext.sparse.ops import gpu
+from peft_ext.sparse.ops.bypass import sparse_add, sparse_grad_input, sparse_grad_values
+from peft_ext.sparse.ops.reference import dense_delta
+from peft_ext.sparse.support import Support
+
+
+# Rows x fan-in of Llama-3-8B: q and o, k and v, gate and up, down.
+SHAPES = ("4096x4096", "1024x4096", "14336x4096", "4096x14336")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="ROWSxFAN_IN", help=f"({' '.join(SHAPES)})")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1024, 8192], help="(%(default)s)")
+    parser.add_argument("--k", nargs="+", type=int, default=[1, 4, 20], help="entries per neuron (%(default)s)")
+    parser.add_argument("--dtype", choices=tuple(str(dtype)[6:] for dtype in TOLERANCE), default="bfloat16")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:<n> (%(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=20, help="timed rounds over all input sets (%(default)s)")
+    parser.add_argument("--working-set", type=int, default=512, help="MiB that the input sets fill (%(default)s)")
+    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
+    return parser.parse_args(argv)
+
+
+def seconds(works: Sequence[Callable[[], object]], rounds: int, device: torch.device) -> float:
+    """Median over rounds of the mean time of one work; the works of a round are queued without a pause."""
+    for work in works:
+        work()
+    times = []
+    for _ in range(rounds):
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize(device)
+            start.record()
+            for work in works:
+                work()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1000)
+        else:
+            begin = time.perf_counter()
+            for work in works:
+                work()
+            times.append(time.perf_counter() - begin)
+    return statistics.median(times) / len(works)
+
+
+def copy_bandwidth(device: torch.device, rounds: int, mebibytes: int) -> float:
+    """Bytes read and written per second by a large copy."""
+    source = torch.ones(mebibytes * 2**20 // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds([lambda: target.copy_(source)], rounds, device)
+
+
+class Layer:
+    """One sparse update at one shape, and several sets of activations for it."""
+
+    def __init__(self, rows: int, fan_in: int, k: int, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0)
+        indices = torch.rand(rows, fan_in, generator=generator).topk(k).indices.sort(1).values.to(torch.int32)
+        self.support = Support(indices, fan_in).to(device)
+        self.values = torch.randn(rows, k, generator=generator).to(device)
+        self.transposed = self.support.transposed()
+        self.sizes, self.dtype, self.device = (tokens, rows, fan_in), dtype, device
+
+    def activations(self, seed: int) -> tuple[Tensor, Tensor]:
+        """`x` and something as large as the output: the base layer's result, or a gradient."""
+        tokens, rows, fan_in = self.sizes
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return tuple(  # type: ignore[return-value]
+            torch.randn(tokens, width, generator=generator, device=self.device).to(self.dtype)
+            for width in (fan_in, rows)
+        )
+
+    def products(self, x: Tensor, y: Tensor) -> dict[str, Callable[[], Tensor]]:
+        indices = self.support.indices
+        in_place: dict[str, Callable[[], Tensor]] = {}
+        if gpu.usable(x):
+            in_place["forward in place"] = lambda: gpu.kernels().add(y, x, self.values, indices, None, y)
+        return {
+            **in_place,
+            "forward": lambda: sparse_add(y, x, self.values, indices, None),
+            "grad values": lambda: sparse_grad_values(y, x, indices, None),
+            "grad input": lambda: sparse_grad_input(y, self.values, indices, None, *self.transposed, self.dtype),
+        }
+
+    def bytes(self) -> dict[str, int]:
+        """What each product has to read and write once."""
+        tokens, rows, fan_in = self.sizes
+        y, x = (tokens * width * self.dtype.itemsize for width in (rows, fan_in))
+        table_bytes = 4 * self.values.numel()
+        return {
+            "forward": 2 * y + x + 2 * table_bytes,
+            "forward in place": 2 * y + x + 2 * table_bytes,
+            "grad values": y + x + 2 * table_bytes,
+            "grad input": y + x + 2 * table_bytes + 4 * fan_in,
+        }
+
+    def check(self) -> dict[str, float]:
+        """Largest error of each product relative to the largest entry of the dense fp64 result."""
+        x, y = self.activations(seed=10**6)
+        update = dense_delta(self.values.double(), self.support.indices, self.support.fan_in)
+        exact = {
+            "forward": y.double() + x.double() @ update.t(),
+            "grad values": self.support.gather(y.double().t() @ x.double()),
+            "grad input": y.double() @ update,
+        }
+        exact["forward in place"] = exact["forward"]
+        errors = {}
+        for name, product in self.products(x, y.clone()).items():
+            found = product()
+            errors[name] = ((found.double() - exact[name]).abs().max() / exact[name].abs().max()).item()
+            bound = TOLERANCE[self.dtype]
+            if not errors[name] <= bound:  # a NaN fails
+                raise RuntimeError(f"{name} at {self.sizes} is off by {errors[name]}, over {bound}: nothing is timed")
+        return errors
+
+
+def chosen() -> dict[str, str]:
+    """The configurations that were measured to be the fastest, by their keys."""
+    if not torch.cuda.is_available():
+        return {}
+    from peft_ext.sparse.ops.gpu import tuning
+
+    return {str(key): str(config) for key, config in tuning._chosen.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    dtype, device = getattr(torch, args.dtype), torch.device(args.device)
+    copy = copy_bandwidth(device, args.rounds, args.working_set)
+    results: list[dict[str, Any]] = []
+    cases = [(shape, k, tokens) for shape in args.shapes for k in args.k for tokens in args.tokens]
+    for shape, k, tokens in tqdm(cases, unit="case"):
+        rows, fan_in = map(int, shape.split("x"))
+        layer = Layer(rows, fan_in, k, tokens, dtype, device)
+        errors = layer.check()
+        each = tokens * (rows + fan_in) * dtype.itemsize
+        sets = [layer.activations(seed) for seed in range(max(2, -(-args.working_set * 2**20 // each)))]
+        products = [layer.products(*activations) for activations in sets]
+        moved_bytes = layer.bytes()
+        for name in products[0]:
+            moved = moved_bytes[name]
+            elapsed = seconds([product[name] for product in products], args.rounds, device)
+            results.append(
+                {
+                    "product": name, "rows": rows, "fan_in": fan_in, "k": k, "tokens": tokens,
+                    "microseconds": 1e6 * elapsed, "bytes": moved, "bytes_per_second": moved / elapsed,
+                    "share_of_copy": moved / elapsed / copy, "error": errors[name],
+                }
+            )  # fmt: skip
+    lines = [
+        {
+            "product": str(row["product"]),
+            **{name: str(row[name]) for name in ("rows", "fan_in", "k", "tokens")},
+            "µs": f"{row['microseconds']:.1f}",
+            "GB/s": f"{row['bytes_per_second'] / 1e9:.1f}",
+            "/ copy": f"{row['share_of_copy']:.2f}",
+        }
+        for row in results
+    ]
+    print(f"copy: {copy / 1e9:.1f} GB/s\n{table(lines)}")
+    report = {
+        "environment": environment(device),
+        "dtype": args.dtype,
+        "kernels": "triton" if device.type == "cuda" and gpu.triton_supports(device) else "torch",
+        "copy_bytes_per_second": copy,
+        "results": results,
+        "configurations": chosen(),
+    }
+    if args.out is not None:
+        args.out.write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+if __name__ == "__main__":
+    main()

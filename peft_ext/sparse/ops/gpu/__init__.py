@@ -1,0 +1,34 @@
+"""Triton kernels of the bypass. Triton is optional: where it is missing, the PyTorch path computes the same."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def triton_supports(device: torch.device) -> bool:
+    """Whether Triton is installed, has what we use (3.2 and later) and compiles for a GPU (A100 and later)."""
+    try:
+        language = importlib.import_module("triton.language")
+    except ImportError:
+        return False
+    return hasattr(language, "gather") and torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether the kernels take these activations and values: on one supported GPU, in 16 or 32 bits."""
+    return all(t.is_cuda and t.dtype in DTYPES for t in tensors) and triton_supports(tensors[0].device)
+
+
+@functools.cache
+def kernels() -> Any:
+    """The module that launches the kernels, imported on first use since it needs Triton."""
+    return importlib.import_module(".launch", __name__)

@@ -1,0 +1,135 @@
+"""Triton kernels that gather straight from device memory, any strides; sums in fp32.
+
+Both read tokens × entries elements of the activations, column by column of one row. A row (8 KB at 4096 inputs in
+16 bits) stays in L1, and so do its neighbours' in L2: programs that share tokens have neighbouring numbers and run
+together. Addresses are int64, since tokens × width may pass 2^31.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _resolved(entries, entry, exists):
+    """Numbers of entries, through a transposed table if there is one."""
+    if entries is not None:
+        entry = tl.load(entries + entry, mask=exists, other=0)
+    return entry
+
+
+@triton.jit
+def _column(columns, entry, exists, k):
+    """The columns that entries read, int64."""
+    if columns is None:
+        column = entry // k
+    else:
+        column = tl.load(columns + entry, mask=exists, other=0)
+    return column.to(tl.int64)
+
+
+# Not specialised on `tokens`, so that no sequence length compiles anew.
+@triton.jit(do_not_specialize=["tokens"])
+def gather_sum(
+    base, x, values, columns, offsets, entries, out, tokens, neurons, k,
+    base_token, base_neuron, x_token, x_column, out_token, out_neuron,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_NEURONS: tl.constexpr, BLOCK_K: tl.constexpr, LIGHT: tl.constexpr,
+):  # fmt: skip
+    """
+    `out[t, n] = base[t, n] + sum over n's entries e of values[e] * x[t, columns[e]]`, rounded once.
+
+    Neuron n owns the entries `n * k` to `(n + 1) * k`, or with `offsets` those from `offsets[n]` to `offsets[n + 1]`.
+    With `entries` these are numbers of entries (a transposed table); without `columns` an entry reads column
+    `entry // k`. Without `base` the sum is written alone. With `offsets` a neuron may own very many entries (inputs
+    that most rows select do, in a transposed table): all neurons together sum their first `LIGHT` ones, then those
+    with more get the whole program, one after the other.
+    """
+    blocks = (neurons + BLOCK_NEURONS - 1) // BLOCK_NEURONS
+    program = tl.program_id(0)
+    token = (program // blocks).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    block = (program % blocks) * BLOCK_NEURONS
+    neuron = block + tl.arange(0, BLOCK_NEURONS)
+    token_exists, neuron_exists = token < tokens, neuron < neurons
+    if offsets is None:
+        first = neuron * k
+        count = tl.full((BLOCK_NEURONS,), 0, tl.int32) + k
+        longest = k
+        together = k
+    else:
+        first = tl.load(offsets + neuron, mask=neuron_exists, other=0)
+        count = tl.load(offsets + neuron + 1, mask=neuron_exists, other=0) - first
+        longest = tl.reduce(count, 0, tl.standard._elementwise_max)
+        together = tl.minimum(longest, LIGHT)
+    total = tl.full((BLOCK_TOKENS, BLOCK_NEURONS), 0.0, tl.float32)
+    for done in range(0, together, BLOCK_K):
+        number = done + tl.arange(0, BLOCK_K)
+        exists = neuron_exists[:, None] & (number[None, :] < count[:, None])  # [neurons, k]
+        entry = _resolved(entries, first[:, None] + number[None, :], exists)
+        column = _column(columns, entry, exists, k)
+        value = tl.load(values + entry, mask=exists, other=0).to(tl.float32)
+        seen = tl.load(
+            x + token[:, None, None] * x_token + column[None, :, :] * x_column,
+            mask=token_exists[:, None, None] & exists[None, :, :],
+            other=0,
+        )  # [tokens, neurons, k]
+        total += tl.reduce(seen.to(tl.float32) * value[None, :, :], 2, tl.standard._sum_combine)
+    if offsets is not None:  # noqa: SIM102 (decided when compiling, the next one when running)
+        if longest > LIGHT:
+            for owner in range(block, block + BLOCK_NEURONS):
+                start = tl.load(offsets + owner, mask=owner < neurons, other=0) + LIGHT
+                end = tl.load(offsets + owner + 1, mask=owner < neurons, other=0)
+                if start < end:
+                    rest = tl.full((BLOCK_TOKENS,), 0.0, tl.float32)
+                    for done in range(start, end, LIGHT):
+                        number = done + tl.arange(0, LIGHT)
+                        exists = number < end
+                        entry = _resolved(entries, number, exists)
+                        column = _column(columns, entry, exists, k)
+                        value = tl.load(values + entry, mask=exists, other=0).to(tl.float32)
+                        seen = tl.load(
+                            x + token[:, None] * x_token + column[None, :] * x_column,
+                            mask=token_exists[:, None] & exists[None, :],
+                            other=0,
+                        )  # [tokens, entries]
+                        rest += tl.reduce(seen.to(tl.float32) * value[None, :], 1, tl.standard._sum_combine)
+                    total += tl.where(neuron[None, :] == owner, rest[:, None], 0.0)
+    inside = token_exists[:, None] & neuron_exists[None, :]
+    place = neuron.to(tl.int64)[None, :]
+    if base is not None:
+        total += tl.load(base + token[:, None] * base_token + place * base_neuron, mask=inside, other=0).to(tl.float32)
+    tl.store(out + token[:, None] * out_token + place * out_neuron, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "span"])
+def grad_values(
+    grad, x, columns, rows, partial, tokens, span, number_of_entries, k,
+    grad_token, grad_row, x_token, x_column,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """
+    `partial[s, e] = sum of grad[t, row(e)] * x[t, columns[e]]` over the s-th `span` tokens, fp32.
+
+    An entry's row is `rows[e]`, or `e // k` without `rows`. Each program owns its sums: no atomics, so that equal
+    inputs give equal bits.
+    """
+    blocks = (number_of_entries + BLOCK_ENTRIES - 1) // BLOCK_ENTRIES
+    program = tl.program_id(0)
+    part = (program // blocks).to(tl.int64)
+    entry = (program % blocks) * BLOCK_ENTRIES + tl.arange(0, BLOCK_ENTRIES)
+    exists = entry < number_of_entries
+    column = tl.load(columns + entry, mask=exists, other=0).to(tl.int64) * x_column
+    if rows is None:
+        row = (entry // k).to(tl.int64) * grad_row
+    else:
+        row = tl.load(rows + entry, mask=exists, other=0).to(tl.int64) * grad_row
+    total = tl.full((BLOCK_TOKENS, BLOCK_ENTRIES), 0.0, tl.float32)
+    for done in range(0, span, BLOCK_TOKENS):
+        within = done + tl.arange(0, BLOCK_TOKENS)
+        token = part * span + within
+        inside = ((within < span) & (token < tokens))[:, None] & exists[None, :]
+        seen = tl.load(x + token[:, None] * x_token + column[None, :], mask=inside, other=0)
+        arrived = tl.load(grad + token[:, None] * grad_token + row[None, :], mask=inside, other=0)
+        total += seen.to(tl.float32) * arrived.to(tl.float32)
+    total = tl.reduce(total, 0, tl.standard._sum_combine)
+    tl.store(partial + part * number_of_entries + entry, total, mask=exists)

@@ -1,0 +1,183 @@
+"""The three products of a sparse update as launches of the Triton kernels. Import this module only where Triton is."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...support import row_of_entry
+from . import direct, staged, tuning
+from .tuning import Config
+
+
+# Words of 8 bytes that fit in the shared memory of a multiprocessor (227 KB on H100, 163 KB on A100); smaller devices
+# refuse at launch and fall back on the other configurations.
+MAX_STAGED_WIDTH = 16384
+# A value gradient splits the tokens until it has so many programs of that size (an H100 runs some 300 at once), but
+# not below a span where writing and summing the parts would cost more than reading the activations. The parts together
+# take at most 16 MB.
+PROGRAMS = 1024
+PROGRAM_ENTRIES = 4096
+MIN_SPAN = 32
+# Entries of a neuron that are summed side by side with those of others; a multiple of every `block_k`.
+LIGHT = 32
+
+
+def power_of_two(size: int, most: int = 2**30) -> int:
+    """The next power of two, but no more than `most` (one itself)."""
+    return min(most, 1 << max(0, size - 1).bit_length())
+
+
+def sum_configs(tokens: int, neurons: int, width: int, k: int, itemsize: int) -> list[Config]:
+    """Candidates for `gather_sum`; `k` is the mean number of entries per neuron, rounded up."""
+    block_k = power_of_two(k, 8)
+
+    def neurons_of(entries: int) -> int:
+        return power_of_two(neurons, max(16, entries // block_k))
+
+    configs = [Config(power_of_two(tokens, 16), neurons_of(128), block_k)]
+    if tokens > 4:
+        configs.append(Config(4, neurons_of(512), block_k))
+        for entries, warps in _staged_blocks(width, itemsize, block_k):
+            configs.append(Config(0, neurons_of(entries), block_k, warps))
+    return list(dict.fromkeys(configs))  # few neurons make some of them equal
+
+
+def value_configs(tokens: int, entries: int, width: int, itemsize: int) -> list[Config]:
+    """Candidates for `grad_values`."""
+    configs = [Config(power_of_two(tokens, 16), power_of_two(entries, 128))]
+    if tokens > 4:
+        configs.append(Config(4, power_of_two(entries, 512)))
+        for most, warps in _staged_blocks(width, itemsize):
+            configs.append(Config(0, power_of_two(entries, most), 1, warps))
+    return list(dict.fromkeys(configs))
+
+
+def _staged_blocks(width: int, itemsize: int, block_k: int = 1) -> list[tuple[int, int]]:
+    """
+    Entries and warps of staged programs: about as many entries as words, since each gather stages all words, and no
+    more than registers hold (`tests/sparse/ops/gpu/test_targets.py` compiles them).
+    """
+    words = power_of_two(width)
+    if words > MAX_STAGED_WIDTH or itemsize not in (2, 4):
+        return []
+    if words <= 4096:
+        return [(2048, 8), (4096, 8)]
+    return [(4096 if block_k == 1 else 2048, 16)]
+
+
+def splits_of(tokens: int, entries: int) -> tuple[int, int]:
+    """
+    How the tokens of a value gradient are split: number of parts, tokens of each.
+
+    It depends on the sizes alone, not on what was measured.
+    """
+    blocks = -(-entries // PROGRAM_ENTRIES)
+    parts = max(1, min(PROGRAMS // blocks, tokens // MIN_SPAN))
+    span = -(-tokens // parts)
+    span += -span % 16  # whole blocks of tokens
+    return -(-tokens // span), span
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def rows_of(indices: Tensor, offsets: Tensor | None) -> Tensor | None:
+    """int32 row of each entry of a ragged support; the kernels compute that of a table."""
+    return None if offsets is None else row_of_entry(indices, offsets).to(torch.int32)
+
+
+def _dtypes(*tensors: Tensor | None) -> tuple[Any, ...]:
+    return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
+
+
+def gather_sum(
+    base: Tensor | None, x: Tensor, values: Tensor, columns: Tensor | None, offsets: Tensor | None,
+    entries: Tensor | None, k: int, out: Tensor,
+) -> None:  # fmt: skip
+    """
+    `out = base + gathered sums of x`, see `direct.gather_sum`. `out` (`[tokens, neurons]`) may be `base` itself: each
+    element is read and written once, by one program. Measuring writes elsewhere, since repeating would add again.
+    """
+    (tokens, width), neurons = x.shape, out.shape[1]
+    if out.numel() == 0:
+        return
+    base_strides = (0, 0) if base is None else base.stride()
+
+    def launch(config: Config, out: Tensor) -> None:
+        tensors = (base, x, values, columns, offsets, entries, out)
+        strides = (*base_strides, *x.stride(), *out.stride())
+        blocks = -(-neurons // config.block_neurons)
+        sizes = {"BLOCK_NEURONS": config.block_neurons, "BLOCK_K": config.block_k, "num_warps": config.num_warps}
+        if config.staged:
+            pack = 8 // x.element_size()
+            staged.gather_sum_staged[(-(-tokens // pack) * blocks,)](
+                *tensors, tokens, neurons, width, k, *strides, PACK=pack, WIDTH=power_of_two(width), **sizes
+            )
+        else:
+            direct.gather_sum[(-(-tokens // config.block_tokens) * blocks,)](
+                *tensors, tokens, neurons, k, *strides, BLOCK_TOKENS=config.block_tokens, LIGHT=LIGHT, **sizes
+            )
+
+    mean = -(-values.numel() // neurons)
+    kind = (base is None, columns is None, offsets is None, entries is None, *_dtypes(base, x, values, out))
+    key = ("sum", x.device, tuning.bucket(tokens), neurons, width, mean, kind)
+    with _on(x.device):
+        config = tuning.choice(
+            key,
+            lambda: sum_configs(tokens, neurons, width, mean, x.element_size()),
+            x.device,
+            lambda: partial(launch, out=torch.empty_like(out)),
+        )
+        launch(config, out)
+
+
+def add(result: Tensor, x: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, out: Tensor) -> Tensor:
+    """`out = result + S x`; arguments as of `sparse_add`, `out` may be `result`."""
+    k = indices.shape[1] if offsets is None else 0
+    gather_sum(result, x, values.reshape(-1), indices.reshape(-1), offsets, None, k, out)
+    return out
+
+
+def grad_input(
+    grad: Tensor, values: Tensor, indices: Tensor, rows: Tensor | None, entries: Tensor, ends: Tensor, out: Tensor
+) -> Tensor:
+    """`out = S^T grad`; `rows` int32 `[entries]` of a ragged support, `None` for a table; see `sparse_grad_input`."""
+    k = indices.shape[1] if rows is None else 0
+    gather_sum(None, grad, values.reshape(-1), rows, ends, entries, k, out)
+    return out
+
+
+def grad_values(grad: Tensor, x: Tensor, indices: Tensor, rows: Tensor | None) -> Tensor:
+    """`grad^T x` at the support, fp32 in the shape of `indices`; see `sparse_grad_values`, `rows` as above."""
+    (tokens, width), entries = x.shape, indices.numel()
+    parts, span = splits_of(tokens, entries)
+    k = indices.shape[1] if rows is None else 0
+    sums = torch.empty(parts, entries, dtype=torch.float32, device=x.device)
+
+    def launch(config: Config) -> None:
+        tensors = (grad, x, indices.reshape(-1), rows, sums)
+        strides = (*grad.stride(), *x.stride())
+        grid = (parts * -(-entries // config.block_neurons),)
+        sizes = {"BLOCK_ENTRIES": config.block_neurons, "num_warps": config.num_warps}
+        if config.staged:
+            pack = 8 // x.element_size()
+            staged.grad_values_staged[grid](
+                *tensors, tokens, span, entries, width, k, *strides, PACK=pack, WIDTH=power_of_two(width), **sizes
+            )
+        else:
+            direct.grad_values[grid](
+                *tensors, tokens, span, entries, k, *strides, BLOCK_TOKENS=config.block_tokens, **sizes
+            )
+
+    key = ("values", x.device, tuning.bucket(tokens), entries, width, k, rows is None, *_dtypes(grad, x))
+    with _on(x.device):
+        configs = partial(value_configs, tokens, entries, width, x.element_size())
+        launch(tuning.choice(key, configs, x.device, lambda: launch))
+    # Always in the order of the parts.
+    return (sums[0] if parts == 1 else sums.sum(0)).view(indices.shape)

@@ -1,0 +1,89 @@
+"""The kernels as machine code for A100 and H100, made without a GPU from the very launches at Llama-3-8B's shapes."""
+
+import re
+
+import pytest
+import torch
+
+from peft_ext.sparse.ops.gpu import launch
+
+from ._targets import compiled, launches
+
+
+# Registers of a thread and shared memory of a block; more than this the hardware does not have.
+MAX_REGISTERS, MAX_SHARED_BYTES = 255, {80: 163 * 1024, 90: 227 * 1024}
+
+
+def _work(product, config, k, width, rows, dtype, ragged):
+    """One product on meta tensors, with one of the configurations that are measured."""
+    tokens = 1024
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    indices, values = empty(rows, k, dtype=torch.int32), empty(rows, k, dtype=torch.float32)
+    x, grad = empty(tokens, width), empty(tokens, rows)
+    offsets = rows_of_entries = None
+    if ragged:
+        indices, values = indices.view(-1), values.view(-1)
+        offsets, rows_of_entries = empty(rows + 1, dtype=torch.int32), empty(rows * k, dtype=torch.int32)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("sum_configs", "value_configs"):
+            every = getattr(launch, name)
+            patch.setattr(launch, name, lambda *sizes, every=every: [every(*sizes)[config]])
+        if product == "add":
+            launch.add(grad, x, values, indices, offsets, grad)
+        elif product == "grad_input":
+            entries, ends = empty(rows * k, dtype=torch.int32), empty(width + 1, dtype=torch.int32)
+            launch.grad_input(grad, values, indices, rows_of_entries, entries, ends, x)
+        else:
+            launch.grad_values(grad, x, indices, rows_of_entries)
+
+
+CASES = [
+    ("add", 0, 1, 4096, 14336, torch.bfloat16, 80),
+    ("add", 1, 20, 4096, 14336, torch.float32, 90),
+    ("add", 2, 1, 4096, 14336, torch.bfloat16, 90),
+    ("add", 3, 20, 4096, 4096, torch.bfloat16, 90),
+    ("add", 2, 1, 14336, 4096, torch.float16, 90),
+    ("add", 2, 20, 14336, 4096, torch.bfloat16, 90),
+    ("grad_input", 0, 1, 4096, 14336, torch.bfloat16, 90),
+    ("grad_input", 2, 20, 4096, 4096, torch.bfloat16, 80),
+    ("grad_input", 2, 1, 4096, 14336, torch.bfloat16, 90),
+    ("grad_values", 0, 1, 4096, 14336, torch.bfloat16, 90),
+    ("grad_values", 1, 20, 4096, 4096, torch.float32, 80),
+    ("grad_values", 2, 1, 4096, 14336, torch.bfloat16, 90),
+    ("grad_values", 3, 20, 4096, 14336, torch.bfloat16, 90),
+    ("grad_values", 2, 1, 14336, 4096, torch.bfloat16, 90),
+    ("grad_values", 2, 4, 4096, 4096, torch.float32, 90),
+]
+RAGGED = [
+    ("add", 0, 20, 4096, 4096, torch.bfloat16, 90),
+    ("add", 2, 20, 4096, 4096, torch.bfloat16, 90),
+    ("grad_input", 0, 20, 4096, 4096, torch.bfloat16, 90),
+    ("grad_values", 0, 20, 4096, 4096, torch.bfloat16, 90),
+    ("grad_values", 2, 20, 4096, 4096, torch.bfloat16, 90),
+]
+
+
+@pytest.mark.parametrize(
+    ("product", "config", "k", "width", "rows", "dtype", "capability", "ragged"),
+    [*((*case, False) for case in CASES), *((*case, True) for case in RAGGED)],
+    ids=str,
+)
+def test_a_launch_compiles_without_spilling(
+    product, config, k, width, rows, dtype, capability, ragged, tmp_path, monkeypatch, record_property
+):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    ((kernel, args, options),) = launches(lambda: _work(product, config, k, width, rows, dtype, ragged))
+    code = compiled(kernel, args, options, capability)
+    record_property("registers", code.registers)
+    record_property("shared_bytes", code.shared_bytes)
+    assert code.local_bytes == 0
+    assert code.registers <= MAX_REGISTERS and code.shared_bytes <= MAX_SHARED_BYTES[capability]
+    # Activations are addressed in 64 bits: the pointers of their elements, not those of the small tables.
+    element = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}[dtype]
+    offsets = re.findall(rf"tt\.addptr .*!tt\.ptr<{element}>>?, (.*)$", code.ttir, re.MULTILINE)
+    assert offsets
+    if dtype != torch.float32:  # in fp32 the values have pointers of the same type
+        assert all("i64" in offset for offset in offsets)

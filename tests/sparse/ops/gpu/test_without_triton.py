@@ -1,0 +1,34 @@
+"""Triton is optional: without it everything imports and PyTorch computes."""
+
+import subprocess
+import sys
+
+import torch
+
+from peft_ext.sparse.ops import gpu
+
+
+def test_without_triton_no_device_is_supported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton.language", None)
+    assert not gpu.triton_supports.__wrapped__(torch.device("cuda"))
+
+
+def test_an_old_gpu_is_left_to_pytorch(monkeypatch):
+    for major, supported in ((7, False), (8, True), (9, True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, major=major: (major, 0))
+        assert gpu.triton_supports.__wrapped__(torch.device("cuda")) == supported
+
+
+def test_the_package_imports_and_computes_without_triton():
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch
+from peft_ext.sparse.ops import bypass
+from peft_ext.sparse.support import Support
+support = Support(torch.tensor([[0], [2]], dtype=torch.int32), 3)
+out = bypass(torch.zeros(1, 2), torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[10.0], [100.0]]),
+             support.indices, None, *support.transposed())
+assert out.tolist() == [[10.0, 300.0]], out
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

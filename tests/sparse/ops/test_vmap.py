@@ -1,0 +1,76 @@
+"""`torch.func.vmap` over tasks: gradients task by task equal those of a loop."""
+
+import pytest
+import torch
+
+from peft_ext.sparse.ops.bypass import sparse_add, sparse_grad_input, sparse_grad_values
+
+from .._inputs import SHAPES, make_inputs
+from ._paths import PATHS
+
+
+TASKS = 3
+
+
+def _tasks(shape):
+    drawn = [make_inputs(SHAPES[shape], torch.float64, seed=seed) for seed in range(TASKS)]
+    return drawn[0], torch.stack([d.x.detach() for d in drawn]), torch.stack([d.values.detach() for d in drawn])
+
+
+@pytest.mark.parametrize("batched", ["x", "values", "x and values"])
+@pytest.mark.parametrize("shape", ["k1", "k2", "ragged", "k2 3-D"])
+def test_gradients_per_task_are_those_of_a_loop(shape, batched):
+    inputs, xs, several_values = _tasks(shape)
+
+    def loss(values, x):
+        out = PATHS["bypass"](x, inputs.weight, inputs.bias, values, inputs.support)
+        return (out * inputs.grad).square().sum()
+
+    gradient = torch.func.grad(loss, argnums=(0, 1))
+    values = several_values if "values" in batched else several_values[0]
+    x = xs if "x" in batched else xs[0]
+    in_dims = (0 if "values" in batched else None, 0 if "x" in batched else None)
+    found = torch.func.vmap(gradient, in_dims)(values, x)
+    for task in range(TASKS):
+        alone = gradient(values[task] if in_dims[0] == 0 else values, x[task] if in_dims[1] == 0 else x)
+        for mine, expected in zip(found, alone, strict=True):
+            torch.testing.assert_close(mine[task], expected)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_any_dimension_may_be_the_batch(dim):
+    inputs, xs, _ = _tasks("k2")
+    support, values = inputs.support, inputs.values.detach()
+    moved = xs.movedim(0, dim)
+    add = torch.func.vmap(lambda x: sparse_add(inputs.grad, x, values, support.indices, None), dim)
+    grad = torch.func.vmap(lambda x: sparse_grad_values(inputs.grad, x, support.indices, None), dim)
+    for task in range(TASKS):
+        torch.testing.assert_close(add(moved)[task], sparse_add(inputs.grad, xs[task], values, support.indices, None))
+        torch.testing.assert_close(grad(moved)[task], sparse_grad_values(inputs.grad, xs[task], support.indices, None))
+
+
+def test_activations_that_share_values_are_one_product():
+    inputs = _tasks("k2")[0]
+    values, arguments = inputs.values.detach(), (inputs.support.indices, None, *inputs.support.transposed())
+
+    def product(grad):
+        return sparse_grad_input(grad, values, *arguments, torch.float64)
+
+    def bags(work):
+        with torch.profiler.profile() as profiler:
+            work()
+        return sum("embedding_bag" in event.name for event in profiler.events())
+
+    several = torch.stack([inputs.grad] * TASKS)
+    assert bags(lambda: torch.func.vmap(product)(several)) == bags(lambda: product(inputs.grad)) > 0
+
+
+def test_a_second_derivative_is_refused():
+    inputs, xs, _ = _tasks("k2")
+
+    def loss(values):
+        out = PATHS["bypass"](xs[0], inputs.weight, inputs.bias, values, inputs.support)
+        return out.pow(3).sum()
+
+    with pytest.raises(RuntimeError, match="once only"):
+        torch.func.grad(lambda values: torch.func.grad(loss)(values).sum())(inputs.values.detach())
