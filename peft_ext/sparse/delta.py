@@ -119,8 +119,11 @@ class SparseDelta(nn.Module):
         self.stale = True
 
     def forward(self, result: Tensor, x: Tensor, geometry: ConvGeometry | None = None) -> Tensor:
-        """`result + S x` by the bypass: `result` `[..., rows]`, `x` `[..., fan_in]`; with `geometry`, as a convolution
-        has them."""
+        """`result + S x` by the bypass, and the bias if there is one: `result` `[..., rows]`, `x` `[..., fan_in]`; with
+        `geometry`, as a convolution has them."""
+        if self.bias is not None:  # here, because FSDP1 has the parameters whole only while the module runs
+            bias = self.bias.to(result.dtype)
+            result = result + (bias if geometry is None else bias.view(-1, *[1] * len(geometry.kernel)))
         support = (self.indices, self.offsets, self.transposed_entries, self.transposed_offsets)
         if geometry is not None:
             return bypass_conv(result, x, self.weight, *support, geometry)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
@@ -90,8 +89,9 @@ def is_plain(base_layer: nn.Module) -> bool:
     """Whether the layer computes `W x + b` and nothing else, so that calling it and multiplying by W are the same."""
     if type(base_layer) not in (nn.Linear, Conv1D, Projection, *CONVOLUTIONS) or "forward" in vars(base_layer):
         return False
-    weight = base_layer.weight
-    if type(weight) not in (nn.Parameter, Tensor) or isinstance(weight, DTensor) or weight.requires_grad:
+    # While FSDP1 has weights whole, views of a flat parameter stand in their place, which nothing may write into.
+    weight = base_layer.parameter if isinstance(base_layer, Projection) else base_layer.weight
+    if type(weight) is not nn.Parameter or weight.requires_grad:
         return False
     hooks = (
         base_layer._forward_hooks,
