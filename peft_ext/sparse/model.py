@@ -53,7 +53,6 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
     tuner_layer_cls: type[SparseLayer]
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
     default_targets: ClassVar[str] = INCLUDE_LINEAR_LAYERS_SHORTHAND  # what `target_modules=None` means
-    _given_supports: dict[str, Support] | None = None  # entries chosen elsewhere, for the next injection
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -91,7 +90,8 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         finally:
             self._plan, self._deltas = {}, {}
         note_sharing(model, self.tuner_layer_cls)
-        self.peft_config[adapter_name].scores = None  # dense, and of no use once the entries are chosen
+        # Of no use once the entries are chosen, and the scores are dense.
+        self.peft_config[adapter_name].scores = self.peft_config[adapter_name].supports = None
 
     def _prepare_adapter_config(self, peft_config: SparseConfig, model_config: dict[str, Any]) -> SparseConfig:
         resolve_targets(peft_config, self.model, self.default_targets)
@@ -120,8 +120,8 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
             self._check_type(name, module, base)
             bases.update(weights_of(name, base))
         backends = {name: backend_of(self, base) for name, base in bases.items()}
-        if self._given_supports is not None:
-            return {name: Planned(self._given_supports[name]) for name in bases}
+        if config.supports is not None:
+            return {name: Planned(config.supports[name]) for name in bases}
         # Layers that share a weight share their entries: each weight is looked at once, under its first name.
         first: dict[Any, str] = {}
         source = {name: first.setdefault(weight_key(base) or name, name) for name, base in bases.items()}
