@@ -15,7 +15,8 @@ from .peers import check_convertible
 
 SUMMARY = "turn a SHiRA or Super-Tuning adapter into a NeuroAda adapter"
 DESCRIPTION = (
-    "Load a SHiRA or Super-Tuning adapter onto its base model and save it as a NeuroAda adapter that computes the same."
+    "Load an adapter of SHiRA or Super-Tuning onto its base model, and save it as one of NeuroAda that computes the "
+    "same."
 )
 
 

@@ -55,8 +55,8 @@ def convert(
 
     Raises:
         `TypeError`: if an adapter is of another method, or `model` is no `PeftModel`.
-        `ValueError`: if an adapter has a LoRA part (Super-Tuning's `r`), is merged, or has no indices. Nothing has been
-            changed then.
+        `ValueError`: if an adapter has a LoRA part (Super-Tuning's `r`), is merged, or has no indices. Nothing has
+            been changed then.
 
     Example:
 
@@ -176,5 +176,7 @@ def _build(base: nn.Module, adapters: dict[str, _Adapter], active: list[str]) ->
             whole: Any = base.get_submodule(module_name)
             whole.modules_to_save[name].load_state_dict(state)
     if active != list(model.active_adapters):
-        model.base_model.set_adapter(active, inference_mode=all(adapters[name].config.inference_mode for name in active))
+        model.base_model.set_adapter(
+            active, inference_mode=all(adapters[name].config.inference_mode for name in active)
+        )
     return model

@@ -70,6 +70,12 @@ class SparseDelta(nn.Module):
         self.bias = nn.Parameter(self.weight.detach().new_zeros(self.support.rows))
 
     @property
+    def names(self) -> list[str]:
+        """Of its tensors in a state dict, which takes all processes to make where FSDP has wrapped the module."""
+        optional = {"bias": self.bias, "offsets": self.offsets}
+        return ["weight", "indices", "fingerprint", *(name for name, tensor in optional.items() if tensor is not None)]
+
+    @property
     def support(self) -> Support:
         return Support(self.indices, self.fan_in, self.offsets)
 
@@ -119,8 +125,8 @@ class SparseDelta(nn.Module):
         self.stale = True
 
     def forward(self, result: Tensor, x: Tensor, geometry: ConvGeometry | None = None) -> Tensor:
-        """`result + S x` by the bypass, and the bias if there is one: `result` `[..., rows]`, `x` `[..., fan_in]`; with
-        `geometry`, as a convolution has them."""
+        """`result + S x` by the bypass, and the bias if there is one: `result` `[..., rows]`, `x` `[..., fan_in]`;
+        with `geometry`, as a convolution has them."""
         if self.bias is not None:  # here, because FSDP1 has the parameters whole only while the module runs
             bias = self.bias.to(result.dtype)
             result = result + (bias if geometry is None else bias.view(-1, *[1] * len(geometry.kernel)))

@@ -21,10 +21,11 @@ from .delta import SparseDelta
 from .layers import LayerTypes, SparseLayer, SparseMultiheadAttention, attention_biases, weights_of_layer
 from .merge import MergeMixin
 from .mixed_batch import MixedBatchMixin
-from .neurons import SUPPORTED, is_supported, matrix_shape, neuron_view, weights_of
+from .neurons import SUPPORTED, is_supported, matrix_shape, neuron_view, parameter_of, weights_of
 from .quantised import backend_of, float_weight
 from .selection import SCORED, ScoreMatrices, parse_selection, select_supports
 from .selection.plan import kept_neurons
+from .sharded import check_gatherable
 from .sharing import note_sharing, weight_key
 from .support import Support
 from .targets import base_of, inside_adapter, named_by_target, resolve_targets, without_parts
@@ -135,6 +136,9 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
                 )
         criterion, scope = parse_selection(config.selection)
         shapes = {name: matrix_shape(base) for name, base in bases.items()}
+        for name, base in bases.items():
+            if backends[name] is None:
+                check_gatherable(name, parameter_of(base), *shapes[name])
         without_scores = criterion in SCORED and config.scores is None
         if without_scores and not config.from_checkpoint and not config.inference_mode:
             raise ValueError(
