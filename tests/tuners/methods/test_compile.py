@@ -48,7 +48,7 @@ def gradients(model, ids, forward=None, **context):
     """Loss and gradients of a training step."""
     model.zero_grad()
     with torch.autocast("cpu", **context, enabled=bool(context)):
-        loss = (forward or model)(ids, labels=ids, use_cache=False).loss
+        loss = (model if forward is None else forward)(ids, labels=ids, use_cache=False).loss
     loss.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert found
