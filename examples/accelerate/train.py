@@ -57,8 +57,17 @@ def main() -> None:
     options = parse()
     data = samples(options)
     evaluation = data[: options.batch_size]
-    arguments = TrainingArguments(output_dir=str(options.out), report_to=[], disable_tqdm=True, save_strategy="no")
-    arguments.max_steps, arguments.learning_rate, arguments.logging_steps = options.steps, 2e-2, 10
+    arguments = TrainingArguments(
+        output_dir=str(options.out),
+        max_steps=options.steps,
+        learning_rate=2e-2,
+        logging_steps=10,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
     arguments.per_device_train_batch_size = max(1, options.batch_size // arguments.world_size)
     model = get_peft_model(base_model(options.model), NeuroAdaConfig(k=options.k, task_type="CAUSAL_LM"))
     trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=evaluation)

@@ -159,10 +159,6 @@ def test_folder_in_and_folder_out(tiny, ids, tmp_path, peer):
     loaded = tiny("llama")
     loaded.load_adapter(str(tmp_path / "ours"))
     assert torch.equal(logits(loaded, ids), expected)
-    weights = "adapter_model.safetensors"
-    assert (
-        peer != "SHiRA" or (tmp_path / "ours" / weights).stat().st_size < (tmp_path / "peer" / weights).stat().st_size
-    )
 
 
 def test_trained_on_after_loading(tiny, ids, tmp_path):

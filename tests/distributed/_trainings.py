@@ -79,6 +79,7 @@ def fsdp_options(kind, state_dict_type):
         "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
         "state_dict_type": state_dict_type,
         "cpu_ram_efficient_loading": False,
+        "sync_module_states": False,
         **({"use_orig_params": True} if kind == "fsdp1" else {}),
     }
     return {"fsdp": "full_shard" if kind == "fsdp1" else True, "fsdp_config": config}
