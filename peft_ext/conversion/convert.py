@@ -79,11 +79,15 @@ def convert(
         raise ValueError(f"{', '.join(given)}: only for a folder or Hub id; a PeftModel has its base model.")
     adapters, active, training = _read(model), list(model.active_adapters), model.training
     base = model.get_base_model()
+    modes = {module: module.training for module in base.modules()}
     for name, module in list(base.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):  # `unload` would leave the trained copy
             parent, _, child = name.rpartition(".")
             setattr(base.get_submodule(parent), child, module.original_module)
-    return _build(model.unload(), adapters, active).train(training)
+    converted = _build(model.unload(), adapters, active).train(training)
+    for module, mode in modes.items():  # some may be kept in another mode, such as a frozen norm
+        module.training = mode
+    return converted
 
 
 def _convert_folder(path: str, base_model: nn.Module | None, load_options: dict[str, Any]) -> PeftModel:
