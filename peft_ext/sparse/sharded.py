@@ -23,7 +23,7 @@ def whole(weight: Tensor) -> Tensor:
         weight (`torch.Tensor`): of any shape. DeepSpeed's have their own in `ds_shape`, and no elements.
     """
     if isinstance(weight, DTensor):
-        return weight.detach().full_tensor()
+        return weight.full_tensor().detach()
     if hasattr(weight, "ds_id"):
         zero = importlib.import_module("deepspeed").zero
         with zero.GatheredParameters([weight], modifier_rank=None):

@@ -60,14 +60,12 @@ class CpuTrainer(Trainer):
             self.accelerator.state.device = torch.device("cpu")
 
 
-class _InPlace(fsdp.FullStateDictConfig):
+def _without_offload(offload_to_cpu, rank0_only):
     """Moving tensors that are on the CPU to the CPU crashes FSDP1 of torch 2.13, for every method."""
-
-    def __post_init__(self):
-        self.offload_to_cpu = False
+    return _FullStateDictConfig(rank0_only=rank0_only)
 
 
-fsdp.FullStateDictConfig = _InPlace
+_FullStateDictConfig, fsdp.FullStateDictConfig = fsdp.FullStateDictConfig, _without_offload
 
 
 def fsdp_options(kind, state_dict_type):

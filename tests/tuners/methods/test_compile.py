@@ -4,8 +4,9 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch._dynamo.utils import counters
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_ext import GPSConfig, NeuroAdaConfig, PSNConfig, hotswap_adapter
+from peft_ext import NeuroAdaConfig, PSNConfig, hotswap_adapter
 from peft_ext.sparse.layers import SparseLayer
 
 
@@ -27,6 +28,26 @@ def fresh_compiler():
         yield
     assert not counters["graph_break"], counters["graph_break"]
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def bases():
+    """Function: dtype to a language model of one block, a new copy each time."""
+
+    def make(dtype=torch.float32):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+            initializer_range=0.1, attention_bias=True,
+        )  # fmt: skip
+        return LlamaForCausalLM(config).to(dtype)
+
+    return make
+
+
+@pytest.fixture
+def base(bases):
+    return bases()
 
 
 def adapted(base, method="NeuroAda", seed=0, **options):
@@ -62,49 +83,40 @@ def assert_same(results, expected, atol=1e-6, rtol=1e-4):
 
 
 @pytest.mark.parametrize("method", CONFIGS)
-def test_training_step_is_one_graph(llama, ids, method):
-    model = adapted(llama, method)
-    expected = gradients(model, ids)
+def test_training_step_is_one_graph(base, ids, method):
+    model = adapted(base, method)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for _ in range(2):
-        assert_same(gradients(model, ids, compiled), expected)
+        assert_same(gradients(model, ids, compiled), gradients(model, ids))
+        for layer in layers(model):  # as a step of an optimiser does
+            layer.deltas["default"].weight.data.add_(0.05)
     assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.slow
-def test_generated_code_gives_the_same(llama, ids):
-    model = adapted(llama)
+def test_generated_code_gives_the_same(base, ids):
+    model = adapted(base)
     expected = gradients(model, ids)
     assert_same(gradients(model, ids, torch.compile(model, fullgraph=True)), expected, atol=1e-5)
 
 
-def test_values_are_no_constants(llama, ids):
-    """A step of an optimiser changes them under the compiled model."""
-    model = adapted(llama)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    gradients(model, ids, compiled)
-    for layer in layers(model):
-        layer.deltas["default"].weight.data.add_(0.05)
-    assert_same(gradients(model, ids, compiled), gradients(model, ids))
-
-
-def test_hot_swap(tiny, ids, tmp_path):
+def test_hot_swap(bases, ids, tmp_path):
     for name, seed in (("first", 1), ("second", 2)):
-        adapted(tiny("llama"), seed=seed, selection="random").save_pretrained(tmp_path / name)
-    model = adapted(tiny("llama"))
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        adapted(bases(), seed=seed, selection="random").save_pretrained(tmp_path / name)
+    model = adapted(bases())
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     gradients(model, ids, compiled)
     for name in ("first", "second"):
         hotswap_adapter(compiled, str(tmp_path / name))
         assert_same(gradients(model, ids, compiled), gradients(model, ids))
 
 
-def test_switching_adapters_compiles_at_most_once_for_each(llama, ids):
-    model = adapted(llama)
+def test_switching_adapters_compiles_at_most_once_for_each(base, ids):
+    model = adapted(base)
     torch.manual_seed(1)
     model.add_adapter("second", NeuroAdaConfig(k=2, init_weights=False, selection="random"))
     with torch._dynamo.config.patch(error_on_recompile=False):
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
         for name in ("default", "second"):
             model.set_adapter(name)
             assert_same(gradients(model, ids, compiled), gradients(model, ids))
@@ -113,8 +125,8 @@ def test_switching_adapters_compiles_at_most_once_for_each(llama, ids):
         assert_same(gradients(model, ids, compiled), gradients(model, ids))
 
 
-def test_autocast(llama, ids):
-    model = adapted(llama)
+def test_autocast(base, ids):
+    model = adapted(base)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     expected = gradients(model, ids, dtype=torch.bfloat16)
     # Products are rounded to bf16 on the way, in places that the compiler may choose.
@@ -124,8 +136,8 @@ def test_autocast(llama, ids):
         assert (results[name] - value).abs().max() <= 0.05 * value.abs().max(), name
 
 
-def test_16_bit_base(tiny, ids):
-    model = adapted(tiny("llama", torch.bfloat16))
+def test_16_bit_base(bases, ids):
+    model = adapted(bases(torch.bfloat16))
     expected = gradients(model, ids)
     results = gradients(model, ids, torch.compile(model, backend="aot_eager", fullgraph=True))
     for name, value in expected.items():
@@ -133,8 +145,8 @@ def test_16_bit_base(tiny, ids):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(llama, ids, reentrant):
-    model = adapted(llama)
+def test_gradient_checkpointing(base, ids, reentrant):
+    model = adapted(base)
     expected = gradients(model, ids)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
@@ -143,12 +155,3 @@ def test_gradient_checkpointing(llama, ids, reentrant):
     compiled = torch.compile(model, backend="aot_eager", fullgraph=not reentrant)
     assert_same(gradients(model, ids, compiled), expected)
     counters["graph_break"].clear()
-
-
-def test_gps_scores_of_a_compiled_model_are_not_needed(llama, ids):
-    """An adapter is chosen on the model itself, and compiled afterwards."""
-    scores = {name: module.weight.detach() for name, module in llama.named_modules() if name.endswith("q_proj")}
-    config = GPSConfig(k=1, target_modules=["q_proj"], modules_to_save=[]).with_scores(scores)
-    model = get_peft_model(llama, config).train()
-    expected = gradients(model, ids)
-    assert_same(gradients(model, ids, torch.compile(model, backend="aot_eager", fullgraph=True)), expected)
