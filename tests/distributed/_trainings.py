@@ -86,12 +86,12 @@ def fsdp_options(kind, state_dict_type):
 def trainer(folder, method, kind, state_dict_type="FULL_STATE_DICT", **options):
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     args = TrainingArguments(
-        output_dir=str(folder), use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no",
+        output_dir=str(folder), use_cpu=True, report_to=[], disable_tqdm=True,
         per_device_train_batch_size=4 // processes, train_sampling_strategy="sequential", max_steps=STEPS,
         # An epsilon so large that a gradient of nothing but rounding errors moves nothing.
         learning_rate=1e-1, adam_epsilon=1e-2, lr_scheduler_type="constant", max_grad_norm=0.0,
         **({"ddp_backend": "gloo", **fsdp_options(kind, state_dict_type)} if processes > 1 else {}),
-        **options,
+        **{"save_strategy": "no", **options},
     )  # fmt: skip
     data = [{"input_ids": sample, "labels": sample} for sample in tokens()]
     return CpuTrainer(model=adapted(method), args=args, train_dataset=data)
@@ -133,20 +133,26 @@ def select(folder, method, kind):
     """Adapt a model that is sharded already."""
     model = base()
     if kind == "fsdp1":
-        model.model.layers[0] = fsdp.FullyShardedDataParallel(model.model.layers[0], use_orig_params=True)
-        get_peft_model(model, METHODS[method]())
-    for layer in model.model.layers:
-        fsdp.fully_shard(layer)
+        options = {"use_orig_params": True, "device_id": torch.device("cpu")}
+        model.model.layers[0] = fsdp.FullyShardedDataParallel(model.model.layers[0], **options)
+    else:
+        for layer in model.model.layers:
+            fsdp.fully_shard(layer)
     model = get_peft_model(model, METHODS[method]())
     for layer in model.modules():
         if isinstance(layer, SparseLayer):
             layer.check_base("default")  # against what the adapter was made for
     if kind == "merge":
         model.merge_adapter()
-    if kind == "save":
-        fsdp.fully_shard(model)
-        model.save_pretrained(folder / "pieces")
     return {"state": {name: t.clone() for name, t in model.state_dict().items() if "_delta." in name}}
+
+
+def save_pieces(folder, method, kind):
+    """Save a sharded adapter without gathering it."""
+    model = adapted(method)
+    for layer in model.base_model.model.model.layers:
+        fsdp.fully_shard(layer)
+    model.save_pretrained(folder)
 
 
 def main(folder, cases):

@@ -25,7 +25,7 @@ CASES = [
     ("select", "neuroada", "fsdp2"),
     ("select", "ragged", "fsdp2"),
     ("select", "neuroada", "merge"),
-    ("select", "neuroada", "save"),
+    ("save_pieces", "neuroada", "fsdp2"),
     ("select", "neuroada", "fsdp1"),
 ]
 
@@ -83,13 +83,14 @@ def test_entries_of_a_sharded_model_are_those_of_the_whole_one(two, one, method)
 
 
 @pytest.mark.parametrize(
-    ("kind", "match"),
+    ("case", "match"),
     [
-        ("merge", "sharded over several processes.*one process"),
-        ("save", "get_state_dict"),
-        ("fsdp1", "FSDP1 has sharded.*Adapt the model first"),
+        (("select", "neuroada", "merge"), "sharded over several processes.*one process"),
+        (("save_pieces", "neuroada", "fsdp2"), "get_state_dict"),
+        (("select", "neuroada", "fsdp1"), "FSDP1 has sharded.*Adapt the model first"),
     ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
 )
-def test_what_a_sharded_model_cannot_do_says_what_to_do_instead(two, kind, match):
-    for process in two["select", "neuroada", kind]:
+def test_what_a_sharded_model_cannot_do_says_what_to_do_instead(two, case, match):
+    for process in two[case]:
         assert re.search(match, process["error"])
