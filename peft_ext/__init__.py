@@ -4,6 +4,7 @@ import importlib
 from typing import Any
 
 from ._version import __version__
+from .conversion import convert
 from .registration import make_loading_all_or_nothing, make_saving_atomic
 from .sparse.hotswap import hotswap_adapter
 from .sparse.report import SelectionReport, selection_report
@@ -34,6 +35,7 @@ __all__ = [
     "TwoViewCollator",
     "__version__",
     "activation_scores",
+    "convert",
     "gps",
     "gradient_scores",
     "hotswap_adapter",

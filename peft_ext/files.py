@@ -16,6 +16,7 @@ import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 REQUIRES = "peft_ext: run `pip install peft-ext`, then `import peft_ext` before loading this adapter"
@@ -63,12 +64,27 @@ def atomic_saver(save_file: Callable[..., None]) -> Callable[..., None]:
         path = os.fspath(filename)
         if not os.path.basename(path).startswith("adapter_model"):
             return save_file(tensors, filename, metadata=metadata)
+        _check_whole(tensors)
         if any(key.endswith(".fingerprint") or ".mores_steering." in key for key in tensors):
             metadata = {**(metadata or {}), CHECKSUM_KEY: _checksum(tensors)}
         _replace(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     save.is_atomic = True  # type: ignore[attr-defined]
     return save
+
+
+def _check_whole(tensors: Mapping[str, Tensor]) -> None:
+    """
+    Raises:
+        `ValueError`: if a tensor of ours is only this process's piece of it.
+    """
+    for key, tensor in tensors.items():
+        values = tensors.get(key.removesuffix("indices") + "weight") if key.endswith("_delta.indices") else None
+        if values is not None and (isinstance(values, DTensor) or values.shape != tensor.shape):
+            raise ValueError(
+                f"The values beside '{key}' are sharded over several processes, so this file would hold a part of the "
+                "adapter. Pass state_dict=accelerator.get_state_dict(model) to save_pretrained."
+            )
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:

@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from .._peft_internals import adapter_key_prefixes, filter_by_key_prefixes
 from .layers import SparseLayer, attention_biases
+from .sharded import without_wrappers
 from .support import Support, narrowest_index_dtype
 
 
@@ -30,10 +33,19 @@ class CheckpointMixin:
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """As PEFT selects it, with indices in the narrowest type: 2 bytes per entry where PEFT's SHiRA takes 8."""
+        """
+        As PEFT selects it, with indices in the narrowest type: 2 bytes per entry where PEFT's SHiRA takes 8.
+
+        Raises:
+            `RuntimeError`: if the adapter has no entries yet.
+            `ValueError`: if `state_dict` lacks a part of the adapter, as an ungathered one does.
+        """
         selected = super()._get_adapter_state_dict(  # type: ignore[misc]
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
+        # PEFT finds nothing inside nested FSDP1 wrappers, whose names the keys of a state dict leave out.
+        prefixes = {without_wrappers(prefix) for prefix in adapter_key_prefixes(model)}
+        selected = {**filter_by_key_prefixes(state_dict, prefixes), **selected}
         container = cls.tuner_layer_cls.adapter_layer_names[0]
         if config.support_sizes is not None:  # those of this adapter: the object may have served for others since
             config.support_sizes = {
@@ -48,8 +60,15 @@ class CheckpointMixin:
             if delta.pending and not delta.weight.is_meta:  # which nobody can write anyway, but PEFT reads its keys
                 raise RuntimeError(f"Adapter '{adapter_name}' can't be saved. {layer.pending_reason(adapter_name)}")
             key = f"{prefix}.indices"
+            lacking = [f"{prefix}.{name}" for name in delta.names if f"{prefix}.{name}" not in selected]
+            if lacking and _is_first_process():  # elsewhere a state dict gathered for the first one is empty
+                raise ValueError(
+                    f"The state dict lacks '{lacking[0]}', so adapter '{adapter_name}' can't be saved whole. Under "
+                    "FSDP pass state_dict=accelerator.get_state_dict(model); under ZeRO-3 set "
+                    "stage3_gather_16bit_weights_on_model_save=true."
+                )
             if id(layer.deltas[adapter_name]) in seen:  # of a shared weight: safetensors stores no tensor twice
-                for name in layer.deltas[adapter_name].state_dict():
+                for name in delta.names:
                     if f"{prefix}.{name}" in selected:
                         selected[f"{prefix}.{name}"] = selected[f"{prefix}.{name}"].clone()
             seen.add(id(layer.deltas[adapter_name]))
@@ -111,8 +130,12 @@ class CheckpointMixin:
         container = cls.tuner_layer_cls.adapter_layer_names[0]
         for name, module in model.named_modules():
             if isinstance(module, cls.tuner_layer_cls) and adapter_name in module.deltas:
-                name = name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
+                name = without_wrappers(name)
                 yield f"{name}.{container}.{adapter_name}" if name else f"{container}.{adapter_name}", module
+
+
+def _is_first_process() -> bool:
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def _check_shared(first: str, prefix: str, layer: SparseLayer, adapter_name: str, mapped: dict[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from ..saved_config import SavedConfig
 from .checks import check_count, check_flag, check_share
 from .ops import BACKENDS
 from .selection import parse_selection
+from .support import Support
 
 
 VALUES_DTYPES = ("float32", "bfloat16", "float16")
@@ -68,7 +69,8 @@ class SparseConfig(SavedConfig):
             Not supported, as are experts whose weights are fused into one 3-D parameter: they are left out by default,
             and naming them is an error.
         support_sizes (`dict[str, int]`, *optional*):
-            Filled in by network-wide selections: number of entries per module.
+            Filled in where the other options don't say how many entries each module has, as after network-wide
+            selections, `add_weighted_adapter` and [`~peft_ext.convert`]: number of entries per module.
         peft_ext_version, requires: see [`~peft_ext.saved_config.SavedConfig`].
     """
 
@@ -97,7 +99,10 @@ class SparseConfig(SavedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.scores: Mapping[str, Tensor] | None = None  # not a field: lives only until the entries are chosen
+        # No fields: they live only until an adapter has its entries. Scores to rank by, or per module the entries
+        # themselves, chosen elsewhere.
+        self.scores: Mapping[str, Tensor] | None = None
+        self.supports: Mapping[str, Support] | None = None
         self._check()
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -172,6 +177,22 @@ class SparseConfig(SavedConfig):
     def entries_per_neuron(self, fan_in: int) -> int:
         """How many entries a neuron with `fan_in` inputs gets."""
         return min(self.k or 0, fan_in)
+
+    def for_supports(self, supports: Mapping[str, Support], **changes: Any) -> Any:
+        """
+        A copy that gives an adapter these entries, per module, and leads to their shapes again when it is loaded:
+        through `k` where all are tables of one width, else with all of them made ragged and their sizes listed.
+        """
+        k = max((s.indices.shape[1] for s in supports.values() if s.is_table), default=0)
+        if k and all(s.is_table and s.indices.shape[1] == min(k, s.fan_in) for s in supports.values()):
+            config = replace(self.as_table(k), support_sizes=None, peft_ext_version=None, **changes)
+            config.supports = supports
+            return config
+        ragged = {name: support.ragged() for name, support in supports.items()}
+        sizes = {name: support.entries for name, support in ragged.items()}
+        config = replace(self, support_sizes=sizes, peft_ext_version=None, **changes)
+        config.supports = ragged
+        return config
 
     def as_table(self, k: int) -> Any:
         """A copy that leads to tables of exactly `k` entries per neuron."""

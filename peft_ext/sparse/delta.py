@@ -70,6 +70,12 @@ class SparseDelta(nn.Module):
         self.bias = nn.Parameter(self.weight.detach().new_zeros(self.support.rows))
 
     @property
+    def names(self) -> list[str]:
+        """Of its tensors in a state dict, which takes all processes to make where FSDP has wrapped the module."""
+        optional = {"bias": self.bias, "offsets": self.offsets}
+        return ["weight", "indices", "fingerprint", *(name for name, tensor in optional.items() if tensor is not None)]
+
+    @property
     def support(self) -> Support:
         return Support(self.indices, self.fan_in, self.offsets)
 
@@ -119,8 +125,11 @@ class SparseDelta(nn.Module):
         self.stale = True
 
     def forward(self, result: Tensor, x: Tensor, geometry: ConvGeometry | None = None, owned: bool = False) -> Tensor:
-        """`result + S x` by the bypass: `result` `[..., rows]`, `x` `[..., fan_in]`; with `geometry`, as a convolution
-        has them. `owned`: nobody else needs `result`, which may be overwritten."""
+        """`result + S x` by the bypass, and the bias if there is one: `result` `[..., rows]`, `x` `[..., fan_in]`;
+        with `geometry`, as a convolution has them. `owned`: nobody else needs `result`, which may be overwritten."""
+        if self.bias is not None:  # here, because FSDP1 has the parameters whole only while the module runs
+            bias = self.bias.to(result.dtype)
+            result = result + (bias if geometry is None else bias.view(-1, *[1] * len(geometry.kernel)))
         support = (self.indices, self.offsets, self.transposed_entries, self.transposed_offsets)
         if geometry is not None:
             return bypass_conv(result, x, self.weight, *support, geometry)

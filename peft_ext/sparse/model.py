@@ -21,10 +21,11 @@ from .delta import SparseDelta
 from .layers import LayerTypes, SparseLayer, SparseMultiheadAttention, attention_biases, weights_of_layer
 from .merge import MergeMixin
 from .mixed_batch import MixedBatchMixin
-from .neurons import SUPPORTED, is_supported, matrix_shape, neuron_view, weights_of
+from .neurons import SUPPORTED, is_supported, matrix_shape, neuron_view, parameter_of, weights_of
 from .quantised import backend_of, float_weight
 from .selection import SCORED, ScoreMatrices, parse_selection, select_supports
 from .selection.plan import kept_neurons
+from .sharded import check_gatherable
 from .sharing import note_sharing, weight_key
 from .support import Support
 from .targets import base_of, check_no_fused, inside_adapter, named_by_target, resolve_targets, without_parts
@@ -53,7 +54,6 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
     tuner_layer_cls: type[SparseLayer]
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
     default_targets: ClassVar[str] = INCLUDE_LINEAR_LAYERS_SHORTHAND  # what `target_modules=None` means
-    _given_supports: dict[str, Support] | None = None  # entries chosen elsewhere, for the next injection
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -91,7 +91,8 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         finally:
             self._plan, self._deltas = {}, {}
         note_sharing(model, self.tuner_layer_cls)
-        self.peft_config[adapter_name].scores = None  # dense, and of no use once the entries are chosen
+        # Of no use once the entries are chosen, and the scores are dense.
+        self.peft_config[adapter_name].scores = self.peft_config[adapter_name].supports = None
 
     def _prepare_adapter_config(self, peft_config: SparseConfig, model_config: dict[str, Any]) -> SparseConfig:
         resolve_targets(peft_config, self.model, self.default_targets)
@@ -121,8 +122,8 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
             self._check_type(name, module, base)
             bases.update(weights_of(name, base))
         backends = {name: backend_of(self, base) for name, base in bases.items()}
-        if self._given_supports is not None:
-            return {name: Planned(self._given_supports[name]) for name in bases}
+        if config.supports is not None:
+            return {name: Planned(config.supports[name]) for name in bases}
         # Layers that share a weight share their entries: each weight is looked at once, under its first name.
         first: dict[Any, str] = {}
         source = {name: first.setdefault(weight_key(base) or name, name) for name, base in bases.items()}
@@ -136,6 +137,9 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
                 )
         criterion, scope = parse_selection(config.selection)
         shapes = {name: matrix_shape(base) for name, base in bases.items()}
+        for name, base in bases.items():
+            if backends[name] is None:
+                check_gatherable(name, parameter_of(base), *shapes[name])
         without_scores = criterion in SCORED and config.scores is None
         if without_scores and not config.from_checkpoint and not config.inference_mode:
             raise ValueError(

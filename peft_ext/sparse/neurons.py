@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from .._peft_internals import QuantizationBackend
 from .projection import PROJECTIONS, Projection
+from .sharded import shape_of
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -62,18 +62,19 @@ def neuron_view(base_layer: nn.Module, weight: Tensor) -> Tensor:
 def weight_view(base_layer: nn.Module, matrix: Tensor) -> Tensor:
     """The inverse of [`neuron_view`]: `[rows, fan_in]` in the shape of the layer's weight."""
     if isinstance(base_layer, CONVOLUTIONS):
-        return matrix.view(base_layer.weight.shape)
+        return matrix.view(shape_of(base_layer.weight))
     return matrix.t() if isinstance(base_layer, Conv1D) else matrix
 
 
 def matrix_shape(base_layer: Any) -> tuple[int, int]:
     """Rows and fan-in of a layer, which a packed weight does not show."""
     if isinstance(base_layer, CONVOLUTIONS):
-        return base_layer.weight.shape[0], base_layer.weight[0].numel()
+        rows, *fan_in = shape_of(base_layer.weight)
+        return rows, math.prod(fan_in)
     if hasattr(base_layer, "out_features"):
         return base_layer.out_features, base_layer.in_features
-    rows, fan_in = neuron_view(base_layer, base_layer.weight).shape
-    return rows, fan_in
+    shape = shape_of(base_layer.weight)
+    return (shape[1], shape[0]) if isinstance(base_layer, Conv1D) else (shape[0], shape[1])
 
 
 def taps_of(base_layer: Any) -> int | None:
@@ -86,12 +87,18 @@ def has_writable_weight(base_layer: nn.Module) -> bool:
     return "weight" in base_layer._parameters or isinstance(base_layer, Projection)
 
 
+def parameter_of(base_layer: Any) -> Tensor:
+    """What holds a layer's weight: of an attention's projection, the attention's parameter."""
+    return base_layer.parameter if isinstance(base_layer, Projection) else base_layer.weight
+
+
 def is_plain(base_layer: nn.Module) -> bool:
     """Whether the layer computes `W x + b` and nothing else, so that calling it and multiplying by W are the same."""
     if type(base_layer) not in (nn.Linear, Conv1D, Projection, *CONVOLUTIONS) or "forward" in vars(base_layer):
         return False
-    weight = base_layer.weight
-    if type(weight) not in (nn.Parameter, Tensor) or isinstance(weight, DTensor) or weight.requires_grad:
+    # While FSDP1 has weights whole, views of a flat parameter stand in their place, which nothing may write into.
+    weight = parameter_of(base_layer)
+    if type(weight) is not nn.Parameter or weight.requires_grad:
         return False
     hooks = (
         base_layer._forward_hooks,

@@ -9,12 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from .._peft_internals import QuantizationBackend, get_quantization_kwargs, resolve_quantization_backend
+from .projection import Projection
+from .sharded import whole
 
 
 def float_weight(base_layer: Any, backend: QuantizationBackend | None) -> Tensor:
-    """A layer's weight as floats: its own memory, or a dequantised copy."""
+    """A layer's weight as floats: its own memory, or a copy, dequantised or gathered from all processes."""
     if backend is None:
-        return base_layer.weight.detach()
+        if isinstance(base_layer, Projection):
+            return base_layer.rows_of(whole(base_layer.parameter)).detach()
+        return whole(base_layer.weight).detach()
     if getattr(getattr(base_layer.weight, "quant_state", None), "packing_format_for_cpu", False):
         # bitsandbytes repacks 4-bit weights at the first forward on some CPUs, and dequantises the packed bytes as if
         # they were not. Asking for a state dict makes it undo that, until the next forward.

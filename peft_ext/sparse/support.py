@@ -59,6 +59,14 @@ class Support:
         offsets = None if self.offsets is None else self.offsets.to(device)
         return Support(self.indices.to(device), self.fan_in, offsets)
 
+    def ragged(self) -> Support:
+        """The same entries in ragged form."""
+        if not self.is_table:
+            return self
+        rows, k = self.indices.shape
+        offsets = torch.arange(rows + 1, dtype=torch.int32, device=self.indices.device) * k
+        return Support(self.indices.reshape(-1), self.fan_in, offsets)
+
     def row_of_entry(self) -> Tensor:
         """Row of each entry, int64 `[entries]`."""
         return row_of_entry(self.indices, self.offsets)
@@ -187,12 +195,23 @@ def union(supports: list[Support]) -> tuple[Support, list[Tensor]]:
     fan_in, rows = supports[0].fan_in, supports[0].rows
     keys = [s.row_of_entry() * fan_in + s.indices.reshape(-1).long() for s in supports]
     merged = torch.unique(torch.cat(keys), sorted=True)
-    row, column = merged // fan_in, (merged % fan_in).to(torch.int32)
-    counts = torch.bincount(row, minlength=rows)
-    positions = [torch.searchsorted(merged, key) for key in keys]
+    return support_of(merged, rows, fan_in), [torch.searchsorted(merged, key) for key in keys]
+
+
+def support_of(positions: Tensor, rows: int, fan_in: int) -> Support:
+    """
+    The support with the given entries: a table where every row has equally many, else ragged.
+
+    Args:
+        positions (`torch.Tensor`): int64 `[entries]`, strictly increasing: where each entry lies in the flattened
+            `[rows, fan_in]`.
+        rows, fan_in (`int`): shape of the weight.
+    """
+    columns = (positions % fan_in).to(torch.int32)
+    counts = torch.bincount(positions // fan_in, minlength=rows)
     if int(counts.min()) == int(counts.max()):
-        return Support(column.view(rows, -1), fan_in), positions
-    return Support(column, fan_in, offsets_from_counts(counts)), positions
+        return Support(columns.view(rows, -1), fan_in)
+    return Support(columns, fan_in, offsets_from_counts(counts))
 
 
 def offsets_from_counts(counts: Tensor) -> Tensor:

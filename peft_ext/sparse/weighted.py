@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,7 +27,6 @@ class WeightedAdapterMixin:
 
     peft_config: dict[str, SparseConfig]
     tuner_layer_cls: type[SparseLayer]
-    _given_supports: dict[str, Support] | None
 
     @torch.no_grad()
     def add_weighted_adapter(
@@ -86,7 +84,7 @@ class WeightedAdapterMixin:
                 if added:
                     biases[name] = torch.stack(added).sum(0)
         config = _combined_config(configs, supports)
-        self._inject_given(adapter_name, config, supports)
+        self._inject_given(adapter_name, config)
         for name, layer in self.model.named_modules():  # type: ignore[attr-defined]
             if name in values:
                 delta = layer.deltas[adapter_name].to(_widest(layer, adapters))
@@ -142,16 +140,13 @@ class WeightedAdapterMixin:
                     stacklevel=3,
                 )
 
-    def _inject_given(self, adapter_name: str, config: SparseConfig, supports: dict[str, Support]) -> None:
+    def _inject_given(self, adapter_name: str, config: SparseConfig) -> None:
         self.peft_config[adapter_name] = config
-        self._given_supports = supports
         try:
             self.inject_adapter(self.model, adapter_name)  # type: ignore[attr-defined]
         except BaseException:
             self.peft_config.pop(adapter_name, None)
             raise
-        finally:
-            self._given_supports = None
 
 
 def _aligned(values: Tensor, position: Tensor, entries: int, combination: str, density: float | None) -> Tensor:
@@ -163,29 +158,13 @@ def _aligned(values: Tensor, position: Tensor, entries: int, combination: str, d
 
 
 def _combined_config(configs: list[SparseConfig], supports: dict[str, Support]) -> SparseConfig:
-    """Options of the union. Its shapes follow from `k` where all unions are tables of one width, else they are listed
-    and all supports made ragged."""
+    """Options of the union."""
     targets: Any = [config.target_modules for config in configs]
     merged: Any = (
         "|".join(f"({t})" for t in dict.fromkeys(targets)) if isinstance(targets[0], str) else set().union(*targets)
     )
-    k = max((s.indices.shape[1] for s in supports.values() if s.is_table), default=0)
-    if all(s.is_table and s.indices.shape[1] == min(k, s.fan_in) for s in supports.values()):
-        first, sizes = configs[0].as_table(k), None
-    else:
-        for name, support in supports.items():
-            supports[name] = _ragged(support)
-        first, sizes = configs[0], {name: support.entries for name, support in supports.items()}
     train_bias = any(config.train_bias for config in configs)
-    return replace(first, target_modules=merged, train_bias=train_bias, support_sizes=sizes, peft_ext_version=None)
-
-
-def _ragged(support: Support) -> Support:
-    if not support.is_table:
-        return support
-    rows, k = support.indices.shape
-    offsets = torch.arange(rows + 1, dtype=torch.int32, device=support.indices.device) * k
-    return Support(support.indices.reshape(-1), support.fan_in, offsets)
+    return configs[0].for_supports(supports, target_modules=merged, train_bias=train_bias)
 
 
 def _widest(layer: SparseLayer, adapters: list[str]) -> torch.dtype:

@@ -1,42 +1,10 @@
-"""Runs trainings in one or several processes over gloo: `python -m tests.mtl._distributed FOLDER CASES` in each."""
+"""Trainings in one or several processes; run by `tests._processes.launch`."""
 
 import json
 import os
-import socket
-import subprocess
 import sys
 
 import torch
-
-
-def launch(folder, processes, cases):
-    """Train every case (a dict of options) in `processes` processes; returns each process's list of results."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folder.mkdir(parents=True, exist_ok=True)
-    environment = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(processes),
-        "OMP_NUM_THREADS": "1",
-    }
-    environment.pop("RANK", None)
-    running = []
-    for rank in range(processes):
-        mine = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        if processes == 1:
-            for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK"):
-                mine.pop(name)
-        command = [sys.executable, "-m", "tests.mtl._distributed", str(folder), json.dumps(cases)]
-        running.append(
-            subprocess.Popen(command, env=mine, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    outputs = [process.communicate(timeout=600)[0] for process in running]
-    for process, output in zip(running, outputs, strict=True):
-        assert process.returncode == 0, output[-3000:]
-    return [torch.load(folder / f"result{rank}.pt") for rank in range(processes)]
 
 
 def train(folder, options):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.mtl._distributed import launch
+from tests._processes import launch
 
 
 pytestmark = pytest.mark.slow
@@ -23,7 +23,9 @@ CASES = [
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    return launch(folder / "one", 1, CASES), launch(folder / "two", 2, CASES)
+    return launch("tests.mtl._distributed", folder / "one", 1, CASES), launch(
+        "tests.mtl._distributed", folder / "two", 2, CASES
+    )
 
 
 @pytest.mark.parametrize("case", range(len(CASES) - 1), ids=lambda i: "-".join(str(v) for v in CASES[i].values()))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..._peft_internals import BaseTunerLayer
 from ..projection import PROJECTIONS, Projection
+from ..sharded import without_wrappers
 from .attention_inputs import check_attention_inputs
 from .base_attributes import BaseAttributes
 from .linear import SparseLinear
@@ -205,7 +206,7 @@ def attention_biases(model: nn.Module, bias: str) -> Iterator[tuple[str, Tensor]
             base, path = module.base_layer, f"{name}.base_layer"
         elif bias != "all" or not isinstance(module, nn.MultiheadAttention):
             continue
-        path = path.replace("_fsdp_wrapped_module.", "")
+        path = without_wrappers(path)
         for key, tensor in (("in_proj_bias", base.in_proj_bias), ("out_proj.bias", base.out_proj.bias)):
             if tensor is not None:
                 yield f"{path}.{key}" if path else key, tensor

@@ -131,32 +131,26 @@ class SparseLayer(BaseAttributes, MergingMixin, nn.Module, BaseTunerLayer):
         result = self._with_base(active[0], x, *args, **kwargs)
         for name in active[1:]:
             result = self._add(name, result, x)
-        return self._with_biases(result, active)
-
-    def _with_biases(self, result: Tensor, adapter_names: list[str]) -> Tensor:
-        """A layer's output plus what adapters add to its bias."""
-        for name in adapter_names:
-            bias = self.deltas[name].bias
-            if bias is not None:
-                result = result + self._like_output(bias.to(result.dtype))
         return result
 
-    def _like_output(self, bias: Tensor) -> Tensor:
-        """A bias `[rows]` in a shape that broadcasts over the layer's output."""
-        return bias
+    def _bias_with(self, delta: SparseDelta) -> Tensor | None:
+        """The base layer's bias plus what an adapter adds to it."""
+        bias: Tensor | None = self.get_base_layer().bias
+        return bias if bias is None or delta.bias is None else bias + delta.bias.to(bias.dtype)
 
     def _with_base(self, adapter_name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base layer and one adapter together, by the path that suits them."""
         raise NotImplementedError
 
     def _add(self, adapter_name: str, result: Tensor, x: Tensor) -> Tensor:
-        """`result + S x` by the bypass."""
+        """`result + S x` by the bypass, and what the adapter adds to the bias."""
         return self._ready(adapter_name)(result, x)
 
-    def _plain_weight(self) -> Tensor | None:
-        """The base weight, if the base layer is a product with it and nothing else."""
+    def _plain_weight(self, delta: SparseDelta) -> Tensor | None:
+        """The base weight, if the base layer is a product with it and nothing else, and the adapter's values are at
+        hand: those of one that FSDP has wrapped are whole only while it runs."""
         base_layer: Any = self.base_layer
-        return base_layer.weight if is_plain(base_layer) else None
+        return base_layer.weight if type(delta) is SparseDelta and is_plain(base_layer) else None
 
     def _base_result(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result = self.base_layer(x, *args, **kwargs)
@@ -186,7 +180,7 @@ class SparseLayer(BaseAttributes, MergingMixin, nn.Module, BaseTunerLayer):
             if name == BASE_ADAPTER or name not in self.deltas:
                 continue
             chosen = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-            result[chosen] = self._with_biases(self._add(name, result[chosen], x[chosen]), [name])
+            result[chosen] = self._add(name, result[chosen], x[chosen])
         return result
 
     def _ready(self, adapter_name: str) -> SparseDelta:

@@ -15,23 +15,21 @@ from .base import SparseLayer
 class SparseConv(SparseLayer):
     """An `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` with sparse adapters: any groups, stride, dilation and padding."""
 
-    def _like_output(self, bias: Tensor) -> Tensor:
-        return bias.view(-1, *[1] * (self.get_base_layer().weight.dim() - 2))
-
     def _with_base(self, adapter_name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         delta = self._ready(adapter_name)
-        weight = self._plain_weight()
+        weight = self._plain_weight(delta)
         entries, groups = delta.indices.numel(), self.get_base_layer().groups
         path = choose_conv_backend(self.backends[adapter_name], x, weight, entries, groups)
         if weight is None or path == "bypass":
             return self._add(adapter_name, self._base_result(x, *args, **kwargs), x)
         base_layer = self.get_base_layer()
+        bias = self._bias_with(delta)
         geometry = ConvGeometry.of(base_layer)
         x = pad(base_layer, x)
         if path == "reference":
-            return reference_conv(x, weight, base_layer.bias, delta.weight, delta.indices, delta.offsets, geometry)
+            return reference_conv(x, weight, bias, delta.weight, delta.indices, delta.offsets, geometry)
         return folded_conv(
-            x, weight, base_layer.bias, delta.weight, delta.indices, delta.offsets, delta.transposed_entries,
+            x, weight, bias, delta.weight, delta.indices, delta.offsets, delta.transposed_entries,
             delta.transposed_offsets, geometry, dense_gradient=path == "dense",
         )  # fmt: skip
 

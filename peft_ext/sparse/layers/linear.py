@@ -19,7 +19,7 @@ class SparseLinear(SparseLayer):
     def _with_base(self, adapter_name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         delta = self._ready(adapter_name)
         support = delta.support
-        weight = self._plain_weight()
+        weight = self._plain_weight(delta)
         if weight is not None:
             weight = neuron_view(self.get_base_layer(), weight)
         path = choose_backend(
@@ -29,7 +29,7 @@ class SparseLinear(SparseLayer):
             # A plain linear layer does not need its output for backward, and nobody else has seen it yet.
             owned = weight is not None and type(self.base_layer) in (nn.Linear, Conv1D)
             return delta(self._base_result(x, *args, **kwargs), x, owned=owned)
-        bias = self.get_base_layer().bias
+        bias = self._bias_with(delta)
         if path == "folded":
             return folded(x, weight, bias, delta.weight, delta.indices)
         if path == "dense":

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ..._peft_internals import QuantizationBackend, check_adapters_to_merge
 from ..delta import SparseDelta
-from ..neurons import has_writable_weight, neuron_view
+from ..neurons import has_writable_weight, neuron_view, parameter_of
 from ..projection import Projection
 from ..quantised import dense_layer, float_weight, requantised_layer
+from ..sharded import is_sharded
 from ..support import Support
 
 
@@ -184,7 +185,13 @@ class MergingMixin:
                 f"{backend.backend_name} can't give its weights back, so nothing can be merged into them. Keep the "
                 "adapter unmerged, or load it onto the unquantised base model and merge there."
             )
-        if not has_writable_weight(self.get_base_layer()):
+        base_layer: Any = self.get_base_layer()
+        if backend is None and is_sharded(parameter_of(base_layer)):
+            raise ValueError(
+                "The base weight is sharded over several processes, so nothing can be merged into it. Save the "
+                "adapter, load it onto the base model in one process, and merge there."
+            )
+        if not has_writable_weight(base_layer):
             raise ValueError(
                 "The base layer's weight is computed by a parametrization, so nothing can be written into it. Remove "
                 "the parametrization (torch.nn.utils.parametrize.remove_parametrizations) before merging."

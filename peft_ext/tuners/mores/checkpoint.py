@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ...sparse.sharded import without_wrappers
 from .layer import MoReSLayer
 
 
@@ -57,7 +58,7 @@ def _tensors_of(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     tensors = {}
     for name, module in model.named_modules():
         if isinstance(module, MoReSLayer) and adapter_name in module.mores_steering:
-            name = name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
+            name = without_wrappers(name)
             for key, tensor in module.mores_steering[adapter_name].state_dict().items():
                 tensors[f"{name}.mores_steering.{adapter_name}.{key}"] = tensor
     return tensors

@@ -1,0 +1,53 @@
+"""Base weights that processes hold in pieces: FSDP2's `DTensor`s, DeepSpeed ZeRO-3's emptied parameters, and the flat
+pieces of FSDP1, which can't be put together from outside; and the names that its wrappers give to modules."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Whether this process has only a piece of a weight, and the whole can be gathered."""
+    return isinstance(weight, DTensor) or hasattr(weight, "ds_id")
+
+
+def whole(weight: Tensor) -> Tensor:
+    """
+    A weight in full: itself, or if it is sharded a gathered copy, for which all processes have to call this.
+
+    Args:
+        weight (`torch.Tensor`): of any shape. DeepSpeed's have their own in `ds_shape`, and no elements.
+    """
+    if isinstance(weight, DTensor):
+        return weight.full_tensor().detach()
+    if hasattr(weight, "ds_id"):
+        zero = importlib.import_module("deepspeed").zero
+        with zero.GatheredParameters([weight], modifier_rank=None):
+            return weight.detach().clone()
+    return weight
+
+
+def shape_of(weight: Tensor) -> torch.Size:
+    """The shape of a whole weight."""
+    return getattr(weight, "ds_shape", weight.shape)
+
+
+def check_gatherable(name: str, weight: Tensor, rows: int, fan_in: int) -> None:
+    """
+    Raises:
+        `ValueError`: if a weight is a piece that can't be put together: FSDP1 flattens several weights into one.
+    """
+    if not is_sharded(weight) and not weight.is_meta and weight.numel() < rows * fan_in:
+        raise ValueError(
+            f"The weight of '{name}' has {weight.numel()} of its {rows} x {fan_in} numbers in this process: FSDP1 has "
+            "sharded it. Adapt the model first, and shard it then (accelerator.prepare, Trainer.train)."
+        )
+
+
+def without_wrappers(name: str) -> str:
+    """A module's name as the keys of a state dict have it: without FSDP1's and activation checkpointing's wrappers."""
+    return name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
