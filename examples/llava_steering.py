@@ -66,6 +66,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--text-model and --vision-tower go together")
     if args.model and args.text_model:
         parser.error("--model is a whole model; leave out --text-model and --vision-tower")
+    for name in ("samples", "test_samples", "steps", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if args.align_steps < 0:
+        parser.error(f"--align-steps must not be negative, got {args.align_steps}")
+    for name in (args.data, args.align_data):
+        if name is not None and name.endswith(".json") and not Path(name).is_file():
+            parser.error(f"--data and --align-data: there is no file {name}")
     try:
         args.method = Method.parse(args.method)
     except ValueError as error:
@@ -116,6 +124,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     held_out = samples_of(args.data, args.test_samples, args.seed + 10_000, args.test_split, args, True)
     if args.data.endswith(".json"):  # one file: its last samples are not trained on
         training = samples_of(args.data, args.samples + args.test_samples, args.seed, args.split, args, True)
+        if len(training) <= args.test_samples:
+            raise SystemExit(f"{args.data} has {len(training)} samples with an image; lower --test-samples")
         training, held_out = training[: -args.test_samples], training[-args.test_samples :]
     else:
         training = samples_of(args.data, args.samples, args.seed + 1, args.split, args, True)

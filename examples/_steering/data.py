@@ -46,9 +46,15 @@ def shapes(number: int, seed: int, palette: dict[str, tuple[int, int, int]] = PA
 def llava_file(path: Path, images: Path, limit: int | None = None) -> list[Sample]:
     """
     LLaVA's instruction data (`llava_v1_5_mix665k.json`): the first round of each conversation that has an image.
+
+    Raises:
+        `ValueError`: if the file has another layout.
     """
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(entries, list) or not all(isinstance(e, dict) and "conversations" in e for e in entries):
+        raise ValueError(f"{path} is not in LLaVA's layout, a list of entries with `conversations` and `image`.")
     samples = []
-    for entry in json.loads(path.read_text(encoding="utf-8")):
+    for entry in entries:
         if "image" not in entry:
             continue
         turns = entry["conversations"]

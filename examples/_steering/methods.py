@@ -28,7 +28,8 @@ LEARNING_RATES = {
     "neuroada": 5e-3,
 }
 _NAME = re.compile(
-    r"(?P<kind>full|lora|ia3|oft|mores|connector|projector|neuroada)(-(?P<size>\d+))?(@(?P<percent>\d+))?(\+)?"
+    r"(?P<kind>full|ia3|projector)|(?P<sized>lora|oft|connector|neuroada)(-(?P<size>[1-9]\d*))?"
+    r"|mores(-(?P<rank>[1-9]\d*))?(@(?P<percent>[1-9]\d?|100))?(\+)?"
 )
 
 
@@ -57,8 +58,9 @@ class Method:
                 "mores-<rank>@<percent of visual tokens>, the same with a + (trains the connector too), "
                 "connector-<rank> or projector"
             )
-        default = {"lora": 8, "oft": 8}.get(match["kind"], 1)
-        return cls(name, match["kind"], int(match["size"] or default), int(match["percent"] or 1))
+        kind = match["kind"] or match["sized"] or "mores"
+        size = match["size"] or match["rank"] or {"lora": 8, "oft": 8}.get(kind, 1)
+        return cls(name, kind, int(size), int(match["percent"] or 1))
 
     @property
     def learning_rate(self) -> float:
@@ -97,7 +99,12 @@ class Method:
         model.requires_grad_(False)
         if self.config() is not None:
             return get_peft_model(model, self.config())
-        model.model.multi_modal_projector.requires_grad_(True)
+        projector = getattr(model.model, "multi_modal_projector", None)
+        if projector is None:
+            raise ValueError(
+                f"method={self.name!r} trains `multi_modal_projector`, which a {type(model).__name__} lacks"
+            )
+        projector.requires_grad_(True)
         if self.kind == "full":
             model.get_decoder().requires_grad_(True)
             model.get_output_embeddings().requires_grad_(True)

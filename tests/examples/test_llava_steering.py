@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import llava_steering
 import pytest
 import torch
@@ -45,10 +46,27 @@ def test_full_training_leaves_the_vision_tower():
     assert frozen and all("vision_tower" in key for key in frozen)
 
 
-def test_unknown_methods_are_refused(capsys):
+WRONG = {
+    "adapter": (["--method", "adapter"], "mores-<rank>"),
+    "rank": (["--method", "mores-0@1"], "mores-<rank>"),
+    "percent": (["--method", "mores-1@101"], "mores-<rank>"),
+    "size of full": (["--method", "full-3"], "mores-<rank>"),
+    "tokens of lora": (["--method", "lora-8@5"], "mores-<rank>"),
+    "library": (["--library", "lightning"], "invalid choice"),
+    "one part": (["--text-model", "x"], "go together"),
+    "model and parts": (["--model", "x", "--text-model", "y", "--vision-tower", "z"], "whole model"),
+    "batch": (["--batch-size", "0"], "--batch-size must be at least 1"),
+    "test samples": (["--test-samples", "-1"], "--test-samples must be at least 1"),
+    "alignment": (["--align-steps", "-1"], "--align-steps must not be negative"),
+    "file": (["--data", "absent.json"], "there is no file absent.json"),
+}
+
+
+@pytest.mark.parametrize("options, message", WRONG.values(), ids=WRONG.keys())
+def test_wrong_options_are_refused_before_anything_is_loaded(options, message, capsys):
     with pytest.raises(SystemExit):
-        llava_steering.main(["--method", "adapter"])
-    assert "mores-<rank>" in capsys.readouterr().err
+        llava_steering.main(options)
+    assert message in capsys.readouterr().err
 
 
 def test_a_composed_model_has_the_weights_of_its_parts(tmp_path):
@@ -94,6 +112,48 @@ def test_llava_layout(tmp_path):
     (sample,) = data.llava_file(tmp_path / "mix.json", tmp_path)
     assert (sample.text, sample.answer) == ("USER: <image>\nWhat is it? ASSISTANT:", "A dog")
     assert sample.picture().size == (4, 4)
+
+
+def test_another_layout_is_refused(tmp_path):
+    (tmp_path / "other.json").write_text(json.dumps({"1": {"question": "Which?"}}))
+    with pytest.raises(ValueError, match="not in LLaVA's layout"):
+        data.llava_file(tmp_path / "other.json", tmp_path)
+
+
+def test_a_file_in_llavas_layout_end_to_end(tmp_path):
+    """Its last samples are those that are asked."""
+    entries = []
+    for number, sample in enumerate(data.shapes(6, 0)):
+        sample.image.save(tmp_path / f"{number}.png")
+        question = sample.text.replace("<image>", "").replace("USER :", "").replace("ASSISTANT :", "").strip()
+        turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": sample.answer}]
+        entries.append({"image": f"{number}.png", "conversations": turns})
+    (tmp_path / "mix.json").write_text(json.dumps(entries))
+    options = ["--data", str(tmp_path / "mix.json"), "--images", str(tmp_path), "--out", str(tmp_path / "out"), *TINY]
+    with pytest.raises(SystemExit, match="6 samples.*--test-samples"):
+        llava_steering.main(options)
+    report = llava_steering.main([*options, "--test-samples", "2", "--samples", "4"])
+    assert report["loss"] > 0 and len(report["after"]["lmar"]) == 6
+
+
+def test_a_data_set_from_a_folder(tmp_path):
+    """As `load_dataset` gives it: images, lists of answers, samples without an image."""
+    images = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
+    rows = {"image": [images[0], None, images[1]], "question": ["a?", "b?", "c?"], "answers": [["x", "y", "y"]] * 3}
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "question": datasets.Value("string"),
+            "answers": datasets.List(datasets.Value("string")),
+        }
+    )
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "test.parquet")
+    samples = data.hub_dataset(str(tmp_path), "test")
+    assert [(sample.text, sample.answer) for sample in samples] == [
+        (data.llava_prompt("a?"), "y"),
+        (data.llava_prompt("c?"), "y"),
+    ]
+    assert samples[1].picture().getpixel((0, 0)) == (0, 0, 255)
 
 
 ROWS = {

@@ -4,21 +4,45 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from peft import PeftModel
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.tuners.mores._common import adapted, assert_equal_bits, bits
-from tests.tuners.mores._models import inputs
+from tests.tuners.mores._models import build, inputs
 
 
-def _worker(rank, folder, results):
+def _worker(rank, folder, results, kind):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = adapted().train()
+    if kind == "fsdp2":
+        return _sharded(rank, model, results)
     if rank == 1:  # of another start: the first process's is what counts
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data.add_(1.0)
-    parallel = DistributedDataParallel(model)
+    _train(rank, model, DistributedDataParallel(model))
+    torch.save(bits(model), f"{results}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _sharded(rank, model, results):
+    """The same under FSDP2, which shards each layer with its steering; then saves the adapter whole."""
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.get_base_model().get_decoder().layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    _train(rank, model, model)
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:
+        model.save_pretrained(f"{results}/adapter", state_dict=whole)
+    dist.destroy_process_group()
+
+
+def _train(rank, model, parallel):
     steps = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2, weight_decay=0.1)
     # In the second step, one process has no image.
     for texts in (((3, 4),), ((3, 4),) if rank == 0 else (None,)):
@@ -27,15 +51,17 @@ def _worker(rank, folder, results):
         parallel(**batch, labels=batch["input_ids"]).loss.backward()
         steps.step()
         steps.zero_grad()
-    torch.save(bits(model), f"{results}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_processes(tmp_path):
-    mp.start_processes(_worker, (str(tmp_path), str(tmp_path)), nprocs=2, start_method="spawn")
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert_equal_bits(first, second)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes(kind, tmp_path):
+    mp.start_processes(_worker, (str(tmp_path), str(tmp_path), kind), nprocs=2, start_method="spawn")
+    if kind == "ddp":
+        first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+        assert_equal_bits(first, second)
+    else:
+        first = bits(PeftModel.from_pretrained(build(), tmp_path / "adapter"))
     model = adapted().train()
     steps = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2, weight_decay=0.1)
     for step in range(2):
