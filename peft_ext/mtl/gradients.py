@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,24 +14,6 @@ from .aggregators import Aggregator, Step
 from .aggregators.base import Array
 from .gramian import gramian_of
 from .parallel import any_process, is_sharded, local, mean_over_processes, sum_over_processes
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """
-    What one optimiser step's gradients were.
-
-    Attributes:
-        step ([`Step`]): their Gramian over the shared parameters, and the losses.
-        weights (`np.ndarray`, *optional*): of the tasks, `[tasks]`; `None` for methods without.
-        layers (`dict[str, np.ndarray]`): Gramian per layer, if asked for.
-        finite (`bool`): whether all of it was finite. If not, no gradient was written.
-    """
-
-    step: Step
-    weights: Array | None
-    layers: dict[str, Array]
-    finite: bool
 
 
 class TaskGradients:
