@@ -37,6 +37,8 @@ def choose_backend(
         return "bypass"
     if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
         return "bypass"
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "reference" if requested == "reference" else "bypass"  # the one with rules for torch.func
     if requested == "folded":
         return "folded" if is_table else "bypass"
     if requested != "auto":

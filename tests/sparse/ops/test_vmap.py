@@ -5,7 +5,7 @@ import torch
 
 from peft_ext.sparse.ops.bypass import sparse_add, sparse_grad_input, sparse_grad_values
 
-from .._inputs import SHAPES, make_inputs
+from .._inputs import SHAPES, adapt, make_inputs, random_linear
 from ._paths import PATHS
 
 
@@ -63,6 +63,22 @@ def test_activations_that_share_values_are_one_product():
 
     several = torch.stack([inputs.grad] * TASKS)
     assert bags(lambda: torch.func.vmap(product)(several)) == bags(lambda: product(inputs.grad)) > 0
+
+
+@pytest.mark.parametrize("backend", ["auto", "bypass", "folded", "dense"])
+def test_layers_give_gradients_per_task(backend):
+    layer = adapt(random_linear(9, 6), k=2, backend=backend)
+    name = "neuroada_delta.default.weight"
+    values, frozen = dict(layer.named_parameters())[name].detach(), dict(layer.named_buffers())
+    xs = torch.randn(TASKS, 5, 9)
+
+    def loss(values, x):
+        return torch.func.functional_call(layer, {name: values, **frozen}, (x,)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(values, xs)
+    for task in range(TASKS):
+        (alone,) = torch.autograd.grad(layer(xs[task]).square().sum(), [layer.deltas["default"].weight])
+        torch.testing.assert_close(found[task], alone)
 
 
 def test_a_second_derivative_is_refused():
