@@ -147,14 +147,6 @@ def select(folder, method, kind):
     return {"state": {name: t.clone() for name, t in model.state_dict().items() if "_delta." in name}}
 
 
-def save_pieces(folder, method, kind):
-    """Save a sharded adapter without gathering it."""
-    model = adapted(method)
-    for layer in model.base_model.model.model.layers:
-        fsdp.fully_shard(layer)
-    model.save_pretrained(folder)
-
-
 def main(folder, cases):
     results = []
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -25,7 +25,6 @@ CASES = [
     ("select", "neuroada", "fsdp2"),
     ("select", "ragged", "fsdp2"),
     ("select", "neuroada", "merge"),
-    ("save_pieces", "neuroada", "fsdp2"),
     ("select", "neuroada", "fsdp1"),
 ]
 
@@ -86,7 +85,6 @@ def test_entries_of_a_sharded_model_are_those_of_the_whole_one(two, one, method)
     ("case", "match"),
     [
         (("select", "neuroada", "merge"), "sharded over several processes.*one process"),
-        (("save_pieces", "neuroada", "fsdp2"), "get_state_dict"),
         (("select", "neuroada", "fsdp1"), "FSDP1 has sharded.*Adapt the model first"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
