@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     digits = options.add_argument_group("the digits comparison")
     digits.add_argument("--models", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
     digits.add_argument("--seeds", type=int, help="runs per method that the result is averaged over [3]")
-    digits.add_argument("--trials", type=int, help="learning rates tried per method, half a decade apart [4]")
+    digits.add_argument("--trials", type=int, help="learning rates tried per method, half a decade apart [8]")
     digits.add_argument("--smoke", action="store_true", help="smallest possible run: does it work, not how well")
 
     own = options.add_argument_group("a model and data of your own")
