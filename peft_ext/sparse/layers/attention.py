@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from ..._peft_internals import BaseTunerLayer
 from ..projection import PROJECTIONS, Projection
+from .base_attributes import BaseAttributes
 from .linear import SparseLinear
 
 
-class SparseMultiheadAttention(nn.Module, BaseTunerLayer):
+class SparseMultiheadAttention(BaseAttributes, nn.Module, BaseTunerLayer):
     """
     An `nn.MultiheadAttention` with sparse adapters on its projections of queries, keys, values and outputs.
 
@@ -40,13 +41,9 @@ class SparseMultiheadAttention(nn.Module, BaseTunerLayer):
         for name in PROJECTIONS:
             setattr(self, name, linear(Projection(base_layer, name)))
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":  # not yet set
-                raise
-            return getattr(self.base_layer, name)  # batch_first and the like, which other modules read
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        return self.base_layer._qkv_same_embed_dim  # torch's encoder reads it
 
     @property
     def projections(self) -> dict[str, SparseLinear]:

@@ -15,13 +15,14 @@ from ..neurons import CONVOLUTIONS, is_plain, neuron_view, stored_weight, taps_o
 from ..ops.reference import dense_delta
 from ..projection import Projection
 from ..support import Support
+from .base_attributes import BaseAttributes
 from .merging import MergingMixin
 
 
 BASE_ADAPTER = "__base__"  # PEFT's name for "no adapter" in a mixed batch
 
 
-class SparseLayer(MergingMixin, nn.Module, BaseTunerLayer):
+class SparseLayer(BaseAttributes, MergingMixin, nn.Module, BaseTunerLayer):
     """
     A layer with one weight and sparse adapters on it.
 
