@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..saved_config import SavedConfig
+from .checks import check_count, check_flag, check_share
 from .ops import BACKENDS
 from .selection import parse_selection
 
@@ -29,8 +31,7 @@ class SparseConfig(SavedConfig):
             Modules to adapt: names matched by suffix, a regular expression, `"all-linear"`, or `"all-neurons"`: every
             layer that has neurons, so also the convolutions of a ResNet or ConvNeXt and the attention of
             `nn.MultiheadAttention`, except output layers, heads and `modules_to_save`. By default all linear layers of
-            a transformers model except its output layer. Experts whose weights are fused into one 3-D parameter are
-            not supported and left out.
+            a transformers model except its output layer.
         exclude_modules (`list[str]` or `str`, *optional*):
             Modules to leave out, matched in the same way.
         selection (`str`, *optional*, defaults to `"magnitude"`):
@@ -63,6 +64,9 @@ class SparseConfig(SavedConfig):
             Adapt only the blocks with these numbers, as in PEFT.
         trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
             Tokens whose embeddings are trained too, as in PEFT.
+        target_parameters (`None`):
+            Not supported, as are experts whose weights are fused into one 3-D parameter: they are left out by default,
+            and naming them is an error.
         support_sizes (`dict[str, int]`, *optional*):
             Filled in by network-wide selections: number of entries per module.
         peft_ext_version, requires: see [`~peft_ext.saved_config.SavedConfig`].
@@ -88,6 +92,7 @@ class SparseConfig(SavedConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Tokens whose embeddings are trained too."}
     )
+    target_parameters: None = field(default=None, metadata={"help": "Not supported; must be None."})
     support_sizes: dict[str, int] | None = field(default=None, metadata={"help": "Filled in; entries per module."})
 
     def __post_init__(self) -> None:
@@ -101,10 +106,12 @@ class SparseConfig(SavedConfig):
 
     def _check(self) -> None:
         self._check_size()
-        if self.target_modules is not None and not self.target_modules:
+        self._check_names()
+        if self.target_parameters is not None:
             raise ValueError(
-                f"target_modules={self.target_modules!r} adapts nothing; name modules, or leave it out to adapt all "
-                "linear layers."
+                f"target_parameters={self.target_parameters!r} is not supported: a parameter outside a layer, such as "
+                "the fused weights of experts, has no neurons that an adapter could be put on. Leave it out, and name "
+                "modules in `target_modules`."
             )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
@@ -121,14 +128,12 @@ class SparseConfig(SavedConfig):
                 f"layers_pattern={self.layers_pattern!r} is set but layers_to_transform is not; set both or neither."
             )
         _, scope = parse_selection(self.selection)
-        if type(self.train_bias) is not bool:
-            raise ValueError(f"train_bias={self.train_bias!r} must be True or False.")
+        check_flag("train_bias", self.train_bias)
         if type(self.seed) is not int:
             raise ValueError(f"seed={self.seed!r} must be a whole number.")
         if type(self.init_weights) is not bool:
             raise ValueError(f"init_weights={self.init_weights!r} must be True (zeros) or False (random values).")
-        if not isinstance(self.neuron_ratio, (int, float)) or not 0.0 < self.neuron_ratio <= 1.0:
-            raise ValueError(f"neuron_ratio={self.neuron_ratio!r} must lie in (0, 1].")
+        check_share("neuron_ratio", self.neuron_ratio, "neurons that get entries")
         if self.neuron_ratio != 1.0 and scope != "neuron":
             raise ValueError(f"neuron_ratio={self.neuron_ratio} needs a selection per neuron, not {self.selection!r}.")
         if self.backend not in BACKENDS:
@@ -140,8 +145,29 @@ class SparseConfig(SavedConfig):
             raise ValueError(f"bias={self.bias!r} must be 'none', 'all' or '{method}_only'.")
 
     def _check_size(self) -> None:
-        if type(self.k) is not int or self.k < 1:
-            raise ValueError(f"k={self.k!r} must be a whole number of at least 1: entries trained per neuron.")
+        check_count("k", self.k, ": entries trained per neuron")
+
+    def _check_names(self) -> None:
+        if self.target_modules is not None and not self.target_modules:
+            raise ValueError(
+                f"target_modules={self.target_modules!r} adapts nothing; name modules, or leave it out to adapt all "
+                "linear layers."
+            )
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if not (value is None or isinstance(value, str) or _is_list_of(str, value)):
+                raise ValueError(f"{name}={value!r} must be a list of names of modules, or a regular expression.")
+            try:
+                re.compile(value if isinstance(value, str) else "")
+            except re.error as error:
+                raise ValueError(
+                    f"{name}={value!r} is no regular expression ({error}); pass a list to give names."
+                ) from error
+        if not (self.modules_to_save is None or _is_list_of(str, self.modules_to_save)):
+            raise ValueError(f"modules_to_save={self.modules_to_save!r} must be a list of names of modules.")
+        numbers = self.layers_to_transform
+        if not (numbers is None or _is_list_of(int, numbers) or _is_list_of(int, [numbers])):
+            raise ValueError(f"layers_to_transform={numbers!r} must be a block's number, or a list of them.")
 
     def entries_per_neuron(self, fan_in: int) -> int:
         """How many entries a neuron with `fan_in` inputs gets."""
@@ -167,3 +193,8 @@ class SparseConfig(SavedConfig):
             raise ValueError(f"scores={scores!r} must be a mapping from the names of modules to tensors.")
         self.scores = scores
         return self
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    """Whether a value is a list, tuple or set of one type exactly: True is no number."""
+    return isinstance(value, (list, tuple, set)) and all(type(item) is kind for item in value)

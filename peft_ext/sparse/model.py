@@ -27,7 +27,7 @@ from .selection import SCORED, ScoreMatrices, parse_selection, select_supports
 from .selection.plan import kept_neurons
 from .sharing import note_sharing, weight_key
 from .support import Support
-from .targets import base_of, inside_adapter, named_by_target, resolve_targets, without_parts
+from .targets import base_of, check_no_fused, inside_adapter, named_by_target, resolve_targets, without_parts
 from .weighted import WeightedAdapterMixin
 
 
@@ -100,6 +100,7 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
     def _prepare_model(self, peft_config: SparseConfig, model: nn.Module) -> None:
         if self._inject_by_state_dict:
             return  # the state dict's keys decide what is adapted
+        check_no_fused(model, peft_config.target_modules)
         targets = {
             name: module
             for name, module in model.named_modules()

@@ -16,6 +16,7 @@ from .._peft_internals import (
     resolve_all_linear,
 )
 from .config import SparseConfig
+from .heads import HEADS, heads_of, outside_body
 from .neurons import is_supported
 from .projection import PROJECTIONS
 from .quantised import backend_of
@@ -23,8 +24,6 @@ from .quantised import backend_of
 
 # `target_modules` that stands for every layer that has neurons, as PEFT's "all-linear" does for the linear ones.
 ALL_NEURONS = "all-neurons"
-# Heads of transformers' classification and question-answering models: never adapted by default.
-HEADS = ("classifier", "score", "qa_outputs")
 
 
 def resolve_targets(config: SparseConfig, model: nn.Module, default: str) -> None:
@@ -74,23 +73,24 @@ def is_head(model: nn.Module, name: str, config: SparseConfig) -> bool:
     """Whether a module is left out by default: it belongs to what a task puts on top of the pretrained model, which is
     new and random there (so that an adapter would fit no other copy), or is trained whole."""
     parts = name.split(".")
-    body = getattr(model, "base_model_prefix", "")
-    if body and isinstance(getattr(model, body, None), nn.Module) and parts[0] != body:
+    if parts[0] in HEADS or "pooler" in parts or parts[0] in outside_body(model) or parts[0] in heads_of(model):
         return True
     whole = tuple(config.modules_to_save or ())
     # PEFT matches the end of a name, so that "classifier" is also "pre_classifier".
-    return parts[0] in HEADS or "pooler" in parts or any(part.endswith(whole) for part in parts if whole)
+    return any(part.endswith(whole) for part in parts if whole)
 
 
 def _layers_with_neurons(config: SparseConfig, model: nn.Module) -> Iterator[str]:
     """Every layer of a supported type but output layers and those that are trained whole."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    output = getattr(model, "get_output_embeddings", lambda: None)()
     whole = {*(config.modules_to_save or ()), *(HEADS if isinstance(model, PreTrainedModel) else ())}
+    heads = heads_of(model) if isinstance(model, PreTrainedModel) else {}
     for name, module in model.named_modules():
         base = base_of(module)
         if (
             name
-            and base is not head
+            and base is not output
+            and name.partition(".")[0] not in heads
             and whole.isdisjoint(name.split("."))
             and not inside_adapter(model, name)
             and not _is_trained_whole(model, name)
@@ -136,6 +136,35 @@ def without_parts(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, 
                 "`exclude_modules`."
             )
     return {name: module for name, module in targets.items() if name not in parts}
+
+
+def check_no_fused(model: nn.Module, target_modules: Any) -> None:
+    """
+    Raises:
+        `TypeError`: if a target is the name of a parameter that fuses several layers, as those of experts are, and of
+            no module: PEFT would pass over it, or say that there is no such module.
+    """
+    if target_modules is None:
+        return
+    modules = [name for name, _ in model.named_modules()]
+    fused = [
+        name for name, parameter in model.named_parameters() if parameter.dim() >= 3 and not _is_weight(model, name)
+    ]
+    for target in [target_modules] if isinstance(target_modules, str) else sorted(target_modules):
+        pattern = target if isinstance(target_modules, str) else rf"(?:.*\.)?{re.escape(target)}"
+        found = next((name for name in fused if re.fullmatch(pattern, name)), None)
+        if found is not None and not any(re.fullmatch(pattern, name) for name in modules):
+            shape = "x".join(map(str, model.get_parameter(found).shape))
+            raise TypeError(
+                f"target_modules={target_modules!r}: '{found}' is no module but a parameter of {shape}. Adapters are "
+                "put on layers; experts whose weights are fused into one parameter are not supported. Leave it out: "
+                "the model's layers can be adapted without it."
+            )
+
+
+def _is_weight(model: nn.Module, name: str) -> bool:
+    """Whether a parameter belongs to a layer that can be adapted."""
+    return is_supported(base_of(model.get_submodule(name.rpartition(".")[0])), None)
 
 
 def named_by_target(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._peft_internals import ModulesToSaveWrapper, prune, task_arithmetic, ties
+from .checks import check_share
 from .support import Support, union
 
 
@@ -113,8 +114,8 @@ class WeightedAdapterMixin:
             raise ValueError(f"weights={weights!r} must have one number for each of the {len(adapters)} adapters.")
         if combination != "linear" and combination not in _PRUNING:
             raise ValueError(f"combination_type={combination!r} must be 'linear' or one of {', '.join(_PRUNING)}.")
-        if combination in _PRUNING and (density is None or not 0.0 < density <= 1.0):
-            raise ValueError(f"density={density!r} must lie in (0, 1] for combination_type={combination!r}.")
+        if combination in _PRUNING:
+            check_share("density", density, f"entries that combination_type={combination!r} keeps")
         if sign_method not in ("total", "frequency"):
             raise ValueError(f"majority_sign_method={sign_method!r} must be 'total' or 'frequency'.")
         configs = [self.peft_config[name] for name in adapters]

@@ -117,13 +117,50 @@ def test_a_subclass_that_computes_the_same_is_supported():
     assert isinstance(model.base_model.model[0], SparseConv)
 
 
-def test_fused_experts_are_refused_with_the_reason():
+def _mixtral():
     config = MixtralConfig(
         vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, num_local_experts=2,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def test_fused_experts_are_refused_with_the_reason():
+    model = _mixtral()
     with pytest.raises(TypeError, match=r"experts' is a MixtralExperts.*fuses the weights of several layers"):
         get_peft_model(model, NeuroAdaConfig(target_modules=["experts"]))
     adapted = get_peft_model(model, NeuroAdaConfig())  # the default leaves them out
     assert {name.rpartition(".")[2] for name in _adapted_names(adapted)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [["gate_up_proj"], ["q_proj", "experts.down_proj"], r".*\.down_proj", ["mlp.experts.gate_up_proj"]],
+    ids=str,
+)
+def test_a_fused_parameter_by_name_is_refused_with_the_reason(targets):
+    model = _mixtral()
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(TypeError) as error:
+        get_peft_model(model, NeuroAdaConfig(target_modules=targets))
+    for word in ("target_modules=", ".experts.", "2x", "fused into one parameter are not supported"):
+        assert word in str(error.value)
+    assert [name for name, _ in model.named_modules()] == names
+
+
+def test_a_name_of_a_layer_may_be_that_of_a_parameter_elsewhere():
+    """In Qwen's models `down_proj` is a layer of the shared expert and a fused parameter of the others."""
+    model = nn.ModuleDict({"shared": nn.ModuleDict({"down_proj": nn.Linear(4, 4)}), "experts": nn.Module()})
+    model["experts"].down_proj = nn.Parameter(torch.zeros(2, 4, 4))
+    assert _adapted_names(get_peft_model(model, NeuroAdaConfig(target_modules=["down_proj"]))) == {"shared.down_proj"}
+
+
+def test_a_layer_that_gives_more_than_its_product_is_named():
+    class Router(nn.Linear):
+        def forward(self, x):
+            scores = super().forward(x)
+            return scores, scores.argmax(-1)
+
+    model = get_peft_model(nn.Sequential(Router(4, 2)), NeuroAdaConfig(target_modules=["0"]))
+    with pytest.raises(TypeError, match="adapted Router gives a tuple.*exclude_modules"):
+        model(torch.randn(1, 4))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..._peft_internals import BaseTunerLayer
 from ..projection import PROJECTIONS, Projection
+from .attention_inputs import check_attention_inputs
 from .base_attributes import BaseAttributes
 from .linear import SparseLinear
 
@@ -102,6 +103,7 @@ class SparseMultiheadAttention(BaseAttributes, nn.Module, BaseTunerLayer):
                 average_attn_weights=average_attn_weights, is_causal=is_causal,
             )  # fmt: skip
         self._check(query)
+        check_attention_inputs(base, query, key, value, key_padding_mask, attn_mask)
         if is_causal and attn_mask is None:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
         batched = query.dim() == 3

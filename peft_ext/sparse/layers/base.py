@@ -160,6 +160,11 @@ class SparseLayer(BaseAttributes, MergingMixin, nn.Module, BaseTunerLayer):
 
     def _base_result(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result = self.base_layer(x, *args, **kwargs)
+        if not isinstance(result, Tensor):  # a router of experts, which is a linear layer and more
+            raise TypeError(
+                f"The adapted {type(self.get_base_layer()).__name__} gives a {type(result).__name__}, not one tensor, "
+                "so nothing can be added to what it computes. Leave such layers out with `exclude_modules`."
+            )
         backend = self.quantization_backend
         return result if backend is None else backend.maybe_clone_base_result(result)
 

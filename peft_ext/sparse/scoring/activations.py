@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_loader
 from ..config import SparseConfig
 from ..neurons import neuron_view
 from ..projection import Projection
+from .arguments import check_scoring
 from .batches import batches, forward
 from .modules import scored_modules
 from .preserve import preserved
@@ -77,6 +79,9 @@ def activation_scores(
     Raises:
         `TypeError`: if an `nn.MultiheadAttention` is to be scored, or a quantised weight.
     """
+    check_scoring(model, dataloader, config, max_batches, progress)
+    if anchor is not None:
+        check_loader("anchor", anchor)
     modules = scored_modules(model, config)
     hidden = next((name for name, module in modules.items() if isinstance(module, Projection)), None)
     if hidden is not None:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_flag
+
 
 class SupervisedContrastiveLoss(nn.Module):
     """
@@ -23,8 +25,9 @@ class SupervisedContrastiveLoss(nn.Module):
 
     def __init__(self, temperature: float = 0.07, normalize: bool = True) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature={temperature!r} must be positive.")
+        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not temperature > 0:
+            raise ValueError(f"temperature={temperature!r} must be positive: a number above 0, such as 0.07.")
+        check_flag("normalize", normalize)
         self.temperature = temperature
         self.normalize = normalize
 
@@ -37,10 +40,18 @@ class SupervisedContrastiveLoss(nn.Module):
         Returns:
             `torch.Tensor`: fp32 scalar; zero (and with zero gradient) if no two samples share a label.
         """
+        if not isinstance(features, Tensor) or not isinstance(labels, Tensor):
+            raise ValueError(f"features={features!r} and labels={labels!r} must be tensors.")
         if features.dim() != 2 or labels.shape != features.shape[:1]:
             raise ValueError(
                 f"features have shape {tuple(features.shape)} and labels {tuple(labels.shape)}; needed are "
-                "[samples, size] and [samples]. Pass `features=` to say where the features are."
+                "[samples, size] and [samples]. Pass `features=` to say where the features are, or another `loss`, "
+                "such as 'model', for labels that are no classes."
+            )
+        if labels.is_floating_point():
+            raise ValueError(
+                f"labels are {labels.dtype}; needed are whole numbers, one class per sample. Pass another `loss`, "
+                "such as 'model', for labels that are no classes."
             )
         features = features.float()
         if self.normalize:

@@ -14,9 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..checks import check_flag
 from ..config import SparseConfig
-from .batches import Features, batches, feature_reader, forward, labels_of
+from .arguments import check_loss, check_scoring
+from .batches import batches, forward, labels_of, loss_of
 from .contrastive import SupervisedContrastiveLoss
+from .features import Features, feature_reader
 from .modules import parameter_of, rows_of, scored_modules
 from .preserve import preserved
 
@@ -34,7 +37,7 @@ def gradient_scores(
     absolute: bool = False,
     training: bool = False,
     max_batches: int | None = None,
-    offload: bool | str = False,
+    offload: bool | str | os.PathLike[str] = False,
     progress: bool = True,
 ) -> dict[str, Tensor]:
     """
@@ -55,8 +58,9 @@ def gradient_scores(
             for the loss that the model returns for a batch with labels.
         features (`str` or `Callable`, *optional*):
             What the loss is given: the output of the module of this name, or a function of the model's output, such as
-            `lambda output: output.logits` with a cross-entropy. By default what enters the model's head, or its
-            `pooler_output`.
+            `lambda output: output.logits` with a cross-entropy. By default what enters the first linear layer of the
+            model's head (of heads that run on every token, at the token whose logits the model puts out), or a
+            headless model's `pooler_output`.
         config ([`SparseConfig`], *optional*):
             Its `target_modules` are scored; by default all layers that have neurons, except for the head.
         absolute (`bool`, *optional*, defaults to `False`):
@@ -66,8 +70,9 @@ def gradient_scores(
             Score in training mode, as the published code does (dropout and drop path active).
         max_batches (`int`, *optional*): stop after so many.
         offload (`bool` or `str`, *optional*, defaults to `False`):
-            Keep the sums in the CPU's memory, or in files in the folder of this name, instead of on the weights'
-            device.
+            Where the sums, which are as large as the weights in fp32, are kept: on the weights' device (`False`), in
+            the CPU's memory (`True`), or in files in the folder of this name. On a CPU `True` changes nothing, which
+            it warns of.
         progress (`bool`, *optional*, defaults to `True`): show a progress bar.
 
     Returns:
@@ -77,22 +82,27 @@ def gradient_scores(
         `ValueError`: if features or labels are missing, the loss is not finite, or every gradient is zero.
         `TypeError`: if a weight is quantised.
     """
+    check_scoring(model, dataloader, config, max_batches, progress)
+    check_flag("absolute", absolute)
+    check_flag("training", training)
+    if not (features is None or isinstance(features, str) or callable(features)):
+        raise ValueError(
+            f"features={features!r} must be the name of a module, a function of the model's output, or None."
+        )
+    if not (loss is None or callable(loss) or (isinstance(loss, str) and loss == "model")):
+        raise ValueError(f"loss={loss!r} must be a function of features and labels, or 'model', or None.")
+    by_model = isinstance(loss, str)
+    compute: Loss = SupervisedContrastiveLoss() if loss is None or isinstance(loss, str) else loss
     modules = scored_modules(model, config)
     sums = _Sums(modules, absolute, offload)
-    compute: Loss = SupervisedContrastiveLoss() if loss is None or isinstance(loss, str) else loss
-    by_model = isinstance(loss, str)
-    if by_model and loss != "model":
-        raise ValueError(f"loss={loss!r} must be a function of features and labels, or 'model'.")
     with preserved(model, training), torch.enable_grad():
         handles = sums.listen(model)
         try:
-            with feature_reader(model, (lambda outputs: outputs.loss) if by_model else features) as read:
+            with feature_reader(model, loss_of if by_model else features) as read:
                 shown = batches(model, dataloader, max_batches, "gradient scores", progress)
                 for number, batch in enumerate(shown):
                     found = read(forward(model, batch, with_labels=by_model))
-                    value = found if by_model else compute(found, labels_of(batch))
-                    if not bool(torch.isfinite(value)):
-                        raise ValueError(f"The loss of batch {number} is {value.item()}, so no entries can be ranked.")
+                    value = check_loss(found if by_model else compute(found, labels_of(batch)), number)
                     value.backward()
                     del found, value
         finally:
@@ -104,14 +114,18 @@ def gradient_scores(
 class _Sums:
     """fp32 sums of gradients, one per weight; a weight that several modules share has one."""
 
-    def __init__(self, modules: dict[str, Any], absolute: bool, offload: bool | str) -> None:
+    def __init__(self, modules: dict[str, Any], absolute: bool, offload: bool | str | os.PathLike[str]) -> None:
         self.modules = modules
         self.weights = {id(weight): weight for weight in map(parameter_of, modules.values())}
         self.absolute = absolute
-        self.offload = offload
+        self.offload = offload if type(offload) is bool else _folder(offload)
         self.totals: dict[int, Tensor] = {}  # by the weight's id
-        if isinstance(offload, str) and not os.path.isdir(offload):
-            raise ValueError(f"offload={offload!r} is no folder; pass an existing one, or True for the CPU's memory.")
+        if offload is True and all(weight.device.type == "cpu" for weight in self.weights.values()):
+            warnings.warn(
+                "offload=True keeps the sums of the gradients in the CPU's memory, where the weights are already, so "
+                "it saves nothing here. Pass the name of a folder to keep them in files.",
+                stacklevel=3,
+            )
 
     def listen(self, model: nn.Module) -> list[Any]:
         """Let the scored weights alone require gradients, and take each as it comes."""
@@ -172,3 +186,11 @@ class _Sums:
             summed = total.to(weight.device)
             dist.all_reduce(summed)
             total.copy_(summed)
+
+
+def _folder(offload: Any) -> str:
+    if not isinstance(offload, (str, os.PathLike)) or not os.path.isdir(offload):
+        raise ValueError(
+            f"offload={offload!r} is no folder; pass the name of an existing one, True for the CPU's memory, or False."
+        )
+    return os.fspath(offload)

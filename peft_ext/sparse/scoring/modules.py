@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from ..._peft_internals import INCLUDE_LINEAR_LAYERS_SHORTHAND, check_target_module_exists
 from ..config import SparseConfig
+from ..heads import HEADS, heads_of
 from ..neurons import has_writable_weight, is_supported, weights_of
 from ..projection import Projection
-from ..targets import ALL_NEURONS, HEADS, base_of, inside_adapter, is_part
+from ..targets import ALL_NEURONS, base_of, inside_adapter, is_part
 
 
 def scored_modules(model: nn.Module, config: SparseConfig | None) -> dict[str, Any]:
@@ -30,12 +31,17 @@ def scored_modules(model: nn.Module, config: SparseConfig | None) -> dict[str, A
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     shorthands = (None, INCLUDE_LINEAR_LAYERS_SHORTHAND, ALL_NEURONS)
     named = config is not None and config.target_modules not in shorthands
+    heads = {*HEADS, *heads_of(model)}
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         base = base_of(module)
         if not is_supported(base, None) or inside_adapter(model, name) or is_part(model, name):
             continue
-        if check_target_module_exists(config, name) if named else base is not output and _outside_head(name):
+        if (
+            check_target_module_exists(config, name)
+            if named
+            else base is not output and name.partition(".")[0] not in heads
+        ):
             layers = weights_of(name, base)
             found.update({key: layer for key, layer in layers.items() if has_writable_weight(layer)})
     if not found:
@@ -63,7 +69,3 @@ def parameter_of(layer: Any) -> nn.Parameter:
 def rows_of(layer: Any, tensor: Tensor) -> Tensor:
     """A layer's part of a tensor in the shape of its parameter: a view."""
     return layer.rows_of(tensor) if isinstance(layer, Projection) else tensor
-
-
-def _outside_head(name: str) -> bool:
-    return name.split(".")[0] not in HEADS

@@ -17,6 +17,9 @@ class TwoViewCollator:
         augment (`Callable`): takes an example, returns an augmented copy; called twice per example.
         collate (`Callable`, *optional*): makes a batch of a list of examples; by default that of transformers.
 
+    Raises:
+        `ValueError`: if one of them can't be called.
+
     Returns of a call: a batch of twice as many samples, first all first views, then all second ones.
     """
 
@@ -25,6 +28,9 @@ class TwoViewCollator:
         augment: Callable[[Any], Any],
         collate: Callable[[list[Any]], Any] = default_data_collator,
     ) -> None:
+        for name, function in (("augment", augment), ("collate", collate)):
+            if not callable(function):
+                raise ValueError(f"{name}={function!r} must be a function.")
         self.augment = augment
         self.collate = collate
 

@@ -19,8 +19,8 @@ class GPSConfig(SparseConfig):
 
     The entries are chosen by [`gradient_scores`], before training and without the classification head; [`gps`] does
     both steps in one call. As in the published code, the biases of the adapted layers are trained too
-    (`train_bias=True`), norms stay frozen, and the head is trained whole: name it in `modules_to_save`. Of models that
-    keep it in `classifier`, `score` or `qa_outputs` it is found; `modules_to_save=[]` leaves it frozen. See
+    (`train_bias=True`), norms stay frozen, and the head is trained whole: of transformers' classifiers it is found, of
+    others name it in `modules_to_save`; `modules_to_save=[]` leaves it frozen. See
     [`~peft_ext.sparse.config.SparseConfig`] for the other arguments.
 
     Example:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from ...sparse.config import SparseConfig
+from ...sparse.heads import heads_to_save
 from ...sparse.model import SparseModel
-from ...sparse.targets import ALL_NEURONS, HEADS
+from ...sparse.targets import ALL_NEURONS
 
 
 class GPSModel(SparseModel):
@@ -31,8 +32,7 @@ class GPSModel(SparseModel):
 
     def _prepare_adapter_config(self, peft_config: SparseConfig, model_config: dict[str, Any]) -> SparseConfig:
         if peft_config.modules_to_save is None:
-            heads = [name for name, _ in self.model.named_children() if name in HEADS]
-            peft_config.modules_to_save = heads or None
+            peft_config.modules_to_save = heads_to_save(self.model) or None
         return super()._prepare_adapter_config(peft_config, model_config)
 
 

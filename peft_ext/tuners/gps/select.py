@@ -9,6 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from ...sparse.scoring import gradient_scores
+from ...sparse.selection import parse_selection
 from .config import GPSConfig
 
 
@@ -31,7 +32,17 @@ def gps(
 
     Returns:
         `PeftModel`: to be trained.
+
+    Raises:
+        `ValueError`: if the config is no [`GPSConfig`], or selects by something else than gradients.
     """
+    if not isinstance(config, GPSConfig):
+        raise ValueError(f"config={config!r} must be a GPSConfig.")
+    if parse_selection(config.selection)[0] != "gradient":
+        raise ValueError(
+            f"selection={config.selection!r} does not rank by gradients, so there is nothing for gps() to compute. "
+            "Call get_peft_model(model, config), for 'activation' with the scores of activation_scores."
+        )
     if not isinstance(model, PeftModel):
         scores = gradient_scores(model, dataloader, config=config, **scoring)
         return get_peft_model(model, config.with_scores(scores), adapter_name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from ...registration import peft_type
+from ...sparse.checks import check_share
 from ...sparse.config import SparseConfig
 
 
@@ -55,8 +56,8 @@ class PSNConfig(SparseConfig):
             super()._check_size()
         elif self.k is not None:
             raise ValueError(f"k={self.k!r} and density={self.density!r} both give the size; pass one of them.")
-        elif not isinstance(self.density, (int, float)) or not 0.0 < self.density <= 1.0:
-            raise ValueError(f"density={self.density!r} must lie in (0, 1]: the share of each neuron's inputs.")
+        else:
+            check_share("density", self.density, "each neuron's inputs")
 
     def entries_per_neuron(self, fan_in: int) -> int:
         if self.density is None:

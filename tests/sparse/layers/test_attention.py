@@ -138,6 +138,64 @@ def test_a_causal_hint():
         adapted(x, x, x, is_causal=True)
 
 
+def _malformed():
+    whole = torch.ones(QUERIES, KEYS)
+    padding = torch.ones(BATCH, KEYS)
+    masks = {
+        "integer mask": {"attn_mask": whole.long()},
+        "integer padding": {"key_padding_mask": padding.long()},
+        "byte padding": {"key_padding_mask": padding.byte()},
+        "transposed mask": {"attn_mask": whole.t().bool()},
+        "one row": {"attn_mask": whole[:1].bool()},
+        "one dimension": {"attn_mask": whole[0].bool()},
+        "a mask per sample": {"attn_mask": whole.expand(BATCH, -1, -1).bool()},
+        "four dimensions": {"attn_mask": whole.expand(BATCH, HEADS, -1, -1).bool()},
+        "padding of queries": {"key_padding_mask": padding[:, :QUERIES].bool()},
+        "padding of one sample": {"key_padding_mask": padding[:1].bool()},
+        "padding without a batch": {"key_padding_mask": padding[0].bool()},
+        "padding per head": {"key_padding_mask": padding.repeat(HEADS, 1).bool()},
+    }
+    query, key, value = _inputs()
+    inputs = {
+        "fewer values": (query, key, value[:, 1:]),
+        "fewer samples": (query, key[1:], value[1:]),
+        "narrow keys": (query, key[..., 1:], value[..., 1:]),
+        "narrow queries": (query[..., 1:], key, value),
+        "one sample's queries": (query[0], key, value),
+        "a dimension more": (query[None], key[None], value[None]),
+    }
+    cases = {name: (_inputs(), mask) for name, mask in masks.items()}
+    return cases | {name: (x, {}) for name, x in inputs.items()}
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("case", _malformed())
+def test_what_torch_refuses_is_refused_with_what_it_should_be(case, need_weights):
+    attention = _attention()
+    _, adapted = _adapted(copy.deepcopy(attention))
+    x, masks = _malformed()[case]
+    with pytest.raises((AssertionError, RuntimeError)):
+        attention(*x, **masks, need_weights=need_weights)
+    with pytest.raises(ValueError, match="must"):
+        adapted(*x, **masks, need_weights=need_weights)
+
+
+@pytest.mark.parametrize(
+    "masks",
+    [{"attn_mask": (QUERIES, KEYS)}, {"attn_mask": (HEADS, QUERIES, KEYS)}, {"key_padding_mask": (KEYS,)}],
+    ids=str,
+)
+def test_masks_of_a_sample_without_a_batch(masks):
+    attention = _attention()
+    _, adapted = _adapted(copy.deepcopy(attention))
+    dense = _with_dense_updates(adapted, attention)
+    generator = torch.Generator().manual_seed(3)
+    options = {name: torch.rand(shape, generator=generator) > 0.7 for name, shape in masks.items()}
+    single = [x[0] for x in _inputs()]
+    for mine, theirs in zip(adapted(*single, **options), dense(*single, **options), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_dropout_acts_in_training_only():
     attention = nn.MultiheadAttention(WIDTH, HEADS, dropout=0.5, batch_first=True)
     model, adapted = _adapted(attention)
