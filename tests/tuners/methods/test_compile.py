@@ -155,6 +155,7 @@ def test_gradient_checkpointing(base, ids):
     assert_same(gradients(model, ids, compiled), expected)
 
 
+@pytest.mark.slow
 def test_reentrant_gradient_checkpointing_breaks_the_graph_and_gives_the_same(base, ids):
     """PyTorch does not trace it: what lies between the checkpoints is compiled."""
     model = adapted(base)
