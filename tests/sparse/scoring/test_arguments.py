@@ -64,7 +64,7 @@ GRADIENT = [
 ]
 
 
-@pytest.mark.parametrize(("options", "words"), [*SHARED, *GRADIENT], ids=str)
+@pytest.mark.parametrize(("options", "words"), [*SHARED, *GRADIENT])
 def test_gradient_scores_name_what_is_wrong(options, words):
     model = _model()
     arguments = {"model": model, "dataloader": [(X, LABELS)], "features": lambda output: output} | options
