@@ -20,10 +20,25 @@ def float_weight(base_layer: Any, backend: QuantizationBackend | None) -> Tensor
             return base_layer.rows_of(whole(base_layer.parameter)).detach()
         return whole(base_layer.weight).detach()
     if getattr(getattr(base_layer.weight, "quant_state", None), "packing_format_for_cpu", False):
-        # bitsandbytes repacks 4-bit weights at the first forward on some CPUs, and dequantises the packed bytes as if
-        # they were not. Asking for a state dict makes it undo that, until the next forward.
-        base_layer.state_dict()
+        return _repacked_weight(base_layer.weight)
     return backend.get_base_weight(base_layer)
+
+
+def _repacked_weight(weight: Any) -> Tensor:
+    """
+    A 4-bit weight that bitsandbytes has repacked, as it does at the first forward of inference on CPUs with
+    AVX512-BF16. Its `dequantize_4bit` takes the packed bytes for unpacked ones, and its own way back leaves the scales
+    transposed: wrong weights where a row has several blocks. Both are undone here, on copies. The scales stay rounded
+    to bf16, as they are in the layer's products.
+    """
+    from bitsandbytes import functional
+
+    state = copy.copy(weight.quant_state)
+    dtype = state.original_dtype
+    state.original_nested = False  # the packed scales are plain ones
+    unpacked, state = functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
+    state.absmax = state.absmax.t().reshape(-1).float()  # [blocks per row, rows] to [rows * blocks per row]
+    return functional.dequantize_4bit(unpacked, state).to(dtype)
 
 
 def dense_layer(base_layer: Any, weight: Tensor, dtype: torch.dtype) -> nn.Linear:
