@@ -51,10 +51,14 @@ def _run(code, site_dir, *paths, options=(), env=None):
     )
 
 
+# What bitsandbytes, which peft imports, says on CPUs with AVX512-BF16.
+OF_BITSANDBYTES = "Failed to load CPU gemm_4bit_forward"
+
+
 def _output(*arguments, **keywords):
     result = _run(*arguments, **keywords)
     assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
+    assert [line for line in result.stderr.splitlines() if not line.startswith(OF_BITSANDBYTES)] == []
     return result.stdout.split()
 
 

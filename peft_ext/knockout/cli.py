@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
@@ -19,6 +18,7 @@ from .engines import ENGINES
 from .jaccard import topk_jaccard
 from .lens import answer_probability_by_layer
 from .plots import plot_answer_probability, plot_jaccard, plot_sweep
+from .processes import this_process
 from .questions import Question, open_image, read_csv, read_dataset
 from .records import Record
 from .samples import LazySample, parse_pairs
@@ -106,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
         max_new_tokens=options.max_new_tokens,
     )
     lazy = [LazySample(question.name, lambda question=question: asker.sample(question)) for question in questions]  # type: ignore[misc]
-    if PartialState().is_main_process:
+    if this_process().is_main_process:
         _write_settings(options)
     records = layer_sweep(
         model,
@@ -121,7 +121,7 @@ def run(options: argparse.Namespace) -> int:
     names = {question.name for question in questions}
     records = [record for record in records if record["sample"] in names]
     skipped = gather_object(asker.skipped)  # of all processes
-    if PartialState().is_main_process:
+    if this_process().is_main_process:
         _report(options, asker, skipped, questions, records)
     return 0
 
@@ -140,7 +140,7 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    state = PartialState()
+    state = this_process()
     device = state.device if state.num_processes > 1 else _device(options.device)
     processor = AutoProcessor.from_pretrained(options.model)
     model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=_DTYPES[options.dtype])

@@ -9,13 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 from tqdm.auto import tqdm
 
 from .architecture import Architecture, inspect_model
 from .clean_run import NotReusable
 from .engines import ENGINES, Pair, Passes, Span, run_engine, span_of
+from .processes import this_process
 from .records import Record, RecordFile, read_records
 from .samples import FlowSample, LazySample, Prompt, parse_pairs, prepare
 from .windows import Window, windows
@@ -81,7 +81,7 @@ def layer_sweep(
         architecture.attention(index)
     if model.training:
         raise ValueError("model is in training mode, where dropout changes every pass: call model.eval() first.")
-    share = PartialState()
+    share = this_process()
     settings = {"window": window, "mode": mode, "answer_token": answer_token}
     file = None
     if output is not None:

@@ -158,10 +158,12 @@ import os, sys
 import torch
 from tests.knockout.test_records import OPTIONS, PAIRS, build, samples
 from peft_ext.knockout import layer_sweep
+from peft_ext.knockout.processes import this_process
 torch.set_num_threads(1)
 other = os.fork()
 os.environ["RANK"] = os.environ["LOCAL_RANK"] = "1" if other else "0"
 records = layer_sweep(build(), samples(), PAIRS, output=sys.argv[1], **OPTIONS)
+assert this_process().num_processes == 2
 assert len(records) == 24, len(records)
 torch.distributed.destroy_process_group()
 if other:
