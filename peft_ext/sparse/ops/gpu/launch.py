@@ -92,6 +92,11 @@ def rows_of(indices: Tensor, offsets: Tensor | None) -> Tensor | None:
     return None if offsets is None else row_of_entry(indices, offsets).to(torch.int32)
 
 
+def _flat(table: Tensor) -> Tensor:
+    """One number after the other, as the kernels read values and indices: `reshape` alone keeps strides of slices."""
+    return table.reshape(-1).contiguous()
+
+
 def _dtypes(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
 
@@ -140,7 +145,7 @@ def gather_sum(
 def add(result: Tensor, x: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, out: Tensor) -> Tensor:
     """`out = result + S x`; arguments as of `sparse_add`, `out` may be `result`."""
     k = indices.shape[1] if offsets is None else 0
-    gather_sum(result, x, values.reshape(-1), indices.reshape(-1), offsets, None, k, out)
+    gather_sum(result, x, _flat(values), _flat(indices), offsets, None, k, out)
     return out
 
 
@@ -149,7 +154,7 @@ def grad_input(
 ) -> Tensor:
     """`out = S^T grad`; `rows` int32 `[entries]` of a ragged support, `None` for a table; see `sparse_grad_input`."""
     k = indices.shape[1] if rows is None else 0
-    gather_sum(None, grad, values.reshape(-1), rows, ends, entries, k, out)
+    gather_sum(None, grad, _flat(values), rows, ends, entries, k, out)
     return out
 
 
@@ -159,9 +164,10 @@ def grad_values(grad: Tensor, x: Tensor, indices: Tensor, rows: Tensor | None) -
     parts, span = splits_of(tokens, entries)
     k = indices.shape[1] if rows is None else 0
     sums = torch.empty(parts, entries, dtype=torch.float32, device=x.device)
+    columns = _flat(indices)
 
     def launch(config: Config) -> None:
-        tensors = (grad, x, indices.reshape(-1), rows, sums)
+        tensors = (grad, x, columns, rows, sums)
         strides = (*grad.stride(), *x.stride())
         grid = (parts * -(-entries // config.block_neurons),)
         sizes = {"BLOCK_ENTRIES": config.block_neurons, "num_warps": config.num_warps}
