@@ -25,7 +25,9 @@ def triton_supports(device: torch.device) -> bool:
 
 def usable(*tensors: Tensor) -> bool:
     """Whether the kernels take these activations and values: on one supported GPU, in 16 or 32 bits."""
-    return all(t.is_cuda and t.dtype in DTYPES for t in tensors) and triton_supports(tensors[0].device)
+    device = tensors[0].device
+    on_device = all(t.is_cuda and t.device == device and t.dtype in DTYPES for t in tensors)
+    return on_device and triton_supports(device)
 
 
 @functools.cache
