@@ -10,13 +10,21 @@ from peft_ext.sparse.ops import gpu
 
 
 def test_without_triton_no_device_is_supported(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton.language", None)
+    monkeypatch.setitem(sys.modules, "triton", None)
     assert not gpu.triton_supports.__wrapped__(torch.device("cuda"))
+
+
+def test_an_old_triton_is_left_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for version, supported in (("3.2.0", False), ("3.3.0", True), ("3.10.1+git12", True)):
+        monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=version))
+        assert gpu.triton_supports.__wrapped__(torch.device("cuda")) == supported
 
 
 def test_an_old_gpu_is_left_to_pytorch(monkeypatch):
     for major, supported in ((7, False), (8, True), (9, True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, major=major: (major, 0))
+        monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.4.0"))
         assert gpu.triton_supports.__wrapped__(torch.device("cuda")) == supported
 
 
