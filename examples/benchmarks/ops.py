@@ -58,11 +58,12 @@ def seconds(works: Sequence[Callable[[], object]], rounds: int, device: torch.de
     for _ in range(rounds):
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            stream = torch.cuda.current_stream(device)  # not that of the current device, which may be another
             torch.cuda.synchronize(device)
-            start.record()
+            start.record(stream)
             for work in works:
                 work()
-            end.record()
+            end.record(stream)
             end.synchronize()
             times.append(start.elapsed_time(end) / 1000)
         else:

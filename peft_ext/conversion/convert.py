@@ -93,6 +93,11 @@ def convert(
 def _convert_folder(path: str, base_model: nn.Module | None, load_options: dict[str, Any]) -> PeftModel:
     if not isinstance(base_model, nn.Module):
         raise ValueError(f"base_model={base_model!r} must be the model to load the adapter {path!r} onto.")
+    if isinstance(base_model, PeftModel):
+        raise ValueError(
+            f"base_model is a {type(base_model).__name__}, which has adapters already. Pass the model beneath; or "
+            f"load {path!r} with load_adapter and convert the whole."
+        )
     places = {key: load_options[key] for key in ("subfolder", "revision", "token", "cache_dir") if key in load_options}
     config = PeftConfig.from_pretrained(path, **places)
     check_convertible(load_options.get("adapter_name", "default"), config)

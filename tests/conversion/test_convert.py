@@ -313,7 +313,7 @@ def test_lost_indices(tiny, ids):
         convert(model)
 
 
-@pytest.mark.parametrize("what", ["base model", "mixed model", "options", "no base model"])
+@pytest.mark.parametrize("what", ["base model", "mixed model", "options", "adapted base model", "no base model"])
 def test_wrong_arguments(tiny, ids, tmp_path, what):
     if what == "base model":
         refused(tiny("llama"), ids, TypeError, "LlamaForCausalLM, not a PeftModel")
@@ -321,6 +321,13 @@ def test_wrong_arguments(tiny, ids, tmp_path, what):
         refused(PeftMixedModel(tiny("llama"), CONFIGS["SHiRA"]()).eval(), ids, TypeError, "PeftMixedModel")
     elif what == "options":
         refused(peft_adapted(tiny("llama")), ids, ValueError, "is_trainable", is_trainable=True)
+    elif what == "adapted base model":
+        model = peft_adapted(tiny("llama"))
+        model.save_pretrained(tmp_path)
+        before = logits(model, ids)
+        with pytest.raises(ValueError, match="PeftModel, which has adapters already"):
+            convert(tmp_path, model)
+        assert torch.equal(logits(model, ids), before)
     else:
         with pytest.raises(ValueError, match="base_model=None"):
             convert(str(tmp_path))

@@ -14,6 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from peft_ext.sparse import delta
+from peft_ext.sparse.ops import bypass
+
 
 BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
 CPU = torch.device("cpu")
@@ -31,7 +34,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     modules = {name: importlib.import_module(f"_common.{name}") for name in names}
     yield SimpleNamespace(step=importlib.import_module("step"), **modules)
     torch.set_num_threads(threads)
-    for name in [name for name in sys.modules if name == "step" or name.partition(".")[0] == "_common"]:
+    for name in [name for name in sys.modules if name in ("step", "ops") or name.partition(".")[0] == "_common"]:
         del sys.modules[name]
 
 
@@ -116,6 +119,37 @@ def test_nothing_is_timed_when_a_gradient_is_wrong(
     with pytest.raises(bench.gate.GateError, match="'case': 'layer', 'backend': 'bypass', 'k': 1"):
         bench.step.main([*TINY, "--out", str(tmp_path / "results.json")])
     assert not any(tmp_path.iterdir())
+
+
+def test_the_gate_checks_the_path_that_is_timed_and_not_one_that_a_watching_mode_leads_to(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delta, "may_add_in_place", lambda *args: not torch._C._len_torch_dispatch_stack())
+    monkeypatch.setattr(delta, "add_in_place", lambda result, *args: 1.01 * bypass(result, *args))
+    shape = bench.models.Shape(hidden=32, intermediate=48, layers=1, heads=2, vocab=64, batch=2, tokens=8)
+    checks = bench.gate.gate(shape, torch.float32, CPU)
+    assert all(check.backend_ran for check in checks)
+    assert {check.backend for check in checks if not check.passed} == {"bypass"}
+
+
+def test_steps_on_a_gpu_that_is_not_the_current_one_are_timed_on_its_stream(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.synchronize = lambda: None
+            self.record = recorded.append
+            self.elapsed_time = lambda end: 2000.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    device = torch.device("cuda:1")
+    assert bench.steps.seconds(lambda: None, device) == 2.0
+    assert importlib.import_module("ops").seconds([lambda: None], 1, device) == 2.0
+    assert recorded == ["stream of cuda:1"] * 4
 
 
 @pytest.mark.parametrize("flaw", [{"output": float("nan")}, {"base_intact": False}, {"backend_ran": False}])

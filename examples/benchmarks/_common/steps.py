@@ -45,10 +45,11 @@ def seconds(stepper: Stepper, device: torch.device, clock: Callable[[], float] =
     """Time of one step by `clock`; on CUDA between two events on the stream, nothing else in flight."""
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        stream = torch.cuda.current_stream(device)  # not that of the current device, which may be another
         torch.cuda.synchronize(device)
-        start.record()
+        start.record(stream)
         stepper()
-        end.record()
+        end.record(stream)
         end.synchronize()
         return start.elapsed_time(end) / 1000
     begin = clock()

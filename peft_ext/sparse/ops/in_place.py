@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import gpu
+from .bypass import sparse_grad_input, sparse_grad_values
 
 
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -32,10 +33,17 @@ class _AddInPlace(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, values, indices, offsets, entries, ends = ctx.saved_tensors
-        kernels = gpu.kernels()
-        rows = kernels.rows_of(indices, offsets)
         flat = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_values = None
+        if torch._C._functorch.is_legacy_batchedtensor(grad):  # `is_grads_batched`: it has no memory of its own
+            if ctx.needs_input_grad[1]:
+                grad_x = sparse_grad_input(flat, values, indices, offsets, entries, ends, ctx.x_dtype)
+                grad_x = grad_x.view(ctx.x_shape)
+            if ctx.needs_input_grad[2]:
+                grad_values = sparse_grad_values(flat, x.reshape(-1, x.shape[-1]), indices, offsets).to(values.dtype)
+            return grad, grad_x, grad_values, None, None, None, None
+        kernels = gpu.kernels()
+        rows = kernels.rows_of(indices, offsets)
         if ctx.needs_input_grad[1]:
             grad_x = torch.empty(ctx.x_shape, dtype=ctx.x_dtype, device=grad.device)
             kernels.grad_input(flat, values, indices, rows, entries, ends, grad_x.view(-1, grad_x.shape[-1]))

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from ...support import row_of_entry
-from . import direct, staged, tuning
+from . import direct, staged, triton_version, tuning
 from .tuning import Config
 
 
 # Words of 8 bytes that fit in the shared memory of a multiprocessor (227 KB on H100, 163 KB on A100); smaller devices
 # refuse at launch and fall back on the other configurations.
 MAX_STAGED_WIDTH = 16384
+# With Triton 3.3, `gather_sum_staged` at 14336 inputs compiles for a minute and a half and spills 8 KB per thread.
+STAGED_SINCE = (3, 4)
 # A value gradient splits the tokens until it has so many programs of that size (an H100 runs some 300 at once), but
 # not below a span where writing and summing the parts would cost more than reading the activations. The parts together
 # take at most 16 MB.
@@ -63,7 +65,7 @@ def _staged_blocks(width: int, itemsize: int, block_k: int = 1) -> list[tuple[in
     more than registers hold (`tests/sparse/ops/gpu/test_targets.py` compiles them).
     """
     words = power_of_two(width)
-    if words > MAX_STAGED_WIDTH or itemsize not in (2, 4):
+    if words > MAX_STAGED_WIDTH or itemsize not in (2, 4) or triton_version() < STAGED_SINCE:
         return []
     if words <= 4096:
         return [(2048, 8), (4096, 8)]
@@ -90,6 +92,11 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 def rows_of(indices: Tensor, offsets: Tensor | None) -> Tensor | None:
     """int32 row of each entry of a ragged support; the kernels compute that of a table."""
     return None if offsets is None else row_of_entry(indices, offsets).to(torch.int32)
+
+
+def _flat(table: Tensor) -> Tensor:
+    """One number after the other, as the kernels read values and indices: `reshape` alone keeps strides of slices."""
+    return table.reshape(-1).contiguous()
 
 
 def _dtypes(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -140,7 +147,7 @@ def gather_sum(
 def add(result: Tensor, x: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, out: Tensor) -> Tensor:
     """`out = result + S x`; arguments as of `sparse_add`, `out` may be `result`."""
     k = indices.shape[1] if offsets is None else 0
-    gather_sum(result, x, values.reshape(-1), indices.reshape(-1), offsets, None, k, out)
+    gather_sum(result, x, _flat(values), _flat(indices), offsets, None, k, out)
     return out
 
 
@@ -149,7 +156,7 @@ def grad_input(
 ) -> Tensor:
     """`out = S^T grad`; `rows` int32 `[entries]` of a ragged support, `None` for a table; see `sparse_grad_input`."""
     k = indices.shape[1] if rows is None else 0
-    gather_sum(None, grad, values.reshape(-1), rows, ends, entries, k, out)
+    gather_sum(None, grad, _flat(values), rows, ends, entries, k, out)
     return out
 
 
@@ -159,9 +166,10 @@ def grad_values(grad: Tensor, x: Tensor, indices: Tensor, rows: Tensor | None) -
     parts, span = splits_of(tokens, entries)
     k = indices.shape[1] if rows is None else 0
     sums = torch.empty(parts, entries, dtype=torch.float32, device=x.device)
+    columns = _flat(indices)
 
     def launch(config: Config) -> None:
-        tensors = (grad, x, indices.reshape(-1), rows, sums)
+        tensors = (grad, x, columns, rows, sums)
         strides = (*grad.stride(), *x.stride())
         grid = (parts * -(-entries // config.block_neurons),)
         sizes = {"BLOCK_ENTRIES": config.block_neurons, "num_warps": config.num_warps}

@@ -6,6 +6,7 @@ import torch
 from peft_ext.sparse.ops import add_in_place, bypass, may_add_in_place
 from peft_ext.sparse.ops.bypass import sparse_add, sparse_grad_input, sparse_grad_values
 from peft_ext.sparse.ops.gpu import launch
+from peft_ext.sparse.support import Support
 
 from ..._asserts import assert_product_correct, dense_update
 from ..._inputs import SHAPES as ALL_SHAPES
@@ -61,6 +62,21 @@ def test_neurons_with_very_many_entries(entries):
     support, (_, ends) = case.support, case.support.transposed()
     longest = max(int((ends[1:] - ends[:-1]).max()), *(entries if isinstance(entries, tuple) else (0, 0)))
     assert longest > launch.LIGHT + 1 and support.entries >= longest
+    assert_case_correct(case, bypass(case.result, case.x, case.values, *case.support_tensors()))
+
+
+@pytest.mark.parametrize("entries", [1, 3, (0, 3, 1, 9, 0, 2)], ids=["k1", "k3", "ragged"])
+@pytest.mark.usefixtures("kernel")
+def test_values_and_indices_may_be_slices(entries):
+    """As `vmap` over a last dimension takes them."""
+    case = Case.draw(Shape((5,), 9, 6, entries), FLOAT, "contiguous")
+
+    def slice_of(tensor):
+        return torch.stack([torch.full_like(tensor, 8), tensor.detach()], -1).select(-1, 1)
+
+    case.values = slice_of(case.values).requires_grad_()
+    case.support = Support(slice_of(case.support.indices), 9, case.support.offsets)
+    assert not case.values.is_contiguous()
     assert_case_correct(case, bypass(case.result, case.x, case.values, *case.support_tensors()))
 
 

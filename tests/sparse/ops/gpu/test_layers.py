@@ -72,6 +72,16 @@ def test_autocast_adds_to_the_narrow_output_from_the_wide_input():
     assert [gradient.dtype for gradient in gradients] == [torch.float32, torch.float32]
 
 
+def test_a_batch_of_gradients_is_that_of_each_one():
+    layer = adapt(random_linear(9, 6), k=2, backend="bypass")
+    x, grads = torch.randn(2, 3, 9).requires_grad_(), torch.randn(4, 2, 3, 6)
+    inputs = (x, layer.deltas["default"].weight)
+    together = torch.autograd.grad(layer(x), inputs, grads, is_grads_batched=True)
+    one_by_one = zip(*(torch.autograd.grad(layer(x), inputs, grad) for grad in grads), strict=True)
+    for batch, each in zip(together, one_by_one, strict=True):
+        torch.testing.assert_close(batch, torch.stack(each))
+
+
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 def test_the_base_layers_output_is_overwritten(kind, monkeypatch):
     layer = adapt(random_linear(9, 6, kind, torch.bfloat16), k=2)

@@ -108,6 +108,13 @@ def test_parts_of_a_value_gradient_cover_the_tokens_in_little_memory(tokens, ent
     assert parts == 1 or 4 * parts * entries <= 16 * 2**20 + 4 * entries
 
 
+@pytest.mark.parametrize(("version", "staged"), [((3, 3), False), ((3, 4), True), ((3, 10), True)])
+def test_rows_are_staged_where_triton_compiles_that_well(monkeypatch, version, staged):
+    monkeypatch.setattr(launch, "triton_version", lambda: version)
+    for configs in (launch.sum_configs(1024, 4096, 4096, 1, 2), launch.value_configs(1024, 4096, 4096, 2)):
+        assert any(config.staged for config in configs) == staged
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 5, 10**6])
 @pytest.mark.parametrize("k", [1, 2, 20, 512])
 @pytest.mark.parametrize("itemsize", [2, 4])
