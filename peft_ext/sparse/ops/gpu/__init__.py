@@ -24,7 +24,9 @@ def triton_version() -> tuple[int, ...]:
 
 @functools.cache
 def triton_supports(device: torch.device) -> bool:
-    """Whether Triton is installed, has what we use (3.3 and later) and compiles for a GPU (A100 and later)."""
+    """Whether Triton is installed, has what we use (3.3 and later) and compiles for an NVIDIA GPU (A100 and later)."""
+    if torch.version.hip is not None:  # AMD's GPUs call themselves cuda too
+        return False
     return triton_version() >= (3, 3) and torch.cuda.get_device_capability(device)[0] >= 8
 
 

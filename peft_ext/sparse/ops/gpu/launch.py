@@ -34,8 +34,13 @@ def power_of_two(size: int, most: int = 2**30) -> int:
     return min(most, 1 << max(0, size - 1).bit_length())
 
 
-def sum_configs(tokens: int, neurons: int, width: int, k: int, itemsize: int) -> list[Config]:
-    """Candidates for `gather_sum`; `k` is the mean number of entries per neuron, rounded up."""
+def sum_configs(tokens: int, neurons: int, width: int, k: int, itemsize: int, uneven: bool) -> list[Config]:
+    """
+    Candidates for `gather_sum`; `k` is the mean number of entries per neuron, rounded up.
+
+    `uneven`: some neurons may have many more (an input that most neurons chose, in a transposed table). A staged
+    program goes on until its longest neuron ends, so one measured on an even layer could be very slow on another.
+    """
     block_k = power_of_two(k, 8)
 
     def neurons_of(entries: int) -> int:
@@ -44,7 +49,7 @@ def sum_configs(tokens: int, neurons: int, width: int, k: int, itemsize: int) ->
     configs = [Config(power_of_two(tokens, 16), neurons_of(128), block_k)]
     if tokens > 4:
         configs.append(Config(4, neurons_of(512), block_k))
-        for entries, warps in _staged_blocks(width, itemsize, block_k):
+        for entries, warps in [] if uneven else _staged_blocks(width, itemsize, block_k):
             configs.append(Config(0, neurons_of(entries), block_k, warps))
     return list(dict.fromkeys(configs))  # few neurons make some of them equal
 
@@ -137,7 +142,7 @@ def gather_sum(
     with _on(x.device):
         config = tuning.choice(
             key,
-            lambda: sum_configs(tokens, neurons, width, mean, x.element_size()),
+            lambda: sum_configs(tokens, neurons, width, mean, x.element_size(), offsets is not None),
             x.device,
             lambda: partial(launch, out=torch.empty_like(out)),
         )

@@ -111,8 +111,12 @@ def test_parts_of_a_value_gradient_cover_the_tokens_in_little_memory(tokens, ent
 @pytest.mark.parametrize(("version", "staged"), [((3, 3), False), ((3, 4), True), ((3, 10), True)])
 def test_rows_are_staged_where_triton_compiles_that_well(monkeypatch, version, staged):
     monkeypatch.setattr(launch, "triton_version", lambda: version)
-    for configs in (launch.sum_configs(1024, 4096, 4096, 1, 2), launch.value_configs(1024, 4096, 4096, 2)):
+    for configs in (launch.sum_configs(1024, 4096, 4096, 1, 2, False), launch.value_configs(1024, 4096, 4096, 2)):
         assert any(config.staged for config in configs) == staged
+
+
+def test_rows_are_not_staged_for_neurons_of_very_different_lengths():
+    assert not any(config.staged for config in launch.sum_configs(1024, 4096, 4096, 1, 2, True))
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 5, 10**6])
@@ -122,7 +126,8 @@ def test_candidates_are_few_and_fit_any_width(tokens, k, itemsize):
     for width in (1, 4096, 14336, 16385, 10**6):
         for neurons in (1, 1000, 128256):
             for configs in (
-                launch.sum_configs(tokens, neurons, width, k, itemsize),
+                launch.sum_configs(tokens, neurons, width, k, itemsize, False),
+                launch.sum_configs(tokens, neurons, width, k, itemsize, True),
                 launch.value_configs(tokens, neurons * k, width, itemsize),
             ):
                 assert 1 <= len(configs) == len(set(configs)) <= 4
