@@ -50,6 +50,11 @@ def refuse_unsupported(trainer: Any) -> None:
             "MTLTrainer does not work with FSDP version 1, whose flat parameters mix shared ones with heads; set "
             "fsdp_version: 2."
         )
+    if plugin is not None and args.noise_floor_steps:
+        raise ValueError(
+            f"noise_floor_steps={args.noise_floor_steps} does not work with FSDP2, whose processes must make the same "
+            "passes, where some may lack half a task's batch. Set it to 0, or use DistributedDataParallel."
+        )
     if any(kind in str(args.optim) for kind in ("lomo", "layerwise")):
         raise ValueError(
             f"optim={args.optim!r} updates parameters during the backward pass of the first task; use AdamW."

@@ -97,7 +97,11 @@ def trainer_with(**options):
         state=state,
         parallelism_config=options.get("parallelism_config"),
     )
-    args = SimpleNamespace(n_gpu=options.get("n_gpu", 1), optim=options.get("optim", "adamw_torch"))
+    args = SimpleNamespace(
+        n_gpu=options.get("n_gpu", 1),
+        optim=options.get("optim", "adamw_torch"),
+        noise_floor_steps=options.get("noise_floor_steps", 0),
+    )
     return SimpleNamespace(args=args, accelerator=accelerator, is_deepspeed_enabled=options.get("deepspeed", False))
 
 
@@ -109,6 +113,7 @@ def trainer_with(**options):
         ({"distributed_type": "DistributedType.DEEPSPEED"}, "DeepSpeed"),
         ({"distributed_type": "DistributedType.MEGATRON_LM"}, "MEGATRON_LM"),
         ({"fsdp_plugin": SimpleNamespace(fsdp_version=1)}, "fsdp_version: 2"),
+        ({"fsdp_plugin": SimpleNamespace(fsdp_version=2), "noise_floor_steps": 5}, "noise_floor_steps=5"),
         ({"optim": "lomo"}, "optim='lomo'"),
         ({"optim": "galore_adamw_layerwise"}, "optim='galore_adamw_layerwise'"),
         ({"parallelism_config": SimpleNamespace(tp_size=2)}, "tensor, context or hybrid"),
@@ -122,4 +127,5 @@ def test_set_ups_without_gradients_per_task_are_refused(options, message):
 
 def test_other_set_ups_are_not():
     refuse_unsupported(trainer_with())
+    refuse_unsupported(trainer_with(noise_floor_steps=5))
     refuse_unsupported(trainer_with(fsdp_plugin=SimpleNamespace(fsdp_version=2)))
