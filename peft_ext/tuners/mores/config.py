@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from ...registration import peft_type
 from ...saved_config import SavedConfig
+from ...sparse.checks import check_count, check_flag
 from .selection import GROUPINGS, SELECTIONS, parse_positions
 from .steering import INITIALISATIONS
 
@@ -111,8 +112,7 @@ class MoReSConfig(SavedConfig):
             self.target_modules = set(self.target_modules)
 
     def _check(self) -> None:
-        if type(self.rank) is not int or self.rank < 1:
-            raise ValueError(f"rank={self.rank!r} must be a whole number of at least 1.")
+        check_count("rank", self.rank)
         if type(self.token_ratio) not in (int, float) or not 0.0 < self.token_ratio <= 1.0:
             raise ValueError(f"token_ratio={self.token_ratio!r} must be a number in (0, 1]: 0.01 is one percent.")
         if type(self.dropout) not in (int, float) or not 0.0 <= self.dropout < 1.0:
@@ -120,8 +120,7 @@ class MoReSConfig(SavedConfig):
         if type(self.seed) is not int:
             raise ValueError(f"seed={self.seed!r} must be a whole number.")
         for name in ("tie_projections", "steering_bias"):
-            if type(getattr(self, name)) is not bool:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
+            check_flag(name, getattr(self, name))
         for name, known in (
             ("token_selection", SELECTIONS),
             ("token_grouping", GROUPINGS),
