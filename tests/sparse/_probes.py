@@ -15,22 +15,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class LargestAllocation(TorchDispatchMode):
-    """
-    Records the largest storage, in elements, that an operator returns without having got it: also of operators called
-    by our custom ops, which are entered, and inside composite ones, which are decomposed.
-    """
+class InsideOps(TorchDispatchMode):
+    """Sees every operator that runs: also those called by our custom ops, which are entered, and inside composite
+    ones, which are decomposed."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-        self.entered: set[str] = set()
+    def meet(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Called with every operator, before it is entered, decomposed or run."""
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator that is neither entered nor decomposed."""
+        return func(*args, **kwargs)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.meet(func, args, kwargs)
         name = func._schema.name
         if name in OPDEFS:
-            self.entered.add(name)
             with self, torch.no_grad():
                 return OPDEFS[name]._init_fn(*args, **kwargs)
         if func._can_decompose():
@@ -38,6 +38,22 @@ class LargestAllocation(TorchDispatchMode):
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
+        return self.run(func, args, kwargs)
+
+
+class LargestAllocation(InsideOps):
+    """Records the largest storage, in elements, that an operator returns without having got it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+        self.entered: set[str] = set()
+
+    def meet(self, func: Any, args: Any, kwargs: Any) -> None:
+        if func._schema.name in OPDEFS:
+            self.entered.add(func._schema.name)
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         out = func(*args, **kwargs)
         given = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(out):

@@ -4,13 +4,12 @@ import importlib.util
 
 import pytest
 import torch
-from torch._library.custom_ops import OPDEFS
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_ext.sparse.ops import gpu
 from peft_ext.sparse.support import Support
 
 from .._inputs import SHAPES, adapt, make_inputs, random_linear
+from .._probes import InsideOps
 from ._paths import PATHS
 
 
@@ -24,15 +23,14 @@ WAITING = {
 }  # fmt: skip
 
 
-class NoWaiting(TorchDispatchMode):
+class NoWaiting(InsideOps):
     """Fails at an operator that a CUDA graph can't capture; looks inside our operators."""
 
     def __init__(self):
         super().__init__()
         self.seen = set()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+    def meet(self, func, args, kwargs):
         name = func._schema.name
         self.seen.add(name)
         assert name not in WAITING, f"{name} waits for the device"
@@ -40,15 +38,6 @@ class NoWaiting(TorchDispatchMode):
             assert kwargs.get("output_size") is not None, "repeat_interleave reads its size back"
         if name == "aten::index":
             assert not any(index is not None and index.dtype == torch.bool for index in args[1]), "a mask as index"
-        if name in OPDEFS:
-            with self, torch.no_grad():
-                return OPDEFS[name]._init_fn(*args, **kwargs)
-        if func._can_decompose():
-            with self:
-                out = func.decompose(*args, **kwargs)
-            if out is not NotImplemented:
-                return out
-        return func(*args, **kwargs)
 
 
 def _step(path, inputs, monkeypatch):
