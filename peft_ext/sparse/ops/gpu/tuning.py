@@ -24,7 +24,7 @@ class Config:
 
     block_tokens: int
     block_neurons: int  # or entries, for the gradient of the values
-    block_k: int = 1
+    block_k: int = 1  # entries of a neuron in one round, or of all neurons (staged, uneven)
     num_warps: int = 4
 
     @property
