@@ -76,10 +76,10 @@ def gather_sum(
         total += tl.reduce(seen.to(tl.float32) * value[None, :, :], 2, tl.standard._sum_combine)
     if offsets is not None:  # noqa: SIM102 (decided when compiling, the next one when running)
         if longest > LIGHT:
-            none = neurons + BLOCK_NEURONS
-            heavy = count > LIGHT
-            owner = tl.reduce(tl.where(heavy, neuron, none), 0, tl.standard._elementwise_min)
-            while owner < none:
+            owner = block - 1
+            for _ in range(0, tl.reduce((count > LIGHT).to(tl.int32), 0, tl.standard._sum_combine)):
+                after = tl.where((count > LIGHT) & (neuron > owner), neuron, block + BLOCK_NEURONS)
+                owner = tl.reduce(after, 0, tl.standard._elementwise_min)  # the next of those
                 start = tl.load(offsets + owner) + LIGHT
                 end = tl.load(offsets + owner + 1)
                 rest = tl.full((BLOCK_TOKENS,), 0.0, tl.float32)
@@ -96,8 +96,6 @@ def gather_sum(
                     )  # [tokens, entries]
                     rest += tl.reduce(seen.to(tl.float32) * value[None, :], 1, tl.standard._sum_combine)
                 total += tl.where(neuron[None, :] == owner, rest[:, None], 0.0)
-                later = heavy & (neuron > owner)
-                owner = tl.reduce(tl.where(later, neuron, none), 0, tl.standard._elementwise_min)
     inside = token_exists[:, None] & neuron_exists[None, :]
     place = neuron.to(tl.int64)[None, :]
     if base is not None:
