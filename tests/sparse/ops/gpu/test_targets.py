@@ -87,8 +87,8 @@ def test_a_launch_compiles_without_spilling(
     code = compiled(kernel, args, options, capability)
     record_property("registers", code.registers)
     record_property("shared_bytes", code.shared_bytes)
-    # Of the scan the compiler keeps up to four numbers in local memory to stay at 128 registers; two loads among the 700
-    # instructions of a round do not show.
+    # Of the scan the compiler keeps up to four numbers in local memory to stay at 128 registers: two loads among some
+    # 700 instructions of a round.
     few_bytes, few_loads = (16, 2) if code.name == "gather_sum_staged_uneven" else (0, 0)
     assert code.local_bytes <= few_bytes and code.local_in_loops <= few_loads
     assert code.registers <= MAX_REGISTERS and code.shared_bytes <= MAX_SHARED_BYTES[capability]
