@@ -32,6 +32,7 @@ def measured(monkeypatch):
 
     monkeypatch.setattr(tuning, "_chosen", {})
     monkeypatch.setattr(tuning, "can_measure", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(tuning, "milliseconds", milliseconds)
     return timed
 
@@ -59,13 +60,30 @@ def test_deterministic_algorithms_take_the_first_whatever_was_measured(measured)
     assert len(measured) == 3
 
 
-def test_a_captured_stream_is_not_measured(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not tuning.can_measure(torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert tuning.can_measure(torch.device("cuda"))
-    assert not tuning.can_measure(CPU)
-    assert _choice("unseen") == CONFIGS[0]
+def test_what_a_graph_captured_first_also_runs_outside_of_it(measured, monkeypatch):
+    capturing = True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    assert _choice("a") == CONFIGS[0]
+    capturing = False
+    assert _choice("a") == CONFIGS[0] and measured == []
+    assert _choice("b") == CONFIGS[1]
+    capturing = True
+    assert _choice("b") == CONFIGS[1]
+
+
+def test_a_cpu_is_not_measured():
+    assert _choice("unseen") == CONFIGS[0] and "unseen" not in tuning._chosen
+
+
+def _out_of_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("trial", [_out_of_memory, lambda: _out_of_memory], ids=["output", "launch"])
+def test_where_memory_is_short_the_first_runs_and_a_later_call_measures(measured, trial):
+    assert tuning.choice("a", lambda: CONFIGS, CPU, trial) == CONFIGS[0]
+    assert measured == []
+    assert _choice("a") == CONFIGS[1]
 
 
 def test_what_the_device_refuses_drops_out():
