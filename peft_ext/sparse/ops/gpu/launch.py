@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -26,6 +27,8 @@ STAGED_SINCE = (3, 4)
 PROGRAMS = 1024
 PROGRAM_ENTRIES = 4096
 MIN_SPAN = 32
+# Words of a thread that a staged value gradient loads ahead: more would leave registers for fewer programs.
+WORDS_AHEAD = 8
 # Entries of a neuron that are summed side by side with those of others; a multiple of every `block_k`.
 LIGHT = 32
 
@@ -66,12 +69,12 @@ def value_configs(tokens: int, entries: int, width: int, itemsize: int) -> list[
     configs = [Config(power_of_two(tokens, 16), power_of_two(entries, 128))]
     if tokens > 4:
         configs.append(Config(4, power_of_two(entries, 512)))
-        for most, warps in _staged_blocks(width, itemsize):
+        for most, warps in _value_blocks(width, itemsize, entries):
             configs.append(Config(0, power_of_two(entries, most), 1, warps))
     return list(dict.fromkeys(configs))
 
 
-def _staged_blocks(width: int, itemsize: int, block_k: int = 1) -> list[tuple[int, int]]:
+def _staged_blocks(width: int, itemsize: int, block_k: int) -> list[tuple[int, int]]:
     """
     Entries and warps of staged programs: about as many entries as words, since each gather stages all words, and no
     more than registers hold (`tests/sparse/ops/gpu/test_targets.py` compiles them).
@@ -88,6 +91,15 @@ def _uneven_blocks(width: int, itemsize: int) -> list[tuple[int, int, int]]:
     if not _can_stage(width, itemsize):
         return []
     return [(1024, 1024, 8), (2048, 2048, 8)] if width <= 4096 else [(1024, 2048, 16)]
+
+
+def _value_blocks(width: int, itemsize: int, entries: int) -> list[tuple[int, int]]:
+    """Entries of a staged program of a value gradient, and warps, as above; larger ones stage the rows less often."""
+    if not _can_stage(width, itemsize):
+        return []
+    if width > 4096:
+        return [(4096, 16)]
+    return [(2048, 8), (4096, 8)] if entries <= 4096 else [(4096, 8), (8192, 16)]
 
 
 def _can_stage(width: int, itemsize: int) -> bool:
@@ -210,10 +222,12 @@ def grad_values(grad: Tensor, x: Tensor, indices: Tensor, rows: Tensor | None) -
         grid = (parts * -(-entries // config.block_neurons),)
         sizes = {"BLOCK_ENTRIES": config.block_neurons, "num_warps": config.num_warps}
         if config.staged:
-            pack = 8 // x.element_size()
+            words = power_of_two(width)
             staged.grad_values_staged[grid](
-                *tensors, tokens, span, entries, width, k, *strides, PACK=pack, WIDTH=power_of_two(width), **sizes
-            )
+                *tensors, tokens, span, entries, width, k, *strides,
+                PACK=8 // x.element_size(), WIDTH=words, GROUP=math.gcd(k, 4) if rows is None else 1,
+                AHEAD=words <= WORDS_AHEAD * 32 * config.num_warps, **sizes,
+            )  # fmt: skip
         else:
             direct.grad_values[grid](
                 *tensors, tokens, span, entries, k, *strides, BLOCK_TOKENS=config.block_tokens, **sizes

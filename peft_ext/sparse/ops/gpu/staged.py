@@ -182,25 +182,45 @@ def gather_sum_staged_uneven(
 def grad_values_staged(
     grad, x, columns, rows, partial, tokens, span, number_of_entries, width, k,
     grad_token, grad_row, x_token, x_column,
-    PACK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ENTRIES: tl.constexpr,
+    PACK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ENTRIES: tl.constexpr, GROUP: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """See `direct.grad_values`; `x` has `width` columns, `span` is a multiple of `PACK`."""
+    """
+    See `direct.grad_values`; `x` has `width` columns, `span` is a multiple of `PACK`.
+
+    `GROUP` neighbouring entries share a row, so that its gradient is loaded once for all of them. `AHEAD`: rows of x
+    are loaded while those before them are used.
+    """
     blocks = (number_of_entries + BLOCK_ENTRIES - 1) // BLOCK_ENTRIES
     program = tl.program_id(0)
     part = (program // blocks).to(tl.int64)
-    entry = (program % blocks) * BLOCK_ENTRIES + tl.arange(0, BLOCK_ENTRIES)
+    block = (program % blocks) * BLOCK_ENTRIES
+    entry = block + tl.arange(0, BLOCK_ENTRIES)
     exists = entry < number_of_entries
     column = tl.load(columns + entry, mask=exists, other=0)
+    first = block + tl.arange(0, BLOCK_ENTRIES // GROUP) * GROUP
+    group_exists = first < number_of_entries
     if rows is None:
-        row = (entry // k).to(tl.int64) * grad_row
+        row = (first // k).to(tl.int64) * grad_row
     else:
-        row = tl.load(rows + entry, mask=exists, other=0).to(tl.int64) * grad_row
+        row = tl.load(rows + first, mask=group_exists, other=0).to(tl.int64) * grad_row
     total = tl.full((BLOCK_ENTRIES,), 0.0, tl.float32)
+    end = tl.minimum((part + 1) * span, tokens)
+    words = _pack(x, part * span, end, width, x_token, x_column, PACK, WIDTH)
     for done in range(0, span, PACK):
         token = part * span + done
-        seen = tl.gather(_pack(x, token, tokens, width, x_token, x_column, PACK, WIDTH), column, 0)
+        if AHEAD:
+            following = _pack(x, token + PACK, end, width, x_token, x_column, PACK, WIDTH)
+        seen = tl.gather(words, column, 0)
         for s in tl.static_range(PACK):
-            inside = exists & (token + s < tokens)
+            inside = group_exists & (token + s < tokens)
             arrived = tl.load(grad + (token + s) * grad_token + row, mask=inside, other=0).to(tl.float32)
+            if GROUP > 1:
+                arrived = tl.reshape(
+                    tl.broadcast_to(arrived[:, None], (BLOCK_ENTRIES // GROUP, GROUP)), (BLOCK_ENTRIES,)
+                )
             total += arrived * _unpack(seen, s, x.dtype.element_ty, PACK)
+        if not AHEAD:
+            following = _pack(x, token + PACK, end, width, x_token, x_column, PACK, WIDTH)
+        words = following
     tl.store(partial + part * number_of_entries + entry, total, mask=exists)

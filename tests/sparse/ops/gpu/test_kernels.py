@@ -97,10 +97,12 @@ def test_values_and_indices_may_be_slices(entries):
     assert_case_correct(case, bypass(case.result, case.x, case.values, *case.support_tensors()))
 
 
+@pytest.mark.parametrize("ahead", [0, 8])
 @pytest.mark.parametrize("tokens", [1, 15, 33, 47])
-@pytest.mark.parametrize("entries", [1, (0, 3, 1, 9, 0, 2)], ids=["table", "ragged"])
-def test_parts_of_tokens_give_the_whole_and_the_same_bits_again(kernel, monkeypatch, entries, tokens):
+@pytest.mark.parametrize("entries", [1, 4, (0, 3, 1, 9, 0, 2)], ids=["k1", "k4", "ragged"])
+def test_parts_of_tokens_give_the_whole_and_the_same_bits_again(kernel, monkeypatch, entries, tokens, ahead):
     monkeypatch.setattr(launch, "MIN_SPAN", 4)
+    monkeypatch.setattr(launch, "WORDS_AHEAD", ahead)
     case = Case.draw(Shape((tokens,), 9, 6, entries), BFLOAT, "contiguous")
     assert launch.splits_of(tokens, case.support.entries)[0] == -(-tokens // 16)
     arguments = (case.grad, case.x.detach(), case.support.indices, case.support.offsets)

@@ -61,6 +61,9 @@ CASES = [
     ("grad_values", 3, 20, 4096, 14336, torch.bfloat16, 90),
     ("grad_values", 2, 1, 14336, 4096, torch.bfloat16, 90),
     ("grad_values", 2, 4, 4096, 4096, torch.float32, 90),
+    ("grad_values", 3, 4, 4096, 14336, torch.bfloat16, 80),
+    ("grad_values", 3, 4, 4096, 14336, torch.float32, 90),
+    ("grad_values", 2, 4, 14336, 4096, torch.bfloat16, 80),
 ]
 RAGGED = [
     ("add", 1, 20, 4096, 4096, torch.bfloat16, 80),
