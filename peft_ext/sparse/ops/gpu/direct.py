@@ -76,24 +76,26 @@ def gather_sum(
         total += tl.reduce(seen.to(tl.float32) * value[None, :, :], 2, tl.standard._sum_combine)
     if offsets is not None:  # noqa: SIM102 (decided when compiling, the next one when running)
         if longest > LIGHT:
-            for owner in range(block, block + BLOCK_NEURONS):
-                start = tl.load(offsets + owner, mask=owner < neurons, other=0) + LIGHT
-                end = tl.load(offsets + owner + 1, mask=owner < neurons, other=0)
-                if start < end:
-                    rest = tl.full((BLOCK_TOKENS,), 0.0, tl.float32)
-                    for done in range(start, end, LIGHT):
-                        number = done + tl.arange(0, LIGHT)
-                        exists = number < end
-                        entry = _resolved(entries, number, exists)
-                        column = _column(columns, entry, exists, k)
-                        value = tl.load(values + entry, mask=exists, other=0).to(tl.float32)
-                        seen = tl.load(
-                            x + token[:, None] * x_token + column[None, :] * x_column,
-                            mask=token_exists[:, None] & exists[None, :],
-                            other=0,
-                        )  # [tokens, entries]
-                        rest += tl.reduce(seen.to(tl.float32) * value[None, :], 1, tl.standard._sum_combine)
-                    total += tl.where(neuron[None, :] == owner, rest[:, None], 0.0)
+            owner = block - 1
+            for _ in range(0, tl.reduce((count > LIGHT).to(tl.int32), 0, tl.standard._sum_combine)):
+                after = tl.where((count > LIGHT) & (neuron > owner), neuron, block + BLOCK_NEURONS)
+                owner = tl.reduce(after, 0, tl.standard._elementwise_min)  # the next of those
+                start = tl.load(offsets + owner) + LIGHT
+                end = tl.load(offsets + owner + 1)
+                rest = tl.full((BLOCK_TOKENS,), 0.0, tl.float32)
+                for done in range(start, end, LIGHT):
+                    number = done + tl.arange(0, LIGHT)
+                    exists = number < end
+                    entry = _resolved(entries, number, exists)
+                    column = _column(columns, entry, exists, k)
+                    value = tl.load(values + entry, mask=exists, other=0).to(tl.float32)
+                    seen = tl.load(
+                        x + token[:, None] * x_token + column[None, :] * x_column,
+                        mask=token_exists[:, None] & exists[None, :],
+                        other=0,
+                    )  # [tokens, entries]
+                    rest += tl.reduce(seen.to(tl.float32) * value[None, :], 1, tl.standard._sum_combine)
+                total += tl.where(neuron[None, :] == owner, rest[:, None], 0.0)
     inside = token_exists[:, None] & neuron_exists[None, :]
     place = neuron.to(tl.int64)[None, :]
     if base is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -25,6 +27,8 @@ STAGED_SINCE = (3, 4)
 PROGRAMS = 1024
 PROGRAM_ENTRIES = 4096
 MIN_SPAN = 32
+# Words of a thread that a staged value gradient loads ahead: more would leave registers for fewer programs.
+WORDS_AHEAD = 8
 # Entries of a neuron that are summed side by side with those of others; a multiple of every `block_k`.
 LIGHT = 32
 
@@ -38,8 +42,11 @@ def sum_configs(tokens: int, neurons: int, width: int, k: int, itemsize: int, un
     """
     Candidates for `gather_sum`; `k` is the mean number of entries per neuron, rounded up.
 
-    `uneven`: some neurons may have many more (an input that most neurons chose, in a transposed table). A staged
-    program goes on until its longest neuron ends, so one measured on an even layer could be very slow on another.
+    `uneven`: some neurons may have many more (an input that most neurons chose, in a transposed table). The choice is
+    remembered for other layers of these sizes, which may be more uneven, so each kind bounds what that costs. Direct
+    ones: at most `LIGHT` entries side by side, then rounds that serve one neuron, so below `1 + 1 / LIGHT` rounds per
+    entry. Staged ones: rounds that serve entries, whoever owns them, so the same number for every layer but for one or
+    two per program.
     """
     block_k = power_of_two(k, 8)
 
@@ -49,8 +56,11 @@ def sum_configs(tokens: int, neurons: int, width: int, k: int, itemsize: int, un
     configs = [Config(power_of_two(tokens, 16), neurons_of(128), block_k)]
     if tokens > 4:
         configs.append(Config(4, neurons_of(512), block_k))
-        for entries, warps in [] if uneven else _staged_blocks(width, itemsize, block_k):
-            configs.append(Config(0, neurons_of(entries), block_k, warps))
+        if uneven:
+            configs += [Config(0, *blocks) for blocks in _uneven_blocks(width, itemsize)]
+        else:
+            blocks = _staged_blocks(width, itemsize, block_k)
+            configs += [Config(0, neurons_of(entries), block_k, warps) for entries, warps in blocks]
     return list(dict.fromkeys(configs))  # few neurons make some of them equal
 
 
@@ -59,22 +69,41 @@ def value_configs(tokens: int, entries: int, width: int, itemsize: int) -> list[
     configs = [Config(power_of_two(tokens, 16), power_of_two(entries, 128))]
     if tokens > 4:
         configs.append(Config(4, power_of_two(entries, 512)))
-        for most, warps in _staged_blocks(width, itemsize):
+        for most, warps in _value_blocks(width, itemsize, entries):
             configs.append(Config(0, power_of_two(entries, most), 1, warps))
     return list(dict.fromkeys(configs))
 
 
-def _staged_blocks(width: int, itemsize: int, block_k: int = 1) -> list[tuple[int, int]]:
+def _staged_blocks(width: int, itemsize: int, block_k: int) -> list[tuple[int, int]]:
     """
     Entries and warps of staged programs: about as many entries as words, since each gather stages all words, and no
     more than registers hold (`tests/sparse/ops/gpu/test_targets.py` compiles them).
     """
-    words = power_of_two(width)
-    if words > MAX_STAGED_WIDTH or itemsize not in (2, 4) or triton_version() < STAGED_SINCE:
+    if not _can_stage(width, itemsize):
         return []
-    if words <= 4096:
+    if width <= 4096:
         return [(2048, 8), (4096, 8)]
     return [(4096 if block_k == 1 else 2048, 16)]
+
+
+def _uneven_blocks(width: int, itemsize: int) -> list[tuple[int, int, int]]:
+    """Neurons of a staged program, entries of one of its rounds, and warps, as above."""
+    if not _can_stage(width, itemsize):
+        return []
+    return [(1024, 1024, 8), (2048, 2048, 8)] if width <= 4096 else [(1024, 2048, 16)]
+
+
+def _value_blocks(width: int, itemsize: int, entries: int) -> list[tuple[int, int]]:
+    """Entries of a staged program of a value gradient, and warps, as above; larger ones stage the rows less often."""
+    if not _can_stage(width, itemsize):
+        return []
+    if width > 4096:
+        return [(4096, 16)]
+    return [(2048, 8), (4096, 8)] if entries <= 4096 else [(4096, 8), (8192, 16)]
+
+
+def _can_stage(width: int, itemsize: int) -> bool:
+    return width <= MAX_STAGED_WIDTH and itemsize in (2, 4) and triton_version() >= STAGED_SINCE
 
 
 def splits_of(tokens: int, entries: int) -> tuple[int, int]:
@@ -96,7 +125,11 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 def rows_of(indices: Tensor, offsets: Tensor | None) -> Tensor | None:
     """int32 row of each entry of a ragged support; the kernels compute that of a table."""
-    return None if offsets is None else row_of_entry(indices, offsets).to(torch.int32)
+    return None if offsets is None else _owners(indices, offsets)
+
+
+def _owners(indices: Tensor, offsets: Tensor | None) -> Tensor:
+    return row_of_entry(indices, offsets).to(torch.int32)
 
 
 def _flat(table: Tensor) -> Tensor:
@@ -110,11 +143,12 @@ def _dtypes(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 def gather_sum(
     base: Tensor | None, x: Tensor, values: Tensor, columns: Tensor | None, offsets: Tensor | None,
-    entries: Tensor | None, k: int, out: Tensor,
+    entries: Tensor | None, owners: Callable[[], Tensor] | None, k: int, out: Tensor,
 ) -> None:  # fmt: skip
     """
     `out = base + gathered sums of x`, see `direct.gather_sum`. `out` (`[tokens, neurons]`) may be `base` itself: each
     element is read and written once, by one program. Measuring writes elsewhere, since repeating would add again.
+    `owners`, with `offsets`: makes an int32 tensor of the neurons that entries belong to.
     """
     (tokens, width), neurons = x.shape, out.shape[1]
     if out.numel() == 0:
@@ -122,19 +156,27 @@ def gather_sum(
     base_strides = (0, 0) if base is None else base.stride()
 
     def launch(config: Config, out: Tensor) -> None:
-        tensors = (base, x, values, columns, offsets, entries, out)
         strides = (*base_strides, *x.stride(), *out.stride())
-        blocks = -(-neurons // config.block_neurons)
-        sizes = {"BLOCK_NEURONS": config.block_neurons, "BLOCK_K": config.block_k, "num_warps": config.num_warps}
-        if config.staged:
-            pack = 8 // x.element_size()
-            staged.gather_sum_staged[(-(-tokens // pack) * blocks,)](
-                *tensors, tokens, neurons, width, k, *strides, PACK=pack, WIDTH=power_of_two(width), **sizes
-            )
+        block_tokens = 8 // x.element_size() if config.staged else config.block_tokens
+        grid = (-(-tokens // block_tokens) * -(-neurons // config.block_neurons),)
+        sizes = {"BLOCK_NEURONS": config.block_neurons, "num_warps": config.num_warps}
+        if not config.staged:
+            direct.gather_sum[grid](
+                base, x, values, columns, offsets, entries, out, tokens, neurons, k, *strides,
+                BLOCK_TOKENS=block_tokens, BLOCK_K=config.block_k, LIGHT=LIGHT, **sizes,
+            )  # fmt: skip
+            return
+        sizes |= {"PACK": block_tokens, "WIDTH": power_of_two(width)}
+        if owners is None:
+            staged.gather_sum_staged[grid](
+                base, x, values, columns, out, tokens, neurons, width, k, *strides,
+                BLOCK_K=config.block_k, **sizes,
+            )  # fmt: skip
         else:
-            direct.gather_sum[(-(-tokens // config.block_tokens) * blocks,)](
-                *tensors, tokens, neurons, k, *strides, BLOCK_TOKENS=config.block_tokens, LIGHT=LIGHT, **sizes
-            )
+            staged.gather_sum_staged_uneven[grid](
+                base, x, values, columns, offsets, entries, owners(), out, tokens, neurons, width, k, *strides,
+                BLOCK_ENTRIES=config.block_k, **sizes,
+            )  # fmt: skip
 
     mean = -(-values.numel() // neurons)
     kind = (base is None, columns is None, offsets is None, entries is None, *_dtypes(base, x, values, out))
@@ -152,7 +194,8 @@ def gather_sum(
 def add(result: Tensor, x: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, out: Tensor) -> Tensor:
     """`out = result + S x`; arguments as of `sparse_add`, `out` may be `result`."""
     k = indices.shape[1] if offsets is None else 0
-    gather_sum(result, x, _flat(values), _flat(indices), offsets, None, k, out)
+    owners = None if offsets is None else partial(_owners, indices, offsets)
+    gather_sum(result, x, _flat(values), _flat(indices), offsets, None, owners, k, out)
     return out
 
 
@@ -161,7 +204,7 @@ def grad_input(
 ) -> Tensor:
     """`out = S^T grad`; `rows` int32 `[entries]` of a ragged support, `None` for a table; see `sparse_grad_input`."""
     k = indices.shape[1] if rows is None else 0
-    gather_sum(None, grad, _flat(values), rows, ends, entries, k, out)
+    gather_sum(None, grad, _flat(values), rows, ends, entries, partial(_flat, indices), k, out)
     return out
 
 
@@ -179,10 +222,12 @@ def grad_values(grad: Tensor, x: Tensor, indices: Tensor, rows: Tensor | None) -
         grid = (parts * -(-entries // config.block_neurons),)
         sizes = {"BLOCK_ENTRIES": config.block_neurons, "num_warps": config.num_warps}
         if config.staged:
-            pack = 8 // x.element_size()
+            words = power_of_two(width)
             staged.grad_values_staged[grid](
-                *tensors, tokens, span, entries, width, k, *strides, PACK=pack, WIDTH=power_of_two(width), **sizes
-            )
+                *tensors, tokens, span, entries, width, k, *strides,
+                PACK=8 // x.element_size(), WIDTH=words, GROUP=math.gcd(k, 4) if rows is None else 1,
+                AHEAD=words <= WORDS_AHEAD * 32 * config.num_warps, **sizes,
+            )  # fmt: skip
         else:
             direct.grad_values[grid](
                 *tensors, tokens, span, entries, k, *strides, BLOCK_TOKENS=config.block_tokens, **sizes

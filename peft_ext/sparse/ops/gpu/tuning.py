@@ -1,8 +1,11 @@
 """Which of a few kernel configurations runs: measured once per kind of call, then remembered.
 
 Sizes enter the key as they are, the number of tokens as a bucket: neither decoding nor batches of many lengths measure
-again. Nothing is measured while a CUDA graph is captured (it would synchronise) or under
-`torch.use_deterministic_algorithms` (another configuration sums in another order): the first configuration runs then.
+again. The first configuration runs unmeasured
+- while a CUDA graph is captured (measuring would synchronise), and from then on, so that calls outside of the graph
+  give the bits of those inside;
+- under `torch.use_deterministic_algorithms` (another configuration sums in another order);
+- where memory is too short to measure in; the next call tries again.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ class Config:
 
     block_tokens: int
     block_neurons: int  # or entries, for the gradient of the values
-    block_k: int = 1
+    block_k: int = 1  # entries of a neuron in one round, or of all neurons (staged, uneven)
     num_warps: int = 4
 
     @property
@@ -61,14 +64,19 @@ def choice(
     configs = candidates()
     if len(configs) == 1 or deterministic or not can_measure(device):
         return configs[0]
-    work = trial()
-    _chosen[key] = fastest(configs, work, lambda do: milliseconds(do, device))
+    if torch.cuda.is_current_stream_capturing():
+        _chosen[key] = configs[0]
+        return configs[0]
+    try:
+        _chosen[key] = fastest(configs, trial(), lambda do: milliseconds(do, device))
+    except torch.OutOfMemoryError:
+        return configs[0]
     return _chosen[key]
 
 
 def can_measure(device: torch.device) -> bool:
-    """Whether timing is possible: it waits for the device, which a stream that is captured can't."""
-    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    """Whether the device has a clock for its work."""
+    return device.type == "cuda"
 
 
 def fastest(

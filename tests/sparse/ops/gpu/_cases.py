@@ -11,7 +11,7 @@ from ..._asserts import dense_update
 from ..._inputs import Shape, random_support
 
 
-# Odd sizes around blocks of 4 tokens, 4 neurons, 2 entries of a neuron and 8 entries of a support.
+# Odd sizes around blocks of 4 tokens, 4 neurons, 2 entries of a neuron, 8 entries of a support and 4 of a row.
 SHAPES = {
     "one token": Shape((1,), 9, 6, 2),
     "one of all": Shape((1,), 1, 1, 1),
@@ -19,6 +19,7 @@ SHAPES = {
     "k2": Shape((5,), 9, 9, 2),
     "k above the block": Shape((6,), 11, 5, 7),
     "k = fan-in": Shape((3,), 5, 3, 5),
+    "k12": Shape((5,), 13, 3, 12),
     "whole blocks": Shape((8,), 16, 8, 2),
     "one row": Shape((6,), 9, 1, 3),
     "one input": Shape((5,), 1, 7, 1),

@@ -32,7 +32,9 @@ def _rounded(data, source, target, rounding_mode):
 
 def _interpreted(function):
     if function.__name__.startswith("_"):  # called by kernels, inside of their launch
-        return interpreter.FunctionRewriter(function.fn).rewrite_ast()
+        called = interpreter.FunctionRewriter(function.fn).rewrite_ast()
+        called.fn = called  # scans look for it
+        return called
     return interpreter.InterpretedFunction(function.fn)
 
 

@@ -19,13 +19,15 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass
 class Compiled:
-    """One kernel on one target. `local_bytes`: stack and spilled registers of a thread."""
+    """One kernel on one target. `local_bytes`: stack and spilled registers of a thread; `local_in_loops`: how many
+    instructions in loops read or write them."""
 
     name: str
     ttir: str
     registers: int
     local_bytes: int
     shared_bytes: int
+    local_in_loops: int
 
 
 def launches(work):
@@ -57,15 +59,29 @@ def compiled(kernel, args, options, capability):
     result = triton.compile(
         source, target=GPUTarget("cuda", capability, 32), options={"num_warps": options["num_warps"]}
     )
+    usage, code = (_inspected(result.asm["cubin"], option) for option in ("-res-usage", "-sass"))
+    found = {name: int(size) for name, size in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return Compiled(
-        kernel.__name__, result.asm["ttir"], *_resources(result.asm["cubin"]), shared_bytes=result.metadata.shared
+        kernel.__name__,
+        result.asm["ttir"],
+        found["REG"],
+        found["STACK"] + found["LOCAL"],
+        result.metadata.shared,
+        _local_in_loops(code),
     )
 
 
-def _resources(cubin):
+def _inspected(cubin, option):
     with TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True)
-    found = {name: int(size) for name, size in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)}
-    return found["REG"], found["STACK"] + found["LOCAL"]
+        return subprocess.run([TOOLS / "cuobjdump", option, path], capture_output=True, text=True, check=True).stdout
+
+
+def _local_in_loops(code):
+    """Accesses to local memory between a backward branch and its target."""
+    instructions = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/ +(\S.*?);", code)]
+    local = [at for at, text in instructions if re.search(r"\b(STL|LDL)\b", text)]
+    branches = [(int(target[1], 16), at) for at, text in instructions if (target := re.search(r"BRA.* 0x(\w+)", text))]
+    assert branches  # the trap behind the last instruction jumps to itself
+    return sum(any(target <= at <= branch for target, branch in branches) for at in local)

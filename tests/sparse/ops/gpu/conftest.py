@@ -23,7 +23,12 @@ def kernel(request, on_interpreter, monkeypatch):
     from peft_ext.sparse.ops.gpu.tuning import Config
 
     block_tokens = {"direct": 4, "staged": 0}[request.param]
-    monkeypatch.setattr(launch, "sum_configs", lambda *sizes: [Config(block_tokens, 4, 2)])
+
+    def sum_configs(*sizes):
+        uneven = sizes[-1]
+        return [Config(block_tokens, 4, 8 if uneven and request.param == "staged" else 2)]
+
+    monkeypatch.setattr(launch, "sum_configs", sum_configs)
     monkeypatch.setattr(launch, "LIGHT", 2)
     monkeypatch.setattr(launch, "value_configs", lambda *sizes: [Config(block_tokens, 8)])
     return request.param

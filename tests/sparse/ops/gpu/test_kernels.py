@@ -17,7 +17,6 @@ from ._cases import DTYPES, LAYOUTS, SHAPES, Case, assert_case_correct, assert_r
 
 FLOAT = (torch.float32,) * 3
 BFLOAT = (torch.bfloat16, torch.bfloat16, torch.float32)
-STAGED_SUFFIX = {"direct": "", "staged": "_staged"}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -26,8 +25,11 @@ STAGED_SUFFIX = {"direct": "", "staged": "_staged"}
 def test_output_and_gradients_are_fp32_sums_rounded_once(kernel, on_interpreter, shape, dtypes, layout):
     case = Case.draw(SHAPES[shape], dtypes, layout)
     assert_case_correct(case, bypass(case.result, case.x, case.values, *case.support_tensors()))
-    suffix = STAGED_SUFFIX[kernel]
-    assert on_interpreter == [f"gather_sum{suffix}", f"gather_sum{suffix}", f"grad_values{suffix}"]
+    names = ["gather_sum", "gather_sum", "grad_values"]
+    if kernel == "staged":
+        uneven = ["_uneven" if case.support.offsets is not None else "", "_uneven", ""]
+        names = [f"{name}_staged{suffix}" for name, suffix in zip(names, uneven, strict=True)]
+    assert on_interpreter == names
 
 
 @pytest.mark.parametrize("shape", ["k1", "k above the block", "ragged", "one token"])
@@ -53,15 +55,30 @@ def test_configurations_that_would_run_without_measuring(shape):
     assert_product_correct(PATHS["bypass"], make_inputs(ALL_SHAPES[shape], torch.bfloat16, torch.float32))
 
 
-@pytest.mark.parametrize("entries", [1, (3, 60, 0)], ids=["an input of 70 rows", "a row of 60 entries"])
+# Around two entries, which are summed side by side here, and rounds of 8 that start at multiples of 16.
+UNEVEN = {
+    "one neuron owns all": Shape((3,), 64, 3, (0, 60, 0)),
+    "one input read by all": Shape((3,), 1, 70, 1),
+    "rounds end inside": Shape((5,), 33, 9, (7, 1, 0, 3, 2, 3, 16, 0, 9)),
+    "rounds end between": Shape((5,), 33, 9, (8, 8, 0, 16, 1, 7, 0, 2, 1)),
+    "first and last of a block": Shape((5,), 33, 9, (9, 0, 2, 3, 11, 0, 0, 4, 33)),
+    "empty blocks": Shape((5,), 33, 14, (0, 0, 0, 0, 1, 0, 0, 19, 0, 0, 0, 0, 0, 2)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtypes", [FLOAT, BFLOAT], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", UNEVEN)
+@pytest.mark.usefixtures("kernel")
+def test_neurons_of_very_different_lengths(shape, dtypes, layout):
+    case = Case.draw(UNEVEN[shape], dtypes, layout)
+    assert_case_correct(case, bypass(case.result, case.x, case.values, *case.support_tensors()))
+
+
+@pytest.mark.parametrize("count", [launch.LIGHT, launch.LIGHT + 1, 2 * launch.LIGHT, 2 * launch.LIGHT + 1])
 @pytest.mark.usefixtures("on_interpreter")
-def test_neurons_with_very_many_entries(entries):
-    """More than are summed side by side with those of others."""
-    shape = Shape((3,), 1, 70, entries) if entries == 1 else Shape((3,), 64, 3, entries)
-    case = Case.draw(shape, FLOAT, "contiguous")
-    support, (_, ends) = case.support, case.support.transposed()
-    longest = max(int((ends[1:] - ends[:-1]).max()), *(entries if isinstance(entries, tuple) else (0, 0)))
-    assert longest > launch.LIGHT + 1 and support.entries >= longest
+def test_as_many_entries_as_are_summed_side_by_side(count):
+    case = Case.draw(Shape((3,), 2 * count, 3, (3, count, 0)), FLOAT, "contiguous")
     assert_case_correct(case, bypass(case.result, case.x, case.values, *case.support_tensors()))
 
 
@@ -80,10 +97,12 @@ def test_values_and_indices_may_be_slices(entries):
     assert_case_correct(case, bypass(case.result, case.x, case.values, *case.support_tensors()))
 
 
+@pytest.mark.parametrize("ahead", [0, 8])
 @pytest.mark.parametrize("tokens", [1, 15, 33, 47])
-@pytest.mark.parametrize("entries", [1, (0, 3, 1, 9, 0, 2)], ids=["table", "ragged"])
-def test_parts_of_tokens_give_the_whole_and_the_same_bits_again(kernel, monkeypatch, entries, tokens):
+@pytest.mark.parametrize("entries", [1, 4, (0, 3, 1, 9, 0, 2)], ids=["k1", "k4", "ragged"])
+def test_parts_of_tokens_give_the_whole_and_the_same_bits_again(kernel, monkeypatch, entries, tokens, ahead):
     monkeypatch.setattr(launch, "MIN_SPAN", 4)
+    monkeypatch.setattr(launch, "WORDS_AHEAD", ahead)
     case = Case.draw(Shape((tokens,), 9, 6, entries), BFLOAT, "contiguous")
     assert launch.splits_of(tokens, case.support.entries)[0] == -(-tokens // 16)
     arguments = (case.grad, case.x.detach(), case.support.indices, case.support.offsets)
@@ -125,6 +144,19 @@ def test_infinities_stay_where_they_are_read(kernel, entries):
     out = sparse_add(case.result.detach(), x, case.values.detach(), indices, case.support.offsets)
     readers = (dense_update(case.values.detach(), case.support)[:, read] != 0).nonzero().flatten().tolist()
     assert [(token, row) for token, row in (~out.isfinite()).nonzero().tolist()] == [(1, row) for row in readers]
+
+
+@pytest.mark.parametrize("entries", [2, (9, 1, 0, 5, 0, 2)], ids=["table", "ragged"])
+@pytest.mark.usefixtures("kernel")
+def test_a_row_whose_gradient_is_not_finite_reaches_its_own_inputs_only(entries):
+    case = Case.draw(Shape((5,), 9, 6, entries), FLOAT, "contiguous")
+    case.grad[1, 3] = torch.nan
+    values = case.values.detach()
+    indices, offsets, *transposed = case.support_tensors()
+    out = sparse_grad_input(case.grad, values, indices, offsets, *transposed, torch.float32)
+    read = dense_update(values, case.support)[3].nonzero().flatten().tolist()
+    assert 0 < len(read) < 9
+    assert out.isnan().nonzero().tolist() == [[1, column] for column in read]
 
 
 def test_addresses_pass_2_to_the_31(kernel, tmp_path):

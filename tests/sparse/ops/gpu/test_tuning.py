@@ -32,6 +32,7 @@ def measured(monkeypatch):
 
     monkeypatch.setattr(tuning, "_chosen", {})
     monkeypatch.setattr(tuning, "can_measure", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(tuning, "milliseconds", milliseconds)
     return timed
 
@@ -59,13 +60,30 @@ def test_deterministic_algorithms_take_the_first_whatever_was_measured(measured)
     assert len(measured) == 3
 
 
-def test_a_captured_stream_is_not_measured(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not tuning.can_measure(torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert tuning.can_measure(torch.device("cuda"))
-    assert not tuning.can_measure(CPU)
-    assert _choice("unseen") == CONFIGS[0]
+def test_what_a_graph_captured_first_also_runs_outside_of_it(measured, monkeypatch):
+    capturing = True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    assert _choice("a") == CONFIGS[0]
+    capturing = False
+    assert _choice("a") == CONFIGS[0] and measured == []
+    assert _choice("b") == CONFIGS[1]
+    capturing = True
+    assert _choice("b") == CONFIGS[1]
+
+
+def test_a_cpu_is_not_measured():
+    assert _choice("unseen") == CONFIGS[0] and "unseen" not in tuning._chosen
+
+
+def _out_of_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("trial", [_out_of_memory, lambda: _out_of_memory], ids=["output", "launch"])
+def test_where_memory_is_short_the_first_runs_and_a_later_call_measures(measured, trial):
+    assert tuning.choice("a", lambda: CONFIGS, CPU, trial) == CONFIGS[0]
+    assert measured == []
+    assert _choice("a") == CONFIGS[1]
 
 
 def test_what_the_device_refuses_drops_out():
@@ -111,12 +129,9 @@ def test_parts_of_a_value_gradient_cover_the_tokens_in_little_memory(tokens, ent
 @pytest.mark.parametrize(("version", "staged"), [((3, 3), False), ((3, 4), True), ((3, 10), True)])
 def test_rows_are_staged_where_triton_compiles_that_well(monkeypatch, version, staged):
     monkeypatch.setattr(launch, "triton_version", lambda: version)
-    for configs in (launch.sum_configs(1024, 4096, 4096, 1, 2, False), launch.value_configs(1024, 4096, 4096, 2)):
+    sums = [launch.sum_configs(1024, 4096, 4096, 1, 2, uneven) for uneven in (False, True)]
+    for configs in (*sums, launch.value_configs(1024, 4096, 4096, 2)):
         assert any(config.staged for config in configs) == staged
-
-
-def test_rows_are_not_staged_for_neurons_of_very_different_lengths():
-    assert not any(config.staged for config in launch.sum_configs(1024, 4096, 4096, 1, 2, True))
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 5, 10**6])
@@ -133,6 +148,6 @@ def test_candidates_are_few_and_fit_any_width(tokens, k, itemsize):
                 assert 1 <= len(configs) == len(set(configs)) <= 4
                 assert not configs[0].staged
                 assert width <= launch.MAX_STAGED_WIDTH or not any(config.staged for config in configs)
-                assert all(launch.LIGHT % config.block_k == 0 for config in configs)
+                assert all(config.staged or launch.LIGHT % config.block_k == 0 for config in configs)
                 programs = max(tokens * neurons / (max(1, c.block_tokens) * c.block_neurons) for c in configs)
                 assert programs < 2**31  # what a grid may have
