@@ -2,12 +2,14 @@
 Which path is the fastest, bypass, folded or dense, over a grid of (rows, fan-in, k, tokens), and does "auto" take it?
 
     python examples/benchmarks/crossover.py --out examples/benchmarks/results/crossover_cpu_fp32.json
+    python examples/benchmarks/crossover.py --uneven --out examples/benchmarks/results/crossover_uneven_cpu_fp32.json
     python examples/benchmarks/crossover.py --device cuda --out examples/benchmarks/results/crossover_cuda_fp32.json
 
 The numbers in `peft_ext/sparse/ops/crossovers.py` come from it. A point is a forward and backward pass of one layer
-with gradients of x and of the values. Paths are interleaved, and a path's time is the shortest of its rounds, since
-whatever else runs on the machine only adds to it. `--points 0:50` measures a part; points that the file of `--out`
-already holds are not measured again, so that an interrupted run goes on. `--report` measures nothing and prints what
+with gradients of x and of the values. Paths are interleaved, and the grid is gone through several times, so that a slow
+spell of the machine does not meet one point alone; a path's time is its shortest, since whatever else runs on the
+machine only adds to it. `--points 0:50` measures a part; what the file of `--out` already holds is not measured again,
+so that an interrupted run goes on. `--report` measures nothing and prints what
 the file holds: how often "auto", as the package now decides, is within 10 % of the best path, and where it is worst.
 """
 
@@ -27,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from peft_ext.sparse.ops import bypass, choose_backend, dense, folded
-from peft_ext.sparse.support import Support
+from peft_ext.sparse.support import Support, support_of
 
 
 PATHS = ("bypass", "folded", "dense")
@@ -43,20 +45,30 @@ GRID = [
 WITHIN = 1.1
 
 
+def random_support(rows: int, fan_in: int, k: int, uneven: bool, generator: torch.Generator) -> Support:
+    """k entries of each row, or as many anywhere in the weight."""
+    if not uneven:
+        indices = torch.rand(rows, fan_in, generator=generator).topk(k).indices
+        return Support(indices.sort(1).values.to(torch.int32), fan_in)
+    positions = torch.randperm(rows * fan_in, generator=generator)[: rows * k]
+    return support_of(positions.sort().values, rows, fan_in)
+
+
 def passes(
-    rows: int, fan_in: int, k: int, tokens: int, dtype: torch.dtype, device: torch.device
+    rows: int, fan_in: int, k: int, tokens: int, uneven: bool, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Callable[[], Tensor]]:
     """The three paths, each as a function from nothing to the layer's output."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, fan_in, generator=generator).to(device, dtype).requires_grad_(True)
     weight = (torch.randn(rows, fan_in, generator=generator) / fan_in**0.5).to(device, dtype)
-    values = torch.zeros(rows, k, device=device, requires_grad=True)
-    indices = torch.rand(rows, fan_in, generator=generator).topk(k).indices.sort(1).values.to(device, torch.int32)
-    transposed = Support(indices, fan_in).transposed()
+    support = random_support(rows, fan_in, k, uneven, generator).to(device)
+    indices, offsets = support.indices, support.offsets
+    values = torch.zeros(indices.shape, device=device, requires_grad=True)
+    transposed = support.transposed()
     return {
-        "bypass": lambda: bypass(F.linear(x, weight), x, values, indices, None, *transposed),
-        "folded": lambda: folded(x, weight, None, values, indices),
-        "dense": lambda: dense(x, weight, None, values, indices, None),
+        "bypass": lambda: bypass(F.linear(x, weight), x, values, indices, offsets, *transposed),
+        "folded": lambda: folded(x, weight, None, values, indices, offsets),
+        "dense": lambda: dense(x, weight, None, values, indices, offsets),
     }
 
 
@@ -74,7 +86,7 @@ def measure(point: tuple[int, ...], args: argparse.Namespace) -> dict[str, Any]:
     """The shortest seconds of each path at one point."""
     rows, fan_in, k, tokens = point
     dtype, device = getattr(torch, args.dtype), torch.device(args.device)
-    paths = passes(rows, fan_in, k, tokens, dtype, device)
+    paths = passes(rows, fan_in, k, tokens, args.uneven, dtype, device)
     grad = torch.randn(tokens, rows).to(device, dtype)
     times: dict[str, list[float]] = {name: [] for name in paths}
     for forward in paths.values():  # warms up
@@ -84,7 +96,15 @@ def measure(point: tuple[int, ...], args: argparse.Namespace) -> dict[str, Any]:
         for name, forward in paths.items():
             times[name].append(seconds(forward, grad))
     shortest = {name: min(sample) for name, sample in times.items()}
-    return {"rows": rows, "fan_in": fan_in, "k": k, "tokens": tokens, "seconds": shortest}
+    return {"rows": rows, "fan_in": fan_in, "k": k, "tokens": tokens, "passes": 1, "seconds": shortest}
+
+
+def joined(first: dict[str, Any] | None, second: dict[str, Any]) -> dict[str, Any]:
+    """Two measurements of one point."""
+    if first is None:
+        return second
+    shortest = {name: min(time, second["seconds"][name]) for name, time in first["seconds"].items()}
+    return {**first, "passes": first["passes"] + second["passes"], "seconds": shortest}
 
 
 def auto(result: dict[str, Any], dtype: torch.dtype, device: torch.device) -> str:
@@ -121,8 +141,10 @@ def print_report(results: Sequence[dict[str, Any]]) -> None:
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", default=":", metavar="FROM:TO", help=f"of the grid's {len(GRID)} points (all)")
-    parser.add_argument("--rounds", type=int, default=5, help="at least so many rounds per point (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=0.6, help="and at least so long (%(default)s)")
+    parser.add_argument("--uneven", action="store_true", help="as many entries anywhere in the weight, not k per row")
+    parser.add_argument("--passes", type=int, default=3, help="times that the grid is gone through (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="at least so many rounds at a point (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=0.4, help="and at least so long (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:<n> (%(default)s)")
@@ -137,13 +159,19 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         report = json.loads(args.out.read_text())
     known = {(r["rows"], r["fan_in"], r["k"], r["tokens"]): r for r in report["results"]}
     start, stop = (int(end) if end else None for end in args.points.split(":"))
-    todo = [] if args.report else [point for point in GRID[start:stop] if point not in known]
+    todo = [
+        point
+        for number in range(0 if args.report else args.passes)
+        for point in GRID[start:stop]
+        if point not in known or known[point]["passes"] <= number
+    ]
     for point in tqdm(todo, unit="point"):
-        known[point] = measure(point, args)
+        known[point] = joined(known.get(point), measure(point, args))
         if args.out is not None:
             report = {
                 "environment": environment(device),
                 "dtype": args.dtype,
+                "uneven": args.uneven,
                 "results": [known[p] for p in GRID if p in known],
             }
             args.out.write_text(json.dumps(report, indent=1) + "\n")

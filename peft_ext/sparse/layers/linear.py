@@ -22,16 +22,14 @@ class SparseLinear(SparseLayer):
         weight = self._plain_weight(delta)
         if weight is not None:
             weight = neuron_view(self.get_base_layer(), weight)
-        path = choose_backend(
-            self.backends[adapter_name], x, weight, support.entries, self.out_features, support.is_table
-        )
+        path = choose_backend(self.backends[adapter_name], x, weight, support.entries, self.out_features)
         if weight is None or path == "bypass":
             # A plain linear layer does not need its output for backward, and nobody else has seen it yet.
             owned = weight is not None and type(self.base_layer) in (nn.Linear, Conv1D)
             return delta(self._base_result(x, *args, **kwargs), x, owned=owned)
         bias = self._bias_with(delta)
         if path == "folded":
-            return folded(x, weight, bias, delta.weight, delta.indices)
+            return folded(x, weight, bias, delta.weight, delta.indices, delta.offsets)
         if path == "dense":
             return dense(x, weight, bias, delta.weight, delta.indices, delta.offsets)
         return sparse_linear(x, weight, bias, delta.weight, delta.indices, delta.offsets)

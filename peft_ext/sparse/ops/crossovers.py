@@ -2,7 +2,7 @@
 Measured costs that decide between the paths: `python examples/benchmarks/crossover.py`, fp32, two CPU threads, raw
 times in `examples/benchmarks/results/crossover_cpu_fp32.json`.
 
-The dense path costs by weights, the other two by entries. What matters is their difference in a forward and backward
+The dense path costs by weights, the folded one by entries. What matters is their difference in a forward and backward
 pass, so only what is not common to both is here. No GPU has been measured yet: `Share` for "cuda" is an estimate.
 """
 
@@ -18,7 +18,7 @@ MIN_DENSE_SHARE = 0.015
 @dataclass(frozen=True)
 class Costs:
     """
-    Nanoseconds that a path by entries takes per `entry`, per entry and token, and per `call`, and the dense path per
+    Nanoseconds that the folded path takes per `entry`, per entry and token, and per `call`, and the dense path per
     `weight`, and per weight and token.
     """
 
@@ -30,9 +30,9 @@ class Costs:
 
     def dense_pays(self, entries: int, weights: int, tokens: int) -> bool:
         """Whether the dense path is the faster one."""
-        by_entries = entries * (self.entry + self.entry_token * tokens) + self.call
+        folded = entries * (self.entry + self.entry_token * tokens) + self.call
         dense = weights * (self.weight + self.weight_token * tokens)
-        return entries > MIN_DENSE_SHARE * weights and by_entries > dense
+        return entries > MIN_DENSE_SHARE * weights and folded > dense
 
 
 @dataclass(frozen=True)
@@ -46,25 +46,19 @@ class Share:
         return entries > self.share * weights
 
 
-# By device: against the folded path (tables), and against the bypass (ragged supports).
-FOLDED: dict[str, Costs | Share] = {
+# By device.
+MEASURED: dict[str, Costs | Share] = {
     "cpu": Costs(entry=11.0, entry_token=0.048, call=150_000, weight=0.85, weight_token=0.0042),
     "cuda": Share(0.125),
 }
-BYPASS: dict[str, Costs | Share] = {
-    "cpu": Costs(entry=11.0, entry_token=0.25, call=600_000, weight=1.5, weight_token=0.0035),
-    "cuda": Share(0.125),
-}
 
 
-def dense_pays(device_type: str, is_table: bool, entries: int, weights: int, tokens: int) -> bool:
+def dense_pays(device_type: str, entries: int, weights: int, tokens: int) -> bool:
     """
-    Whether composing W + S and one dense weight gradient are faster than the path by entries.
+    Whether composing W + S and one dense weight gradient are faster than the folded path.
 
     Args:
         device_type (`str`): as of `torch.device.type`; unknown ones are taken for a GPU.
-        is_table (`bool`): the path by entries is the folded one, else the bypass.
         entries, weights, tokens (`int`): trained weights, weights, rows of x.
     """
-    costs = FOLDED if is_table else BYPASS
-    return costs.get(device_type, costs["cuda"]).dense_pays(entries, weights, tokens)
+    return MEASURED.get(device_type, MEASURED["cuda"]).dense_pays(entries, weights, tokens)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peft_ext.sparse.ops import BACKENDS, choose_backend
-from peft_ext.sparse.ops.crossovers import BYPASS, FOLDED, MIN_DENSE_SHARE, Costs, Share, dense_pays
+from peft_ext.sparse.ops.crossovers import MEASURED, MIN_DENSE_SHARE, Costs, Share, dense_pays
 
 
 def _choose(requested="auto", dtype=torch.float32, x_dtype=None, entries=64, rows=64, fan_in=100, **options):
@@ -39,11 +39,6 @@ def test_autocast_takes_the_bypass(requested):
         assert _choose(requested) == "bypass"
 
 
-@pytest.mark.parametrize(("requested", "expected"), [("folded", "bypass"), ("auto", "bypass"), ("dense", "dense")])
-def test_a_ragged_support_is_not_folded(requested, expected):
-    assert _choose(requested, is_table=False) == expected
-
-
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.float32, "folded"), (torch.bfloat16, "bypass")], ids=str)
 def test_auto_folds_only_where_the_values_are_not_rounded_to_16_bits(dtype, expected):
     assert _choose(dtype=dtype) == expected
@@ -54,19 +49,18 @@ def test_auto_leaves_the_weight_alone_without_gradients():
         assert _choose() == "bypass"
 
 
-@pytest.mark.parametrize("is_table", [True, False])
 @pytest.mark.parametrize("tokens", [1, 1000])
-def test_auto_goes_dense_where_that_is_measured_to_pay(is_table, tokens):
+def test_auto_goes_dense_where_that_is_measured_to_pay(tokens):
     rows, fan_in = 2048, 1024
     x, weight = torch.zeros(tokens, fan_in), torch.zeros(rows, fan_in)
-    chosen = [choose_backend("auto", x, weight, rows * k, rows, is_table) for k in range(1, fan_in + 1)]
-    pays = [dense_pays("cpu", is_table, rows * k, rows * fan_in, tokens) for k in range(1, fan_in + 1)]
+    chosen = [choose_backend("auto", x, weight, rows * k, rows) for k in range(1, fan_in + 1)]
+    pays = [dense_pays("cpu", rows * k, rows * fan_in, tokens) for k in range(1, fan_in + 1)]
     assert [path == "dense" for path in chosen] == pays
     assert pays == sorted(pays) and pays[-1] and not pays[0]  # from one k on
-    assert set(chosen) == {"dense", "folded" if is_table else "bypass"}
+    assert set(chosen) == {"dense", "folded"}
 
 
-@pytest.mark.parametrize("costs", [*FOLDED.values(), *BYPASS.values()], ids=str)
+@pytest.mark.parametrize("costs", MEASURED.values(), ids=str)
 @pytest.mark.parametrize("tokens", [1, 10**6])
 def test_few_trained_weights_never_go_dense(costs, tokens):
     for weights in (10**2, 10**4, 10**8):
