@@ -107,16 +107,16 @@ def joined(first: dict[str, Any] | None, second: dict[str, Any]) -> dict[str, An
     return {**first, "passes": first["passes"] + second["passes"], "seconds": shortest}
 
 
-def auto(result: dict[str, Any], dtype: torch.dtype, device: torch.device) -> str:
+def auto(result: dict[str, Any], uneven: bool, dtype: torch.dtype, device: torch.device) -> str:
     """The path that the package takes in training."""
     x = torch.empty(result["tokens"], result["fan_in"], dtype=dtype, device=device)
     weight = torch.empty(result["rows"], result["fan_in"], dtype=dtype, device=device)
-    return choose_backend("auto", x, weight, result["rows"] * result["k"], result["rows"])
+    return choose_backend("auto", x, weight, result["rows"] * result["k"], result["rows"], not uneven)
 
 
-def judged(result: dict[str, Any], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def judged(result: dict[str, Any], uneven: bool, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     best = min(result["seconds"].values())
-    path = auto(result, dtype, device)
+    path = auto(result, uneven, dtype, device)
     return {**result, "auto": path, "auto_over_best": result["seconds"][path] / best}
 
 
@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 "results": [known[p] for p in GRID if p in known],
             }
             args.out.write_text(json.dumps(report, indent=1) + "\n")
-    results = [judged(known[point], dtype, device) for point in GRID if point in known]
+    results = [judged(known[point], args.uneven, dtype, device) for point in GRID if point in known]
     print_report(results)
     return results
 

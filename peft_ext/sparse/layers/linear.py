@@ -22,7 +22,9 @@ class SparseLinear(SparseLayer):
         weight = self._plain_weight(delta)
         if weight is not None:
             weight = neuron_view(self.get_base_layer(), weight)
-        path = choose_backend(self.backends[adapter_name], x, weight, support.entries, self.out_features)
+        path = choose_backend(
+            self.backends[adapter_name], x, weight, support.entries, self.out_features, support.is_table
+        )
         if weight is None or path == "bypass":
             # A plain linear layer does not need its output for backward, and nobody else has seen it yet.
             owned = weight is not None and type(self.base_layer) in (nn.Linear, Conv1D)

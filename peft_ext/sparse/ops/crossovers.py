@@ -1,6 +1,6 @@
 """
 Measured costs that decide between the paths: `python examples/benchmarks/crossover.py`, fp32, two CPU threads, raw
-times in `examples/benchmarks/results/crossover_cpu_fp32.json`.
+times in `examples/benchmarks/results/crossover_cpu_fp32.json` and, for uneven rows, `crossover_uneven_cpu_fp32.json`.
 
 The dense path costs by weights, the folded one by entries. What matters is their difference in a forward and backward
 pass, so only what is not common to both is here. No GPU has been measured yet: `Share` for "cuda" is an estimate.
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .bypass import FEW_TOKENS
+
 
 # Below this share of trained weights, a dense copy of W and its gradient are not worth a few percent of time.
 MIN_DENSE_SHARE = 0.015
@@ -18,19 +20,25 @@ MIN_DENSE_SHARE = 0.015
 @dataclass(frozen=True)
 class Costs:
     """
-    Nanoseconds that the folded path takes per `entry`, per entry and token, and per `call`, and the dense path per
-    `weight`, and per weight and token.
+    Nanoseconds that the folded path takes per `call`, per `entry`, and per entry and token; from more than a few tokens
+    on, when the gradient of the values transposes its operands, also per `bag_entry`, and per token and feature (`rows`
+    or `fan_in`) in `feature_token`. Those that the dense path takes per `weight`, and per weight and token.
     """
 
-    entry: float
-    entry_token: float
     call: float
+    entry: float
+    bag_entry: float
+    entry_token: float
+    feature_token: float
     weight: float
     weight_token: float
 
-    def dense_pays(self, entries: int, weights: int, tokens: int) -> bool:
+    def dense_pays(self, entries: int, rows: int, fan_in: int, tokens: int) -> bool:
         """Whether the dense path is the faster one."""
-        folded = entries * (self.entry + self.entry_token * tokens) + self.call
+        weights = rows * fan_in
+        folded = self.call + entries * (self.entry + self.entry_token * tokens)
+        if tokens > FEW_TOKENS:
+            folded += self.bag_entry * entries + self.feature_token * (rows + fan_in) * tokens
         dense = weights * (self.weight + self.weight_token * tokens)
         return entries > MIN_DENSE_SHARE * weights and folded > dense
 
@@ -41,24 +49,30 @@ class Share:
 
     share: float
 
-    def dense_pays(self, entries: int, weights: int, tokens: int) -> bool:
+    def dense_pays(self, entries: int, rows: int, fan_in: int, tokens: int) -> bool:
         """Whether the dense path is the faster one."""
-        return entries > self.share * weights
+        return entries > self.share * rows * fan_in
 
 
-# By device.
-MEASURED: dict[str, Costs | Share] = {
-    "cpu": Costs(entry=11.0, entry_token=0.048, call=150_000, weight=0.85, weight_token=0.0042),
+# By device: of supports with equally many entries in each row, and of uneven ones.
+EVEN: dict[str, Costs | Share] = {
+    "cpu": Costs(60_000, 2.3, 9.5, 0.0475, 0.715, 0.976, 0.0067),
+    "cuda": Share(0.125),
+}
+UNEVEN: dict[str, Costs | Share] = {
+    "cpu": Costs(51_000, 1.24, 15.3, 0.0394, 0.8, 1.29, 0.0072),
     "cuda": Share(0.125),
 }
 
 
-def dense_pays(device_type: str, entries: int, weights: int, tokens: int) -> bool:
+def dense_pays(device_type: str, is_even: bool, entries: int, rows: int, fan_in: int, tokens: int) -> bool:
     """
     Whether composing W + S and one dense weight gradient are faster than the folded path.
 
     Args:
         device_type (`str`): as of `torch.device.type`; unknown ones are taken for a GPU.
-        entries, weights, tokens (`int`): trained weights, weights, rows of x.
+        is_even (`bool`): each row has equally many entries.
+        entries, rows, fan_in, tokens (`int`): trained weights, shape of the weight, rows of x.
     """
-    return MEASURED.get(device_type, MEASURED["cuda"]).dense_pays(entries, weights, tokens)
+    costs = EVEN if is_even else UNEVEN
+    return costs.get(device_type, costs["cuda"]).dense_pays(entries, rows, fan_in, tokens)

@@ -14,7 +14,9 @@ Backend = Literal["auto", "bypass", "folded", "dense", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
 
-def choose_backend(requested: str, x: Tensor, weight: Tensor | None, entries: int, rows: int) -> str:
+def choose_backend(
+    requested: str, x: Tensor, weight: Tensor | None, entries: int, rows: int, is_even: bool = True
+) -> str:
     """
     The path to take for one call.
 
@@ -28,6 +30,8 @@ def choose_backend(requested: str, x: Tensor, weight: Tensor | None, entries: in
             sharded weight).
         entries, rows (`int`):
             Size of the support.
+        is_even (`bool`):
+            Whether each row has equally many entries.
     """
     if requested == "bypass" or entries == 0 or weight is None:
         return "bypass"
@@ -43,7 +47,8 @@ def choose_backend(requested: str, x: Tensor, weight: Tensor | None, entries: in
     if not wide or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return "bypass"
     tokens = x.numel() // x.shape[-1]
-    return "dense" if dense_pays(x.device.type, entries, rows * x.shape[-1], tokens) else "folded"
+    pays = dense_pays(x.device.type, is_even, entries, rows, x.shape[-1], tokens)
+    return "dense" if pays else "folded"
 
 
 # The same for convolutions: share of trained entries above which one dense weight gradient beats windows entry by

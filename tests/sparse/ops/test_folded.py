@@ -84,7 +84,9 @@ def test_an_error_in_forward_restores_every_bit(what):
     with pytest.raises((RuntimeError, IndexError)):
         folded(weight=inputs.weight, **arguments)
     assert_same_bits(inputs.weight, original)
-    assert_product_correct(lambda x, w, b, v, s: folded(x, w, b, v, s.indices, s.offsets), inputs)  # and the lock is free
+    assert_product_correct(
+        lambda x, w, b, v, s: folded(x, w, b, v, s.indices, s.offsets), inputs
+    )  # and the lock is free
 
 
 def test_an_error_in_backward_restores_every_bit():

@@ -129,11 +129,7 @@ def test_fake_kernel_of_a_convolution_foretells_shape_and_dtype(op, case, dtype,
 
 @pytest.mark.parametrize(
     ("op", "shape"),
-    [
-        (op, shape)
-        for op in OPS
-        for shape in ("k1", "k2", "ragged", "k2 no tokens", "ragged empty")
-    ],
+    [(op, shape) for op in OPS for shape in ("k1", "k2", "ragged", "k2 no tokens", "ragged empty")],
 )
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)], ids=str)
 def test_fake_kernel_foretells_shape_and_dtype(op, shape, dtypes):
