@@ -20,9 +20,10 @@ MIN_DENSE_SHARE = 0.015
 @dataclass(frozen=True)
 class Costs:
     """
-    Nanoseconds that the folded path takes per `call`, per `entry`, and per entry and token; from more than a few tokens
-    on, when the gradient of the values transposes its operands, also per `bag_entry`, and per token and feature (`rows`
-    or `fan_in`) in `feature_token`. Those that the dense path takes per `weight`, and per weight and token.
+    Nanoseconds that the folded path takes per `call`, per `entry`, and per entry and token. With more than a few
+    tokens, when the gradient of the values transposes its operands, also per `bag_entry`, and per token and feature
+    (`rows` and `fan_in` together) in `feature_token`. And what the dense path takes per `weight`, and per weight and
+    token.
     """
 
     call: float
