@@ -57,7 +57,7 @@ class Share:
 
 # By device: of supports with equally many entries in each row, and of uneven ones.
 EVEN: dict[str, Costs | Share] = {
-    "cpu": Costs(60_000, 2.3, 9.5, 0.0475, 0.715, 0.976, 0.0067),
+    "cpu": Costs(180_000, 1.28, 7.0, 0.044, 0.84, 0.7, 0.0062),
     "cuda": Share(0.125),
 }
 UNEVEN: dict[str, Costs | Share] = {
