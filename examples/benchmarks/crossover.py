@@ -7,8 +7,8 @@ Which path is the fastest, bypass, folded or dense, over a grid of (rows, fan-in
 
 The numbers in `peft_ext/sparse/ops/crossovers.py` come from it. A point is a forward and backward pass of one layer
 with gradients of x and of the values. Layers of one size are visited in turn, so that a weight lies in no cache, as in
-a model. Paths are interleaved, and the grid is gone through several times, so that a slow spell of the machine does not
-meet one point alone; a path's time is its shortest, since whatever else runs on the machine only adds to it.
+a model. Paths are interleaved, and the grid is gone through several times, so that a slow spell of the machine does
+not meet one point alone; a path's time is its shortest, since whatever else runs on the machine only adds to it.
 `--points 0:50` measures a part; what the file of `--out` already holds is not measured again, so that an interrupted
 run goes on. `--report` measures nothing and prints what the file holds: how often "auto", as the package now decides,
 is within 10 % of the best path, and where it is worst.
