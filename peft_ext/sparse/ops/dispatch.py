@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .crossovers import dense_pays
+from .crossovers import fastest_path
 
 
 Backend = Literal["auto", "bypass", "folded", "dense", "reference"]
@@ -47,8 +47,7 @@ def choose_backend(
     if not wide or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return "bypass"
     tokens = x.numel() // x.shape[-1]
-    pays = dense_pays(x.device.type, is_even, entries, rows, x.shape[-1], tokens)
-    return "dense" if pays else "folded"
+    return fastest_path(x.device.type, is_even, entries, rows, x.shape[-1], tokens)
 
 
 # The same for convolutions: share of trained entries above which one dense weight gradient beats windows entry by
