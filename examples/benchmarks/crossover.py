@@ -2,21 +2,25 @@
 Which path is the fastest, bypass, folded or dense, over a grid of (rows, fan-in, k, tokens), and does "auto" take it?
 
     python examples/benchmarks/crossover.py --out examples/benchmarks/results/crossover_cpu_fp32.json
+    python examples/benchmarks/crossover.py --uneven --out examples/benchmarks/results/crossover_uneven_cpu_fp32.json
     python examples/benchmarks/crossover.py --device cuda --out examples/benchmarks/results/crossover_cuda_fp32.json
 
 The numbers in `peft_ext/sparse/ops/crossovers.py` come from it. A point is a forward and backward pass of one layer
-with gradients of x and of the values. Paths are interleaved, and a path's time is the shortest of its rounds, since
-whatever else runs on the machine only adds to it. `--points 0:50` measures a part; points that the file of `--out`
-already holds are not measured again, so that an interrupted run goes on. `--report` measures nothing and prints what
-the file holds: how often "auto", as the package now decides, is within 10 % of the best path, and where it is worst.
+with gradients of x and of the values. Layers of one size are visited in turn, so that a weight lies in no cache, as in
+a model. Paths are interleaved, and the grid is gone through several times, so that a slow spell of the machine does
+not meet one point alone; a path's time is its shortest, since whatever else runs on the machine only adds to it.
+`--points 0:50` measures a part; what the file of `--out` already holds is not measured again, so that an interrupted
+run goes on. `--report` measures nothing and prints what the file holds: how often "auto", as the package now decides,
+is within 10 % of the best path, and where it is worst.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +30,8 @@ from _common.report import environment, table
 from torch import Tensor
 from tqdm import tqdm
 
-from peft_ext.sparse.ops import bypass, choose_backend, dense, folded
-from peft_ext.sparse.support import Support
+from peft_ext.sparse.ops import add_in_place, bypass, choose_backend, dense, folded, may_add_in_place
+from peft_ext.sparse.support import Support, support_of
 
 
 PATHS = ("bypass", "folded", "dense")
@@ -40,70 +44,117 @@ GRID = [
     for rows, fan_in in SHAPES
     for share in SHARES
 ]
+SIZES = ("rows", "fan_in", "k", "tokens")
 WITHIN = 1.1
+# Layers that are visited in turn hold so many bytes of weights: more than the last level of any cache.
+COLD_BYTES = 128 * 2**20
+MOST_LAYERS = 256
 
 
-def passes(
-    rows: int, fan_in: int, k: int, tokens: int, dtype: torch.dtype, device: torch.device
-) -> dict[str, Callable[[], Tensor]]:
-    """The three paths, each as a function from nothing to the layer's output."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(tokens, fan_in, generator=generator).to(device, dtype).requires_grad_(True)
-    weight = (torch.randn(rows, fan_in, generator=generator) / fan_in**0.5).to(device, dtype)
-    values = torch.zeros(rows, k, device=device, requires_grad=True)
-    indices = torch.rand(rows, fan_in, generator=generator).topk(k).indices.sort(1).values.to(device, torch.int32)
-    transposed = Support(indices, fan_in).transposed()
-    return {
-        "bypass": lambda: bypass(F.linear(x, weight), x, values, indices, None, *transposed),
-        "folded": lambda: folded(x, weight, None, values, indices),
-        "dense": lambda: dense(x, weight, None, values, indices, None),
-    }
+def random_support(rows: int, fan_in: int, k: int, uneven: bool, generator: torch.Generator) -> Support:
+    """k entries of each row, or as many anywhere in the weight."""
+    if not uneven:
+        indices = torch.rand(rows, fan_in, generator=generator).topk(k).indices
+        return Support(indices.sort(1).values.to(torch.int32), fan_in)
+    positions = torch.randperm(rows * fan_in, generator=generator)[: rows * k]
+    return support_of(positions.sort().values, rows, fan_in)
 
 
-def seconds(forward: Callable[[], Tensor], grad: Tensor) -> float:
-    if grad.is_cuda:
-        torch.cuda.synchronize(grad.device)
-    begin = time.perf_counter()
-    forward().backward(grad)
-    if grad.is_cuda:
-        torch.cuda.synchronize(grad.device)
-    return time.perf_counter() - begin
+class Layers:
+    """
+    Layers of one size, visited in turn, so that each call finds its weight, values and support out of the caches, as
+    in a step of a model whose other layers were used since.
+    """
+
+    def __init__(self, point: tuple[int, ...], uneven: bool, dtype: torch.dtype, device: torch.device) -> None:
+        rows, fan_in, k, tokens = point
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(tokens, fan_in, generator=generator).to(device, dtype).requires_grad_(True)
+        self.grad = torch.randn(tokens, rows, generator=generator).to(device, dtype)
+        weight = (torch.randn(rows, fan_in, generator=generator) / fan_in**0.5).to(device, dtype)
+        support = random_support(rows, fan_in, k, uneven, generator).to(device)
+        values = torch.zeros(support.indices.shape, device=device)
+        tables = (*support.transposed(),)
+        count = max(2, min(MOST_LAYERS, -(-COLD_BYTES // weight.nbytes)))
+        self.layers = itertools.cycle(
+            [
+                (
+                    weight.clone(),
+                    values.clone().requires_grad_(True),
+                    support.indices.clone(),
+                    None if support.offsets is None else support.offsets.clone(),
+                    tuple(table.clone() for table in tables),
+                )
+                for _ in range(count)
+            ]
+        )
+
+    def _bypass(
+        self, weight: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, tables: tuple[Tensor, ...]
+    ) -> Tensor:
+        result = F.linear(self.x, weight)
+        add = add_in_place if may_add_in_place(result, self.x, values) else bypass
+        return add(result, self.x, values, indices, offsets, *tables)
+
+    def seconds(self, path: str) -> float:
+        """Of a forward and backward pass of the next layer."""
+        weight, values, indices, offsets, tables = next(self.layers)
+        self.x.grad = values.grad = None
+        synchronise(self.x.device)
+        begin = time.perf_counter()
+        if path == "bypass":
+            y = self._bypass(weight, values, indices, offsets, tables)
+        else:
+            y = {"folded": folded, "dense": dense}[path](self.x, weight, None, values, indices, offsets)
+        y.backward(self.grad)
+        synchronise(self.x.device)
+        return time.perf_counter() - begin
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def measure(point: tuple[int, ...], args: argparse.Namespace) -> dict[str, Any]:
     """The shortest seconds of each path at one point."""
-    rows, fan_in, k, tokens = point
-    dtype, device = getattr(torch, args.dtype), torch.device(args.device)
-    paths = passes(rows, fan_in, k, tokens, dtype, device)
-    grad = torch.randn(tokens, rows).to(device, dtype)
-    times: dict[str, list[float]] = {name: [] for name in paths}
-    for forward in paths.values():  # warms up
-        seconds(forward, grad)
+    layers = Layers(point, args.uneven, getattr(torch, args.dtype), torch.device(args.device))
+    times: dict[str, list[float]] = {name: [] for name in PATHS}
+    for name in PATHS:  # warms up
+        layers.seconds(name)
     begin = time.perf_counter()
     while len(times["dense"]) < args.rounds or (time.perf_counter() - begin < args.seconds):
-        for name, forward in paths.items():
-            times[name].append(seconds(forward, grad))
+        for name in PATHS:
+            times[name].append(layers.seconds(name))
     shortest = {name: min(sample) for name, sample in times.items()}
-    return {"rows": rows, "fan_in": fan_in, "k": k, "tokens": tokens, "seconds": shortest}
+    return {**dict(zip(SIZES, point, strict=True)), "passes": 1, "seconds": shortest}
 
 
-def auto(result: dict[str, Any], dtype: torch.dtype, device: torch.device) -> str:
+def joined(first: dict[str, Any] | None, second: dict[str, Any]) -> dict[str, Any]:
+    """Two measurements of one point."""
+    if first is None:
+        return second
+    shortest = {name: min(time, second["seconds"][name]) for name, time in first["seconds"].items()}
+    return {**first, "passes": first["passes"] + second["passes"], "seconds": shortest}
+
+
+def auto(result: dict[str, Any], uneven: bool, dtype: torch.dtype, device: torch.device) -> str:
     """The path that the package takes in training."""
     x = torch.empty(result["tokens"], result["fan_in"], dtype=dtype, device=device)
     weight = torch.empty(result["rows"], result["fan_in"], dtype=dtype, device=device)
-    return choose_backend("auto", x, weight, result["rows"] * result["k"], result["rows"])
+    return choose_backend("auto", x, weight, result["rows"] * result["k"], result["rows"], not uneven)
 
 
-def judged(result: dict[str, Any], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def judged(result: dict[str, Any], uneven: bool, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     best = min(result["seconds"].values())
-    path = auto(result, dtype, device)
+    path = auto(result, uneven, dtype, device)
     return {**result, "auto": path, "auto_over_best": result["seconds"][path] / best}
 
 
 def print_report(results: Sequence[dict[str, Any]]) -> None:
     lines = [
         {
-            **{name: str(result[name]) for name in ("rows", "fan_in", "k", "tokens")},
+            **{name: str(result[name]) for name in SIZES},
             **{f"{path}, ms": f"{1000 * result['seconds'][path]:.3f}" for path in PATHS},
             "auto": result["auto"],
             "/ best": f"{result['auto_over_best']:.2f}",
@@ -113,7 +164,7 @@ def print_report(results: Sequence[dict[str, Any]]) -> None:
     print(table(lines))
     near = sum(result["auto_over_best"] <= WITHIN for result in results)
     worst = max(results, key=lambda result: result["auto_over_best"])
-    where = ", ".join(f"{name} {worst[name]}" for name in ("rows", "fan_in", "k", "tokens"))
+    where = ", ".join(f"{name} {worst[name]}" for name in SIZES)
     print(f"auto is within 10 % of the best path at {near} of {len(results)} points")
     print(f"at worst it takes {worst['auto_over_best']:.2f} times the best: {where}")
 
@@ -121,8 +172,10 @@ def print_report(results: Sequence[dict[str, Any]]) -> None:
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", default=":", metavar="FROM:TO", help=f"of the grid's {len(GRID)} points (all)")
-    parser.add_argument("--rounds", type=int, default=5, help="at least so many rounds per point (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=0.6, help="and at least so long (%(default)s)")
+    parser.add_argument("--uneven", action="store_true", help="as many entries anywhere in the weight, not k per row")
+    parser.add_argument("--passes", type=int, default=4, help="times that the grid is gone through (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="at least so many rounds at a point (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=0.4, help="and at least so long (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:<n> (%(default)s)")
@@ -137,17 +190,23 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         report = json.loads(args.out.read_text())
     known = {(r["rows"], r["fan_in"], r["k"], r["tokens"]): r for r in report["results"]}
     start, stop = (int(end) if end else None for end in args.points.split(":"))
-    todo = [] if args.report else [point for point in GRID[start:stop] if point not in known]
+    todo = [
+        point
+        for number in range(0 if args.report else args.passes)
+        for point in GRID[start:stop]
+        if point not in known or known[point]["passes"] <= number
+    ]
     for point in tqdm(todo, unit="point"):
-        known[point] = measure(point, args)
+        known[point] = joined(known.get(point), measure(point, args))
         if args.out is not None:
             report = {
                 "environment": environment(device),
                 "dtype": args.dtype,
+                "uneven": args.uneven,
                 "results": [known[p] for p in GRID if p in known],
             }
             args.out.write_text(json.dumps(report, indent=1) + "\n")
-    results = [judged(known[point], dtype, device) for point in GRID if point in known]
+    results = [judged(known[point], args.uneven, dtype, device) for point in GRID if point in known]
     print_report(results)
     return results
 

@@ -22,10 +22,6 @@ class Shape:
     rows: int
     entries: int | tuple[int, ...]
 
-    @property
-    def is_table(self) -> bool:
-        return isinstance(self.entries, int)
-
 
 SHAPES = {
     "k1": Shape((11,), 9, 6, 1),
@@ -50,7 +46,6 @@ SHAPES = {
     "ragged no tokens": Shape((0,), 9, 6, (0, 3, 1, 9, 0, 2)),
     "ragged empty": Shape((11,), 9, 6, (0,) * 6),
 }
-TABLES = [name for name, shape in SHAPES.items() if shape.is_table]
 
 # Dtypes of the base (and x) and of the values: those that training meets.
 DTYPES = [
@@ -130,16 +125,17 @@ def adapt(
     adapters: Iterable[str] = ("default",),
     active: Sequence[str] | None = None,
     values_scale: float = 1.0,
+    selection: str = "random",
     **options: object,
 ) -> NeuroAdaLinear:
     """
     The layer with adapters of random values, by default all of them active. Every adapter has its own random
-    entries, so that those of several adapters overlap in part.
+    entries, so that those of several adapters overlap in part; with `selection="random_layer"` in uneven rows.
     """
     layer = NeuroAdaLinear(base_layer)
     for number, name in enumerate(adapters):
         config = NeuroAdaConfig(k=k, backend=backend, target_modules=["unused"], **options)
-        support = select_supports({name: layer.base_matrix}, "random", k, seed=number)[name]
+        support = select_supports({name: layer.base_matrix}, selection, k, seed=number)[name]
         layer.update_layer(name, config, support)
         generator = torch.Generator().manual_seed(number)
         values = layer.deltas[name].weight

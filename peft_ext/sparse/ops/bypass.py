@@ -100,8 +100,12 @@ def sparse_grad_values(grad: Tensor, x: Tensor, indices: Tensor, offsets: Tensor
     if gpu.usable(grad, x):
         kernels = gpu.kernels()
         return kernels.grad_values(grad, x, indices, kernels.rows_of(indices, offsets))
-    total = torch.zeros(indices.numel(), dtype=dtype, device=x.device)
     columns = indices.reshape(-1)
+    if x.shape[0] <= FEW_TOKENS:
+        seen = x.index_select(1, columns).to(dtype)
+        if offsets is None:
+            return (seen.view(-1, *indices.shape) * grad.to(dtype)[..., None]).sum(0)
+        return seen.mul_(grad.index_select(1, row_of_entry(indices, offsets))).sum(0)
     if offsets is None and indices.shape[1] == 1:
         chunk = min(GATHER_TOKENS, x.shape[0])
         wanted = columns.long().expand(chunk, -1)
@@ -110,6 +114,7 @@ def sparse_grad_values(grad: Tensor, x: Tensor, indices: Tensor, offsets: Tensor
             here = len(x_part)
             sums[:here].addcmul_(x_part.gather(1, wanted[:here]).to(dtype), grad_part.to(dtype))
         return sums.sum(0).view(indices.shape)
+    total = torch.zeros(indices.numel(), dtype=dtype, device=x.device)
     ends = _bag_offsets(indices, offsets)
     bag_of_entry = row_of_entry(indices, offsets).to(torch.int32)
     for grad_part, x_part in zip(grad.split(BAG_TOKENS), x.split(BAG_TOKENS), strict=True):

@@ -1,14 +1,17 @@
 """
 Measured costs that decide between the paths: `python examples/benchmarks/crossover.py`, fp32, two CPU threads, raw
-times in `examples/benchmarks/results/crossover_cpu_fp32.json`.
+times in `examples/benchmarks/results/crossover_cpu_fp32.json` and, for uneven rows, `crossover_uneven_cpu_fp32.json`.
 
 The dense path costs by weights, the other two by entries. What matters is their difference in a forward and backward
-pass, so only what is not common to both is here. No GPU has been measured yet: `Share` for "cuda" is an estimate.
+pass, so what is common to all three (two dense products) is left out. No GPU has been measured yet: `Share` for "cuda"
+is an estimate.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from .bypass import FEW_TOKENS
 
 
 # Below this share of trained weights, a dense copy of W and its gradient are not worth a few percent of time.
@@ -16,55 +19,89 @@ MIN_DENSE_SHARE = 0.015
 
 
 @dataclass(frozen=True)
-class Costs:
+class EntryCosts:
     """
-    Nanoseconds that a path by entries takes per `entry`, per entry and token, and per `call`, and the dense path per
-    `weight`, and per weight and token.
+    Nanoseconds of a path by entries: per call, per entry, per entry and token, and per token and feature (`rows` and
+    `fan_in` together), whose activations it transposes.
     """
 
+    call: float
     entry: float
     entry_token: float
-    call: float
+    feature_token: float
+
+    def of(self, entries: int, features: int, tokens: int) -> float:
+        return self.call + entries * (self.entry + self.entry_token * tokens) + self.feature_token * features * tokens
+
+
+@dataclass(frozen=True)
+class Costs:
+    """
+    What the paths take: the folded one with a few tokens and with more (whose gradient of the values is computed in
+    another way), the bypass, and the dense one in nanoseconds per weight, and per weight and token.
+    """
+
+    folded_few: EntryCosts
+    folded: EntryCosts
+    bypass: EntryCosts
     weight: float
     weight_token: float
 
-    def dense_pays(self, entries: int, weights: int, tokens: int) -> bool:
-        """Whether the dense path is the faster one."""
-        by_entries = entries * (self.entry + self.entry_token * tokens) + self.call
-        dense = weights * (self.weight + self.weight_token * tokens)
-        return entries > MIN_DENSE_SHARE * weights and by_entries > dense
+    def fastest(self, entries: int, rows: int, fan_in: int, tokens: int) -> str:
+        """The path that takes the least."""
+        weights, features = rows * fan_in, rows + fan_in
+        folded = self.folded_few if tokens <= FEW_TOKENS else self.folded
+        costs = {
+            "folded": folded.of(entries, features, tokens),
+            "bypass": self.bypass.of(entries, features, tokens),
+        }
+        if entries > MIN_DENSE_SHARE * weights:
+            costs["dense"] = weights * (self.weight + self.weight_token * tokens)
+        return min(costs, key=costs.__getitem__)
 
 
 @dataclass(frozen=True)
 class Share:
-    """The dense path from this share of trained weights on."""
+    """The dense path from this share of trained weights on, else the folded one."""
 
     share: float
 
-    def dense_pays(self, entries: int, weights: int, tokens: int) -> bool:
-        """Whether the dense path is the faster one."""
-        return entries > self.share * weights
+    def fastest(self, entries: int, rows: int, fan_in: int, tokens: int) -> str:
+        """The path to take."""
+        return "dense" if entries > self.share * rows * fan_in else "folded"
 
 
-# By device: against the folded path (tables), and against the bypass (ragged supports).
-FOLDED: dict[str, Costs | Share] = {
-    "cpu": Costs(entry=11.0, entry_token=0.048, call=150_000, weight=0.85, weight_token=0.0042),
+# By device: of supports with equally many entries in each row, and of uneven ones.
+EVEN: dict[str, Costs | Share] = {
+    "cpu": Costs(
+        folded_few=EntryCosts(187_000, 1.0, 0.0524, 0),
+        folded=EntryCosts(187_000, 11.6, 0.0524, 0.803),
+        bypass=EntryCosts(260_000, 6.83, 0.129, 3.03),
+        weight=0.727,
+        weight_token=0.00875,
+    ),
     "cuda": Share(0.125),
 }
-BYPASS: dict[str, Costs | Share] = {
-    "cpu": Costs(entry=11.0, entry_token=0.25, call=600_000, weight=1.5, weight_token=0.0035),
+UNEVEN: dict[str, Costs | Share] = {
+    "cpu": Costs(
+        folded_few=EntryCosts(110_000, 1.0, 0.052, 0),
+        folded=EntryCosts(110_000, 24.4, 0.052, 0.78),
+        bypass=EntryCosts(423_000, 3.42, 0.107, 3.3),
+        weight=2.14,
+        weight_token=0.0081,
+    ),
     "cuda": Share(0.125),
 }
 
 
-def dense_pays(device_type: str, is_table: bool, entries: int, weights: int, tokens: int) -> bool:
+def fastest_path(device_type: str, is_even: bool, entries: int, rows: int, fan_in: int, tokens: int) -> str:
     """
-    Whether composing W + S and one dense weight gradient are faster than the path by entries.
+    "folded", "bypass" or "dense", whichever is expected to be the fastest in training.
 
     Args:
         device_type (`str`): as of `torch.device.type`; unknown ones are taken for a GPU.
-        is_table (`bool`): the path by entries is the folded one, else the bypass.
-        entries, weights, tokens (`int`): trained weights, weights, rows of x.
+        is_even (`bool`): each row has equally many entries.
+        entries, rows, fan_in, tokens (`int`): trained weights, shape of the weight, rows of x.
     """
-    costs = FOLDED if is_table else BYPASS
-    return costs.get(device_type, costs["cuda"]).dense_pays(entries, weights, tokens)
+    costs = EVEN if is_even else UNEVEN
+    return costs.get(device_type, costs["cuda"]).fastest(entries, rows, fan_in, tokens)

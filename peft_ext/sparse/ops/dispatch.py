@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .crossovers import dense_pays
+from .crossovers import fastest_path
 
 
 Backend = Literal["auto", "bypass", "folded", "dense", "reference"]
@@ -15,7 +15,7 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 
 
 def choose_backend(
-    requested: str, x: Tensor, weight: Tensor | None, entries: int, rows: int, is_table: bool = True
+    requested: str, x: Tensor, weight: Tensor | None, entries: int, rows: int, is_even: bool = True
 ) -> str:
     """
     The path to take for one call.
@@ -30,7 +30,7 @@ def choose_backend(
             sharded weight).
         entries, rows (`int`):
             Size of the support.
-        is_table (`bool`):
+        is_even (`bool`):
             Whether each row has equally many entries.
     """
     if requested == "bypass" or entries == 0 or weight is None:
@@ -39,8 +39,6 @@ def choose_backend(
         return "bypass"
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return "reference" if requested == "reference" else "bypass"  # the one with rules for torch.func
-    if requested == "folded":
-        return "folded" if is_table else "bypass"
     if requested != "auto":
         return requested
     # Without gradients the bypass leaves W alone, so that threads may serve from one model. Composing in 16 bits
@@ -49,9 +47,7 @@ def choose_backend(
     if not wide or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return "bypass"
     tokens = x.numel() // x.shape[-1]
-    if dense_pays(x.device.type, is_table, entries, rows * x.shape[-1], tokens):
-        return "dense"
-    return "folded" if is_table else "bypass"
+    return fastest_path(x.device.type, is_even, entries, rows, x.shape[-1], tokens)
 
 
 # The same for convolutions: share of trained entries above which one dense weight gradient beats windows entry by

@@ -7,47 +7,18 @@ bits are written back inside the op, so nobody else sees the folded weight.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..support import Support, row_of_entry
+from ..support import Support
 from .conv import conv_grad_values
+from .folding import folded_in
 from .geometry import ConvGeometry
 from .reference import dense_delta
-
-
-# Two threads that fold into one weight would each take the other's values for originals.
-_FOLDING = threading.Lock()
-
-
-def _places(weight: Tensor, indices: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The weight's memory as a flat view, whatever its strides, and int64 positions of the entries in it."""
-    column = indices.reshape(-1).long()
-    place = row_of_entry(indices, offsets) * weight.stride(0)
-    for size, stride in zip(reversed(weight.shape[1:]), reversed(weight.stride()[1:]), strict=True):
-        place += column % size * stride
-        column = column // size
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
-    return weight.as_strided((extent,), (1,)), place
-
-
-@contextmanager
-def _folded_in(weight: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None) -> Iterator[Tensor]:
-    target = weight.data  # no version bump: the content is the same outside this context
-    with _FOLDING:
-        memory, place = _places(target, indices, offsets)
-        original = memory[place]
-        try:
-            memory[place] = (original + values.reshape(-1)).to(target.dtype)
-            yield target
-        finally:
-            memory[place] = original
 
 
 def _evenly_padded(x: Tensor, geometry: ConvGeometry) -> tuple[Tensor, ConvGeometry]:
@@ -73,7 +44,7 @@ def _folded_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor, offsets: Tensor | None,
     tap_entries: Tensor, tap_ends: Tensor, geometry: Sequence[int], dense_gradient: bool,
 ) -> Tensor:  # fmt: skip
-    with _folded_in(weight, values, indices, offsets) as folded:
+    with folded_in(weight, values, indices, offsets) as folded:
         return _convolve(x, folded, bias, ConvGeometry.unpack(geometry))
 
 
@@ -92,7 +63,7 @@ def _folded_conv_grad_input(
     shape = ConvGeometry.unpack(geometry)
     like = grad.new_empty(1).expand(tuple(size))  # only its shape is read
     like, even = _evenly_padded(like, shape)
-    with _folded_in(weight, values, indices, offsets) as folded:
+    with folded_in(weight, values, indices, offsets) as folded:
         wide = torch.ops.aten.convolution_backward(
             grad, like, folded, None, *_plain_arguments(even), [True, False, False]
         )[0]

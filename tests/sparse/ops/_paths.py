@@ -6,7 +6,7 @@ from peft_ext.sparse.ops import bypass, dense, folded
 from peft_ext.sparse.ops.reference import sparse_linear
 
 from .._asserts import Product
-from .._inputs import SHAPES, TABLES
+from .._inputs import SHAPES
 
 
 def _bypass(x, weight, bias, values, support):
@@ -16,8 +16,7 @@ def _bypass(x, weight, bias, values, support):
 
 
 def _folded(x, weight, bias, values, support):
-    assert support.is_table
-    return folded(x, weight, bias, values, support.indices)
+    return folded(x, weight, bias, values, support.indices, support.offsets)
 
 
 def _dense(x, weight, bias, values, support):
@@ -29,4 +28,4 @@ def _reference(x, weight, bias, values, support):
 
 
 PATHS: dict[str, Product] = {"bypass": _bypass, "folded": _folded, "dense": _dense, "reference": _reference}
-PATHS_AND_SHAPES = [(path, name) for path in PATHS for name in (TABLES if path == "folded" else SHAPES)]
+PATHS_AND_SHAPES = [(path, name) for path in PATHS for name in SHAPES]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peft_ext.sparse.ops import BACKENDS, choose_backend
-from peft_ext.sparse.ops.crossovers import BYPASS, FOLDED, MIN_DENSE_SHARE, Costs, Share, dense_pays
+from peft_ext.sparse.ops.crossovers import EVEN, MIN_DENSE_SHARE, UNEVEN, Costs, EntryCosts, Share, fastest_path
 
 
 def _choose(requested="auto", dtype=torch.float32, x_dtype=None, entries=64, rows=64, fan_in=100, **options):
@@ -39,11 +39,6 @@ def test_autocast_takes_the_bypass(requested):
         assert _choose(requested) == "bypass"
 
 
-@pytest.mark.parametrize(("requested", "expected"), [("folded", "bypass"), ("auto", "bypass"), ("dense", "dense")])
-def test_a_ragged_support_is_not_folded(requested, expected):
-    assert _choose(requested, is_table=False) == expected
-
-
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.float32, "folded"), (torch.bfloat16, "bypass")], ids=str)
 def test_auto_folds_only_where_the_values_are_not_rounded_to_16_bits(dtype, expected):
     assert _choose(dtype=dtype) == expected
@@ -54,27 +49,37 @@ def test_auto_leaves_the_weight_alone_without_gradients():
         assert _choose() == "bypass"
 
 
-@pytest.mark.parametrize("is_table", [True, False])
-@pytest.mark.parametrize("tokens", [1, 1000])
-def test_auto_goes_dense_where_that_is_measured_to_pay(is_table, tokens):
+@pytest.mark.parametrize("is_even", [True, False])
+@pytest.mark.parametrize("tokens", [1, 16, 1000])
+def test_auto_takes_the_path_of_the_least_measured_cost(is_even, tokens):
     rows, fan_in = 2048, 1024
     x, weight = torch.zeros(tokens, fan_in), torch.zeros(rows, fan_in)
-    chosen = [choose_backend("auto", x, weight, rows * k, rows, is_table) for k in range(1, fan_in + 1)]
-    pays = [dense_pays("cpu", is_table, rows * k, rows * fan_in, tokens) for k in range(1, fan_in + 1)]
-    assert [path == "dense" for path in chosen] == pays
-    assert pays == sorted(pays) and pays[-1] and not pays[0]  # from one k on
-    assert set(chosen) == {"dense", "folded" if is_table else "bypass"}
+    chosen = [choose_backend("auto", x, weight, rows * k, rows, is_even) for k in range(1, fan_in + 1)]
+    expected = [fastest_path("cpu", is_even, rows * k, rows, fan_in, tokens) for k in range(1, fan_in + 1)]
+    assert chosen == expected
+    assert chosen[0] == "folded"
+    assert tokens == 1 or chosen[-1] == "dense"
+    dense = [path == "dense" for path in chosen]
+    assert dense == sorted(dense)  # from one k on
 
 
-@pytest.mark.parametrize("costs", [*FOLDED.values(), *BYPASS.values()], ids=str)
+@pytest.mark.parametrize("costs", [*EVEN.values(), *UNEVEN.values()], ids=lambda costs: type(costs).__name__)
 @pytest.mark.parametrize("tokens", [1, 10**6])
 def test_few_trained_weights_never_go_dense(costs, tokens):
-    for weights in (10**2, 10**4, 10**8):
-        assert not costs.dense_pays(int(MIN_DENSE_SHARE * weights), weights, tokens)
+    for width in (10, 10**2, 10**4):
+        assert costs.fastest(int(MIN_DENSE_SHARE * width**2), width, width, tokens) != "dense"
 
 
 def test_costs_decide_by_their_sum():
-    costs = Costs(entry=10, entry_token=1, call=100, weight=1, weight_token=0.5)
-    # 100 weights, 5 tokens: dense 350; 16 entries 340, 17 entries 355.
-    assert [costs.dense_pays(entries, 100, 5) for entries in (16, 17)] == [False, True]
-    assert [Share(0.1).dense_pays(entries, 100, 5) for entries in (10, 11)] == [False, True]
+    costs = Costs(
+        folded_few=EntryCosts(call=100, entry=10, entry_token=1, feature_token=0),
+        folded=EntryCosts(call=100, entry=15, entry_token=1, feature_token=2),
+        bypass=EntryCosts(call=320, entry=0, entry_token=1, feature_token=1),
+        weight=1,
+        weight_token=0.5,
+    )
+    # 10 x 10 weights. 5 tokens: dense 350; folded 340 of 16 entries, 355 of 17; bypass 500 and more.
+    assert [costs.fastest(entries, 10, 10, 5) for entries in (16, 17)] == ["folded", "dense"]
+    # 10 tokens: dense 600; folded 500 and 25 per entry; bypass 520 and 10 per entry.
+    assert [costs.fastest(entries, 10, 10, 10) for entries in (1, 2, 7, 9)] == ["folded", "bypass", "bypass", "dense"]
+    assert [Share(0.1).fastest(entries, 10, 10, 5) for entries in (10, 11)] == ["folded", "dense"]

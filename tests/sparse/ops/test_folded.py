@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from peft_ext.sparse.ops import folded
-from peft_ext.sparse.ops.folded import folded_in
+from peft_ext.sparse.ops.folding import folded_in
 
 from .._asserts import (
     TOLERANCES,
@@ -18,16 +18,21 @@ from .._asserts import (
     reference_results,
     results_of,
 )
-from .._inputs import DTYPES, SHAPES, TABLES, Shape, make_inputs
+from .._inputs import DTYPES, SHAPES, Shape, make_inputs
+
+
+def _folded(inputs):
+    support = inputs.support
+    return folded(inputs.x, inputs.weight, inputs.bias, inputs.values, support.indices, support.offsets)
 
 
 @pytest.mark.parametrize("layout", ["linear", "conv1d"])
 @pytest.mark.parametrize(("dtype", "values_dtype"), DTYPES, ids=str)
-@pytest.mark.parametrize("shape", TABLES)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_forward_and_backward_restore_every_bit(shape, dtype, values_dtype, layout):
     inputs = make_inputs(SHAPES[shape], dtype, values_dtype, layout)
     original = bits(inputs.weight)
-    y = folded(inputs.x, inputs.weight, inputs.bias, inputs.values, inputs.support.indices)
+    y = _folded(inputs)
     assert_same_bits(inputs.weight, original)
     y.backward(inputs.grad)
     assert_same_bits(inputs.weight, original)
@@ -35,13 +40,14 @@ def test_forward_and_backward_restore_every_bit(shape, dtype, values_dtype, layo
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30, -0.0], ids=str)
-def test_any_values_are_taken_out_again(value, dtype):
+@pytest.mark.parametrize("shape", ["k2", "ragged"])
+def test_any_values_are_taken_out_again(value, dtype, shape):
     """W + v − v would not bring W back."""
-    inputs = make_inputs(SHAPES["k2"], dtype, torch.float32)
+    inputs = make_inputs(SHAPES[shape], dtype, torch.float32)
     inputs.values.data.fill_(value)
     inputs.weight[0, :4] = torch.tensor([0.0, -0.0, torch.finfo(dtype).tiny, torch.finfo(dtype).max], dtype=dtype)
     original = bits(inputs.weight)
-    folded(inputs.x, inputs.weight, inputs.bias, inputs.values, inputs.support.indices).backward(inputs.grad)
+    _folded(inputs).backward(inputs.grad)
     assert_same_bits(inputs.weight, original)
 
 
@@ -51,7 +57,7 @@ def test_bits_stay_whatever_needs_a_gradient(needs_grad):
     for name in ("x", "values", "bias"):
         getattr(inputs, name).requires_grad_(name in needs_grad)
     original = bits(inputs.weight)
-    y = folded(inputs.x, inputs.weight, inputs.bias, inputs.values, inputs.support.indices)
+    y = _folded(inputs)
     assert y.requires_grad == bool(needs_grad)
     if needs_grad:
         y.backward(inputs.grad)
@@ -74,9 +80,9 @@ def test_an_error_in_forward_restores_every_bit(what):
     arguments.update(BAD_ARGUMENTS[what](inputs))
     original = bits(inputs.weight)
     with pytest.raises((RuntimeError, IndexError)):
-        folded(weight=inputs.weight, **arguments)
+        folded(weight=inputs.weight, offsets=None, **arguments)
     assert_same_bits(inputs.weight, original)
-    assert_product_correct(lambda x, w, b, v, s: folded(x, w, b, v, s.indices), inputs)  # and the lock is free
+    assert_product_correct(lambda x, w, b, v, s: folded(x, w, b, v, s.indices, None), inputs)  # and the lock is free
 
 
 def test_an_error_in_backward_restores_every_bit():
@@ -84,13 +90,14 @@ def test_an_error_in_backward_restores_every_bit():
     original = bits(inputs.weight)
     with pytest.raises(RuntimeError):
         torch.ops.peft_ext.folded_grad_input(
-            torch.randn(4, 5, dtype=torch.float64), inputs.weight, inputs.values.detach(), inputs.support.indices
+            torch.randn(4, 5, dtype=torch.float64), inputs.weight, inputs.values.detach(), inputs.support.indices, None
         )
     assert_same_bits(inputs.weight, original)
 
 
-def test_an_interrupt_inside_the_product_restores_every_bit(monkeypatch):
-    inputs = make_inputs(SHAPES["k2"])
+@pytest.mark.parametrize("shape", ["k2", "ragged"])
+def test_an_interrupt_inside_the_product_restores_every_bit(monkeypatch, shape):
+    inputs = make_inputs(SHAPES[shape])
     original = bits(inputs.weight)
     seen = []
 
@@ -100,7 +107,7 @@ def test_an_interrupt_inside_the_product_restores_every_bit(monkeypatch):
 
     monkeypatch.setattr(F, "linear", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        folded(inputs.x, inputs.weight, inputs.bias, inputs.values, inputs.support.indices)
+        _folded(inputs)
     assert int((seen[0] != original).sum()) == inputs.values.numel()  # the values were inside when it came
     assert_same_bits(inputs.weight, original)
 
@@ -108,7 +115,7 @@ def test_an_interrupt_inside_the_product_restores_every_bit(monkeypatch):
 def test_the_version_counter_does_not_move():
     inputs = make_inputs(SHAPES["k2"])
     version = inputs.weight._version
-    y = folded(inputs.x, inputs.weight, inputs.bias, inputs.values, inputs.support.indices)
+    y = _folded(inputs)
     y.backward(inputs.grad)
     assert inputs.weight._version == version
 
@@ -117,7 +124,7 @@ def test_another_graph_that_saved_the_weight_can_still_go_backward():
     inputs = make_inputs(SHAPES["k2"])
     other = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
     z = F.linear(other, inputs.weight)
-    y = folded(inputs.x, inputs.weight, inputs.bias, inputs.values, inputs.support.indices)
+    y = _folded(inputs)
     y.backward(inputs.grad)
     grad = torch.randn(4, 6, dtype=torch.float64)
     z.backward(grad)
@@ -126,42 +133,42 @@ def test_another_graph_that_saved_the_weight_can_still_go_backward():
 
 def test_a_changed_weight_is_noticed_in_backward():
     inputs = make_inputs(SHAPES["k2"])
-    y = folded(inputs.x, inputs.weight, inputs.bias, inputs.values, inputs.support.indices)
+    y = _folded(inputs)
     inputs.weight.add_(1)
     with pytest.raises(RuntimeError, match="inplace"):
         y.backward(inputs.grad)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_two_layers_may_share_one_weight(transposed):
+@pytest.mark.parametrize("entries", [3, (1, 0, 7, 2, 2, 3, 5)], ids=str)
+def test_two_layers_may_share_one_weight(transposed, entries):
     """Tied weights: each product sees its own values only, in forward and in backward, whatever their order."""
-    first, second = make_inputs(Shape((5,), 7, 7, 2), seed=1), make_inputs(Shape((5,), 7, 7, 3), seed=2)
+    first, second = make_inputs(Shape((5,), 7, 7, 2), seed=1), make_inputs(Shape((5,), 7, 7, entries), seed=2)
     second.weight = first.weight.t() if transposed else first.weight
     original = bits(first.weight)
 
-    def both(inputs):
-        return folded(inputs.x, inputs.weight, inputs.bias, inputs.values, inputs.support.indices)
-
-    outputs = [both(first), both(second)]
+    outputs = [_folded(first), _folded(second)]
     for inputs, y in zip((first, second), outputs, strict=True):
         assert_all_close(results_of(y, inputs), reference_results(inputs), TOLERANCES[torch.float64])
     assert_same_bits(first.weight, original)
 
 
-def test_a_second_thread_waits_until_the_weight_is_whole():
-    inputs = make_inputs(SHAPES["k2"])
-    weight, values, indices = inputs.weight, inputs.values.detach(), inputs.support.indices
+@pytest.mark.parametrize("shape", ["k2", "ragged"])
+def test_a_second_thread_waits_until_the_weight_is_whole(shape):
+    inputs = make_inputs(SHAPES[shape])
+    weight, values = inputs.weight, inputs.values.detach()
+    indices, offsets = inputs.support.indices, inputs.support.offsets
     original = bits(weight)
     entered = threading.Event()
     seen = []
 
     def fold_too():
-        with folded_in(weight, values, indices) as target:
+        with folded_in(weight, values, indices, offsets) as target:
             entered.set()
             seen.append(bits(target))
 
     thread = threading.Thread(target=fold_too, daemon=True)
-    with folded_in(weight, values, indices) as target:
+    with folded_in(weight, values, indices, offsets) as target:
         with_values = bits(target)
         thread.start()
         assert not entered.wait(0.2)

@@ -14,9 +14,9 @@ from .._probes import LargestAllocation, saved_for_backward
 ROWS, FAN_IN = 192, 256
 
 
-def _largest_allocation(backend, kind, k, tokens, dtype=torch.float32, x_requires_grad=True):
+def _largest_allocation(backend, kind, k, tokens, dtype=torch.float32, x_requires_grad=True, selection="random"):
     base = random_linear(FAN_IN, ROWS, kind, dtype)
-    layer = adapt(base, k=k, backend=backend)
+    layer = adapt(base, k=k, backend=backend, selection=selection)
     x = torch.randn(2, tokens, FAN_IN, dtype=dtype, requires_grad=x_requires_grad)
     with LargestAllocation() as counter:
         layer(x).backward(torch.ones(2, tokens, ROWS, dtype=dtype))
@@ -30,8 +30,9 @@ def _largest_allocation(backend, kind, k, tokens, dtype=torch.float32, x_require
 @pytest.mark.parametrize("k", [1, 20])
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 @pytest.mark.parametrize("backend", ["bypass", "folded"])
-def test_nothing_as_large_as_the_weight_is_allocated(backend, kind, k, tokens, dtype, x_requires_grad):
-    counter = _largest_allocation(backend, kind, k, tokens, dtype, x_requires_grad)
+@pytest.mark.parametrize("selection", ["random", "random_layer"])
+def test_nothing_as_large_as_the_weight_is_allocated(backend, kind, k, tokens, dtype, x_requires_grad, selection):
+    counter = _largest_allocation(backend, kind, k, tokens, dtype, x_requires_grad, selection)
     assert counter.elements < ROWS * FAN_IN
     # The products really ran under the counter, and it looked inside them.
     forward_op = {"bypass": "bypass_linear", "folded": "folded_linear"}[backend]
@@ -64,8 +65,9 @@ def _saved(model, x):
 @pytest.mark.parametrize("k", [1, 20])
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 @pytest.mark.parametrize("backend", ["bypass", "folded", "dense"])
-def test_only_x_is_saved_for_backward(backend, kind, k, dtype, x_requires_grad):
-    layer = adapt(random_linear(FAN_IN, ROWS, kind, dtype), k=k, backend=backend)
+@pytest.mark.parametrize("selection", ["random", "random_layer"])
+def test_only_x_is_saved_for_backward(backend, kind, k, dtype, x_requires_grad, selection):
+    layer = adapt(random_linear(FAN_IN, ROWS, kind, dtype), k=k, backend=backend, selection=selection)
     x = torch.randn(3, 5, FAN_IN, dtype=dtype, requires_grad=x_requires_grad)
     saved = _saved(layer, x)
     assert saved == {x.untyped_storage().data_ptr(): x.nbytes}

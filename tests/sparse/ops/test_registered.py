@@ -10,9 +10,9 @@ from .._convs import CONVS
 from .._inputs import SHAPES, make_inputs, random_support
 
 
-TABLE_OPS = ("folded_linear", "folded_grad_input")
 OPS = (
-    *TABLE_OPS,
+    "folded_linear",
+    "folded_grad_input",
     "sparse_add",
     "sparse_grad_values",
     "sparse_grad_input",
@@ -46,8 +46,8 @@ def _arguments(op, inputs):
         "bypass_linear": (
             grad.clone().requires_grad_(), x, values, support.indices, support.offsets, entries, column_offsets,
         ),
-        "folded_linear": (x, weight, inputs.bias, values, support.indices),
-        "folded_grad_input": (grad, weight, frozen, support.indices),
+        "folded_linear": (x, weight, inputs.bias, values, support.indices, support.offsets),
+        "folded_grad_input": (grad, weight, frozen, support.indices, support.offsets),
         "dense_linear": (x, weight, inputs.bias, values, support.indices, support.offsets),
         "dense_grad_input": (grad, weight, frozen, support.indices, support.offsets),
         "dense_grad_values": (grad, x.detach(), support.indices, support.offsets),
@@ -62,7 +62,6 @@ CASES = [
         ("k2", (torch.bfloat16, torch.float32), "conv1d"),
         ("ragged", (torch.float32, torch.float32), "no bias"),
     )
-    if not (op in TABLE_OPS and shape == "ragged")
 ]
 
 
@@ -130,12 +129,7 @@ def test_fake_kernel_of_a_convolution_foretells_shape_and_dtype(op, case, dtype,
 
 @pytest.mark.parametrize(
     ("op", "shape"),
-    [
-        (op, shape)
-        for op in OPS
-        for shape in ("k1", "k2", "ragged", "k2 no tokens", "ragged empty")
-        if SHAPES[shape].is_table or op not in TABLE_OPS
-    ],
+    [(op, shape) for op in OPS for shape in ("k1", "k2", "ragged", "k2 no tokens", "ragged empty")],
 )
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)], ids=str)
 def test_fake_kernel_foretells_shape_and_dtype(op, shape, dtypes):

@@ -1,0 +1,56 @@
+"""Values written into a base weight while a product runs, and the original bits written back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from ..support import row_of_entry
+
+
+# Two threads that fold into one weight would each take the other's values for originals.
+_FOLDING = threading.Lock()
+
+
+@contextmanager
+def folded_in(weight: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None) -> Iterator[Tensor]:
+    """
+    `weight` with `values` added at the support, in place; restored on exit.
+
+    Args:
+        weight (`torch.Tensor`): `[rows, *inputs]`, any strides.
+        values, indices, offsets: any support of the weight flattened to `[rows, fan_in]`, see [`Support`].
+    """
+    target = weight.data  # no version bump: the content is the same outside this context
+    with _FOLDING:
+        if weight.dim() == 2 and offsets is None:  # at 20 entries per row faster than by flat positions
+            places = indices.long()
+            original = target.gather(1, places)
+            try:
+                target.scatter_(1, places, (original + values).to(target.dtype))
+                yield target
+            finally:
+                target.scatter_(1, places, original)
+        else:
+            memory, place = _flat_places(target, indices, offsets)
+            original = memory.index_select(0, place)  # a third faster than `memory[place]`
+            try:
+                memory.scatter_(0, place, (original + values.reshape(-1)).to(target.dtype))
+                yield target
+            finally:
+                memory.scatter_(0, place, original)
+
+
+def _flat_places(weight: Tensor, indices: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The weight's memory as a flat view, whatever its strides, and int64 positions of the entries in it."""
+    column = indices.reshape(-1).long()
+    place = row_of_entry(indices, offsets).mul_(weight.stride(0))
+    for dim in range(weight.dim() - 1, 1, -1):
+        place.add_(column % weight.shape[dim], alpha=weight.stride(dim))
+        column = column // weight.shape[dim]
+    place.add_(column, alpha=weight.stride(1))
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
+    return weight.as_strided((extent,), (1,)), place
