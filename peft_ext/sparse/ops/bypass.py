@@ -101,16 +101,16 @@ def sparse_grad_values(grad: Tensor, x: Tensor, indices: Tensor, offsets: Tensor
         kernels = gpu.kernels()
         return kernels.grad_values(grad, x, indices, kernels.rows_of(indices, offsets))
     columns = indices.reshape(-1)
-    if x.shape[0] <= FEW_TOKENS:
+    one_each = offsets is None and indices.shape[1] == 1
+    if x.shape[0] <= (GATHER_TOKENS if one_each else FEW_TOKENS):
         seen = x.index_select(1, columns).to(dtype)
         if offsets is None:
             return (seen.view(-1, *indices.shape) * grad.to(dtype)[..., None]).sum(0)
         return seen.mul_(grad.index_select(1, row_of_entry(indices, offsets))).sum(0)
-    if offsets is None and indices.shape[1] == 1:
-        chunk = min(GATHER_TOKENS, x.shape[0])
-        wanted = columns.long().expand(chunk, -1)
+    if one_each:
+        wanted = columns.long().expand(GATHER_TOKENS, -1)
         sums = torch.zeros(wanted.shape, dtype=dtype, device=x.device)  # summed over tokens only once, at the end
-        for grad_part, x_part in zip(grad.split(chunk), x.split(chunk), strict=True):
+        for grad_part, x_part in zip(grad.split(GATHER_TOKENS), x.split(GATHER_TOKENS), strict=True):
             here = len(x_part)
             sums[:here].addcmul_(x_part.gather(1, wanted[:here]).to(dtype), grad_part.to(dtype))
         return sums.sum(0).view(indices.shape)
