@@ -173,7 +173,7 @@ def run_alone(job: list[Any]) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", type=positive, nargs="+", default=[2, 3, 10], help="numbers of tasks")
+    parser.add_argument("--tasks", type=at_least(2), nargs="+", default=[2, 3, 10], help="numbers of tasks")
     parser.add_argument("--batch", type=positive, default=16, help="images per step")
     parser.add_argument("--steps", type=at_least(2), default=5, help="steps per configuration")
     parser.add_argument("--out", type=out_file, help="write the measurements as JSON")
