@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
+from _common.arguments import at_least, device_name, out_file, positive, refusing
 from _common.memory import adapter_file_bytes, peak_bytes, saved_bytes
 from _common.methods import Method, adapt, share, trained_parameters
 from _common.models import LINEARS, Shape, llama, token_batch
-from _common.report import environment, mebibytes, table
+from _common.report import environment, mebibytes, table, write_report
 from _common.steps import Spread, Stepper, interleave, pair_ratio
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -44,23 +43,32 @@ class GateError(RuntimeError):
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=1024, help="width of the residual stream (%(default)s)")
-    parser.add_argument("--intermediate", type=int, default=2816, help="width of the MLP (%(default)s)")
-    parser.add_argument("--layers", type=int, default=4, help="decoder blocks (%(default)s)")
-    parser.add_argument("--heads", type=int, help="attention heads (hidden / 64)")
-    parser.add_argument("--vocab", type=int, default=1024, help="vocabulary (%(default)s)")
-    parser.add_argument("--batch", type=int, default=4, help="sequences of a batch (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=256, help="tokens of a sequence (%(default)s)")
+    parser.add_argument("--hidden", type=positive, default=1024, help="width of the residual stream (%(default)s)")
+    parser.add_argument("--intermediate", type=positive, default=2816, help="width of the MLP (%(default)s)")
+    parser.add_argument("--layers", type=positive, default=4, help="decoder blocks (%(default)s)")
+    parser.add_argument("--heads", type=positive, help="attention heads (hidden / 64)")
+    parser.add_argument("--vocab", type=positive, default=1024, help="vocabulary (%(default)s)")
+    parser.add_argument("--batch", type=positive, default=4, help="sequences of a batch (%(default)s)")
+    parser.add_argument("--tokens", type=at_least(3), default=256, help="tokens of a sequence (%(default)s)")
     parser.add_argument("--dtype", choices=tuple(TOLERANCE), default="float32", help="of the base (%(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:<n> (%(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
-    parser.add_argument("--steps", type=int, default=10, help="timed rounds, one step of each model (%(default)s)")
-    parser.add_argument("--warmup", type=int, default=2, help="rounds before (%(default)s)")
+    parser.add_argument("--device", type=device_name, default="cpu", help="cpu, cuda or cuda:<n> (%(default)s)")
+    parser.add_argument("--threads", type=positive, default=2, help="CPU threads (%(default)s)")
+    parser.add_argument("--steps", type=positive, default=10, help="timed rounds, a step of each model (%(default)s)")
+    parser.add_argument("--warmup", type=positive, default=2, help="rounds before (%(default)s)")
     parser.add_argument("--peers", nargs="+", default=PEERS, metavar="METHOD", help=f"({' '.join(PEERS)})")
-    parser.add_argument("--out", type=Path, help="write everything, with the raw times, to this JSON file")
+    parser.add_argument("--out", type=out_file, help="write everything, with the raw times, to this JSON file")
     args = parser.parse_args(argv)
     args.heads = args.heads or max(1, args.hidden // 64)
+    with refusing(parser):
+        shape_of(args)
+        for name in args.peers:
+            if Method.parse(name).kind not in ("shira", "supertuning"):
+                raise ValueError(f"`peers` contains {name!r}: use shira-k<k> or supertuning-k<k>")
     return args
+
+
+def shape_of(args: argparse.Namespace) -> Shape:
+    return Shape(args.hidden, args.intermediate, args.layers, args.heads, args.vocab, args.batch, args.tokens)
 
 
 def with_values(model: nn.Module) -> nn.Module:
@@ -122,7 +130,7 @@ def measure(model: nn.Module, stepper: Stepper, device: torch.device) -> dict[st
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
-    shape = Shape(args.hidden, args.intermediate, args.layers, args.heads, args.vocab, args.batch, args.tokens)
+    shape = shape_of(args)
     dtype, device = getattr(torch, args.dtype), torch.device(args.device)
     torch.set_num_threads(args.threads)
     base, batch = llama(shape, dtype, device), token_batch(shape, device)
@@ -178,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "results": results,
     }
     if args.out is not None:
-        args.out.write_text(json.dumps(report, indent=2) + "\n")
+        write_report(args.out, report)
     return report
 
 

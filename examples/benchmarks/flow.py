@@ -11,20 +11,19 @@ is the median of the rounds' ratios. In each round the engines' log-probabilitie
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+from _common.arguments import out_file, positive, refusing
 from _common.memory import peak_bytes
-from _common.report import environment, mebibytes, table
+from _common.report import environment, mebibytes, table, write_report
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -37,21 +36,25 @@ CASES = {
     "image, question, last → last": ["image:last", "question:last", "last:last"],
 }
 ENGINES = ("full", "suffix", "packed")
-IMAGE, VOCABULARY = 4000, 4096
+IMAGE, VOCABULARY, HEADS = 4000, 4096, 8
 TOLERANCE = 1e-4
 
 
-def parser() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--layers", type=int, default=16, help="of the decoder [%(default)s]")
-    options.add_argument("--width", type=int, default=256, help="of the decoder [%(default)s]")
-    options.add_argument("--vision-layers", type=int, default=2, help="of the vision tower [%(default)s]")
-    options.add_argument("--patches", type=int, default=24, help="along the image's side [%(default)s]")
-    options.add_argument("--question", type=int, default=12, help="tokens of the question [%(default)s]")
-    options.add_argument("--window", type=int, default=9, help="layers that are blocked together [%(default)s]")
-    options.add_argument("--rounds", type=int, default=3, help="in which the engines take turns [%(default)s]")
-    options.add_argument("--threads", type=int, default=1, help="[%(default)s]")
-    options.add_argument("--json", type=Path, help="file for the results")
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=positive, default=16, help="of the decoder [%(default)s]")
+    parser.add_argument("--width", type=positive, default=256, help="of the decoder [%(default)s]")
+    parser.add_argument("--vision-layers", type=positive, default=2, help="of the vision tower [%(default)s]")
+    parser.add_argument("--patches", type=positive, default=24, help="along the image's side [%(default)s]")
+    parser.add_argument("--question", type=positive, default=12, help="tokens of the question [%(default)s]")
+    parser.add_argument("--window", type=positive, default=9, help="layers that are blocked together [%(default)s]")
+    parser.add_argument("--rounds", type=positive, default=3, help="in which the engines take turns [%(default)s]")
+    parser.add_argument("--threads", type=positive, default=1, help="[%(default)s]")
+    parser.add_argument("--json", type=out_file, help="file for the results")
+    options = parser.parse_args(argv)
+    with refusing(parser):
+        if options.width % (2 * HEADS):
+            raise ValueError(f"--width {options.width} must split into {HEADS} heads of an even width: change it")
     return options
 
 
@@ -63,7 +66,7 @@ def build(options: argparse.Namespace) -> tuple[LlavaForConditionalGeneration, F
         hidden_size=options.width,
         intermediate_size=options.width * 11 // 4,
         num_hidden_layers=options.layers,
-        num_attention_heads=8,
+        num_attention_heads=HEADS,
         max_position_embeddings=4096,
         initializer_range=0.1,  # large enough for a knockout to change the answer
     )
@@ -71,7 +74,7 @@ def build(options: argparse.Namespace) -> tuple[LlavaForConditionalGeneration, F
         hidden_size=options.width,
         intermediate_size=4 * options.width,
         num_hidden_layers=options.vision_layers,
-        num_attention_heads=8,
+        num_attention_heads=HEADS,
         image_size=14 * options.patches,
         patch_size=14,
     )
@@ -155,10 +158,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(argv)
-    for name in ("layers", "rounds", "window", "threads", "patches", "question"):
-        if getattr(options, name) < 1:
-            parser().error(f"--{name} is {getattr(options, name)}: must be at least 1")
+    options = parse(argv)
     torch.set_num_threads(options.threads)
     result = measure(options)
     rows = []
@@ -178,8 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         content = {"settings": {k: v for k, v in vars(options).items() if k != "json"}, **result}
         content["environment"] = environment(torch.device("cpu"))
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(content, indent=2) + "\n")
+        write_report(options.json, content)
     return 0
 
 

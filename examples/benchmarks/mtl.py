@@ -21,12 +21,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from _common.arguments import at_least, out_file, positive
 from _common.memory import peak_bytes
-from _common.report import environment
+from _common.report import environment, write_report
 from torch import nn
 from tqdm import tqdm
 
@@ -170,14 +171,14 @@ def run_alone(job: list[Any]) -> dict[str, float]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", type=int, nargs="+", default=[2, 3, 10], help="numbers of tasks")
-    parser.add_argument("--batch", type=int, default=16, help="images per step")
-    parser.add_argument("--steps", type=int, default=5, help="steps per configuration")
-    parser.add_argument("--out", type=Path, help="write the measurements as JSON")
+    parser.add_argument("--tasks", type=at_least(2), nargs="+", default=[2, 3, 10], help="numbers of tasks")
+    parser.add_argument("--batch", type=positive, default=16, help="images per step")
+    parser.add_argument("--steps", type=at_least(2), default=5, help="steps per configuration")
+    parser.add_argument("--out", type=out_file, help="write the measurements as JSON")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.one:
         print(json.dumps(measure(*json.loads(args.one))))
         return
@@ -195,14 +196,13 @@ def main() -> None:
             f"{row['tensors_mib']:>9.0f}{row['trained']:>12,}"
         )
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         found = {
             "environment": environment(torch.device("cpu")),
             "batch": args.batch,
             "steps": args.steps,
             "rows": rows,
         }
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        write_report(args.out, found)
 
 
 if __name__ == "__main__":

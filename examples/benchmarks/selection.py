@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import statistics
 import sys
 import tempfile
@@ -25,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _common.arguments import at_least, device_name, out_file, positive, refusing
 from _common.memory import peak_bytes
 from _common.methods import share
-from _common.report import environment, mebibytes, table
+from _common.report import environment, mebibytes, table, write_report
 from _common.steps import Stepper
 from peft import get_peft_model
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ def build(layers: int, hidden: int, image: int, device: torch.device) -> ViTForI
 
 def random_batches(count: int, size: int, image: int, device: torch.device) -> Batches:
     generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(size) % max(1, size // 2)  # every class twice, so that every image has a partner
+    labels = torch.arange(size) % (size // 2)  # every class twice, so that every image has a partner
     return [
         {
             "pixel_values": torch.randn(size, 3, image, image, generator=generator).to(device),
@@ -192,22 +192,30 @@ def measured_peak(work: Callable[[nn.Module], object], base: nn.Module, device: 
     return peak_bytes(lambda: work(model), device)
 
 
-def parser() -> argparse.ArgumentParser:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--layers", type=int, default=14, help="blocks [%(default)s]")
-    options.add_argument("--hidden", type=int, default=768, help="width [%(default)s]")
-    options.add_argument("--image", type=int, default=96, help="pixels a side [%(default)s]")
-    options.add_argument("--batch", type=int, default=4, help="images per batch [%(default)s]")
-    options.add_argument("--batches", type=int, default=2, help="batches to score by [%(default)s]")
-    options.add_argument("--rounds", type=int, default=3, help="timed rounds [%(default)s]")
-    options.add_argument("--threads", type=int, default=2, help="CPU threads [%(default)s]")
-    options.add_argument("--device", default="cpu", help="cpu or cuda [%(default)s]")
-    options.add_argument("--out", type=Path, help="JSON file [results/selection_<device>.json beside this script]")
-    return options
+    options.add_argument("--layers", type=positive, default=14, help="blocks [%(default)s]")
+    options.add_argument("--hidden", type=positive, default=768, help="width [%(default)s]")
+    options.add_argument("--image", type=positive, default=96, help="pixels a side [%(default)s]")
+    options.add_argument("--batch", type=at_least(4), default=4, help="images per batch [%(default)s]")
+    options.add_argument("--batches", type=positive, default=2, help="batches to score by [%(default)s]")
+    options.add_argument("--rounds", type=positive, default=3, help="timed rounds [%(default)s]")
+    options.add_argument("--threads", type=positive, default=2, help="CPU threads [%(default)s]")
+    options.add_argument("--device", type=device_name, default="cpu", help="cpu or cuda [%(default)s]")
+    options.add_argument("--out", type=out_file, help="JSON file [results/selection_<device>.json beside this script]")
+    args = options.parse_args(argv)
+    with refusing(options):
+        if args.hidden % 64:
+            raise ValueError(f"--hidden {args.hidden} is no multiple of 64, the width of a head: pass one")
+        if args.image % 16:
+            raise ValueError(f"--image {args.image} is no multiple of 16, the side of a patch: pass one")
+    if args.out is None:
+        args.out = RESULTS / f"selection_{torch.device(args.device).type}.json"
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    args = parser().parse_args(argv)
+    args = parse(argv)
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     base = build(args.layers, args.hidden, args.image, device)
@@ -272,9 +280,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "offloaded_peak_over_bound": scoring["gradient, offloaded"] / bound,
         "optimiser_bytes": optimisers,
     }
-    path = args.out or RESULTS / f"selection_{device.type}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_report(args.out, content)
     print(f"\n{table(rows)}\n")
     print(
         f"{content['parameters']:,} parameters; activations {mebibytes(peaks['forward'])} MiB, largest gradient",
@@ -284,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         f"{mebibytes(largest)} MiB; offloaded scoring peaks at {content['offloaded_peak_over_bound']:.3f} of their sum"
     )
     print(f"AdamW's state: {', '.join(f'{name} {mebibytes(size)} MiB' for name, size in optimisers.items())}")
-    print(f"written to {path}")
+    print(f"written to {args.out}")
     return content
 
 

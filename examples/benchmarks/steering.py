@@ -15,24 +15,25 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import json
+import re
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+from _common.arguments import at_least, device_name, out_file, positive, refusing
 from _common.llava import LlavaShape, check_steering, llava, llava_batch
 from _common.methods import require_input_gradients, share
 from _common.models import LINEARS
-from _common.report import environment, table
+from _common.report import environment, table, write_report
 from _common.steps import Spread, Stepper, interleave, pair_ratio
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
 from peft_ext import MoReSConfig
 
 
+SYNTAX = re.compile(r"mores-r(?P<mores>[1-9]\d*)(@(?P<percent>[1-9]\d*))?|lora-r(?P<lora>[1-9]\d*)|ia3")
 METHODS = ("frozen", "mores-r1", "mores-r8", "mores-r1@100", "lora-r8", "ia3", "full")
 
 
@@ -53,48 +54,58 @@ def adapt(base: nn.Module, name: str) -> nn.Module:
         for part in (model.get_decoder(), model.get_output_embeddings()):
             part.requires_grad_(True)
         return model
-    kind, _, rest = name.partition("-r")
-    if kind == "mores":
-        rank, _, percent = rest.partition("@")
-        config: Any = MoReSConfig(rank=int(rank), token_ratio=int(percent or 1) / 100)
-    elif kind == "lora":
-        config = LoraConfig(r=int(rest), lora_alpha=2 * int(rest), target_modules=text_linears())
-    elif kind == "ia3":
-        names = r".*language_model\.layers\.\d+\..*\."
-        config = IA3Config(target_modules=names + "(k_proj|v_proj|down_proj)", feedforward_modules=names + "down_proj")
-    else:
+    return get_peft_model(share(base), peft_config(name)).train()
+
+
+def peft_config(name: str) -> PeftConfig:
+    """The configuration of an adapter, by the method's name."""
+    match = SYNTAX.fullmatch(name)
+    if match is None:
         raise ValueError(
             f"`methods` contains {name!r}: use frozen, mores-r<r>, mores-r<r>@<percent>, lora-r<r>, ia3 or full"
         )
-    return get_peft_model(share(base), config).train()
+    if match["mores"]:
+        return MoReSConfig(rank=int(match["mores"]), token_ratio=int(match["percent"] or 1) / 100)
+    if match["lora"]:
+        return LoraConfig(r=int(match["lora"]), lora_alpha=2 * int(match["lora"]), target_modules=text_linears())
+    names = r".*language_model\.layers\.\d+\..*\."
+    return IA3Config(target_modules=names + "(k_proj|v_proj|down_proj)", feedforward_modules=names + "down_proj")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = parser.add_argument_group("sizes")
-    sizes.add_argument("--hidden", type=int, default=512, help="width of the residual stream (%(default)s)")
-    sizes.add_argument("--intermediate", type=int, default=1408, help="width of the MLP (%(default)s)")
-    sizes.add_argument("--layers", type=int, default=12, help="decoder blocks (%(default)s)")
-    sizes.add_argument("--heads", type=int, default=8, help="attention heads (%(default)s)")
-    sizes.add_argument("--vocab", type=int, default=1024, help="vocabulary (%(default)s)")
-    sizes.add_argument("--batch", type=int, default=1, help="sequences of a batch (%(default)s)")
-    sizes.add_argument("--side", type=int, default=20, help="an image has this many tokens squared (%(default)s)")
-    sizes.add_argument("--text-tokens", type=int, default=64, help="text tokens of a sequence (%(default)s)")
+    sizes.add_argument("--hidden", type=positive, default=512, help="width of the residual stream (%(default)s)")
+    sizes.add_argument("--intermediate", type=positive, default=1408, help="width of the MLP (%(default)s)")
+    sizes.add_argument("--layers", type=at_least(2), default=12, help="decoder blocks (%(default)s)")
+    sizes.add_argument("--heads", type=positive, default=8, help="attention heads (%(default)s)")
+    sizes.add_argument("--vocab", type=at_least(3), default=1024, help="vocabulary (%(default)s)")
+    sizes.add_argument("--batch", type=positive, default=1, help="sequences of a batch (%(default)s)")
+    sizes.add_argument("--side", type=positive, default=20, help="an image has this many tokens squared (%(default)s)")
+    sizes.add_argument("--text-tokens", type=at_least(2), default=64, help="text tokens of a sequence (%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base (float32)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:<n> (%(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
+    parser.add_argument("--device", type=device_name, default="cpu", help="cpu, cuda or cuda:<n> (%(default)s)")
+    parser.add_argument("--threads", type=positive, default=1, help="CPU threads (%(default)s)")
     parser.add_argument(
         "--cpu-time", action="store_true", help="the process's CPU time instead of wall time: for a machine in use"
     )
-    parser.add_argument("--steps", type=int, default=20, help="timed rounds, one step of each method (%(default)s)")
-    parser.add_argument("--warmup", type=int, default=2, help="rounds before (%(default)s)")
+    parser.add_argument("--steps", type=positive, default=20, help="timed rounds, a step of each method (%(default)s)")
+    parser.add_argument("--warmup", type=positive, default=2, help="rounds before (%(default)s)")
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD", help=f"({' '.join(METHODS)})")
-    parser.add_argument("--out", type=Path, help="write everything, with the raw times, to this JSON file")
+    parser.add_argument("--out", type=out_file, help="write everything, with the raw times, to this JSON file")
     args = parser.parse_args(argv)
-    for name in ("steps", "warmup", "threads"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be a positive integer, got {getattr(args, name)}")
+    with refusing(parser):
+        shape_of(args)
+        for name in args.methods:
+            if name not in ("frozen", "full"):
+                peft_config(name)
     return args
+
+
+def shape_of(args: argparse.Namespace) -> LlavaShape:
+    return LlavaShape(
+        args.hidden, args.intermediate, args.layers, args.heads, args.vocab, args.batch, args.side, args.text_tokens
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -105,9 +116,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print(
         "MoReS against its formula:", ", ".join(f"{name} {value:.1e}" for name, value in checked.items()), flush=True
     )
-    shape = LlavaShape(
-        args.hidden, args.intermediate, args.layers, args.heads, args.vocab, args.batch, args.side, args.text_tokens
-    )
+    shape = shape_of(args)
     base, batch = llava(shape, dtype, device), llava_batch(shape, dtype, device)
     steppers = {name: Stepper(adapt(base, name), batch) for name in dict.fromkeys(args.methods)}
     gc.collect()
@@ -132,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print(table(rows))
     report = {"environment": environment(device), "shape": vars(shape), "gate": checked, "results": results}
     if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_report(args.out, report)
     return report
 
 

@@ -19,18 +19,17 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
+from _common.arguments import at_least, device_name, out_file, positive, refusing
 from _common.gate import Check, gate, require
 from _common.memory import adapter_file_bytes, allocations, peak_bytes, resident_bytes, saved_bytes
 from _common.methods import Method, adapt, trained_parameters
 from _common.models import LINEARS, PRESETS, Shape, SingleLinear, llama, token_batch
-from _common.report import environment, mebibytes, table
+from _common.report import environment, mebibytes, table, write_report
 from _common.steps import Spread, Stepper, interleave, pair_ratio
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -55,36 +54,43 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = parser.add_argument_group("sizes")
     sizes.add_argument("--preset", choices=PRESETS, help="the sizes of a published model; what you pass yourself wins")
-    sizes.add_argument("--hidden", type=int, default=1024, help="width of the residual stream (%(default)s)")
-    sizes.add_argument("--intermediate", type=int, default=2816, help="width of the MLP (%(default)s)")
-    sizes.add_argument("--layers", type=int, default=4, help="decoder blocks (%(default)s)")
-    sizes.add_argument("--heads", type=int, help="attention heads (hidden / 64)")
-    sizes.add_argument("--kv-heads", type=int, help="heads of keys and values (as many as --heads)")
-    sizes.add_argument("--vocab", type=int, default=1024, help="vocabulary, alike for all methods (%(default)s)")
-    sizes.add_argument("--batch", type=int, default=4, help="sequences of a batch (%(default)s)")
-    sizes.add_argument("--tokens", type=int, default=256, help="tokens of a sequence (%(default)s)")
-    sizes.add_argument("--layer", type=int, default=2048, help="width of the single square layer (%(default)s)")
+    sizes.add_argument("--hidden", type=positive, default=1024, help="width of the residual stream (%(default)s)")
+    sizes.add_argument("--intermediate", type=positive, default=2816, help="width of the MLP (%(default)s)")
+    sizes.add_argument("--layers", type=positive, default=4, help="decoder blocks (%(default)s)")
+    sizes.add_argument("--heads", type=positive, help="attention heads (hidden / 64)")
+    sizes.add_argument("--kv-heads", type=positive, help="heads of keys and values (as many as --heads)")
+    sizes.add_argument("--vocab", type=positive, default=1024, help="vocabulary, alike for all methods (%(default)s)")
+    sizes.add_argument("--batch", type=positive, default=4, help="sequences of a batch (%(default)s)")
+    sizes.add_argument("--tokens", type=at_least(2), default=256, help="tokens of a sequence (%(default)s)")
+    sizes.add_argument("--layer", type=at_least(4), default=2048, help="width of the one square layer (%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base (float32)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:<n> (%(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
-    parser.add_argument("--steps", type=int, default=30, help="timed rounds, one step of each method (%(default)s)")
-    parser.add_argument("--warmup", type=int, default=3, help="rounds before (%(default)s)")
+    parser.add_argument("--device", type=device_name, default="cpu", help="cpu, cuda or cuda:<n> (%(default)s)")
+    parser.add_argument("--threads", type=positive, default=2, help="CPU threads (%(default)s)")
+    parser.add_argument("--steps", type=positive, default=30, help="timed rounds, a step of each method (%(default)s)")
+    parser.add_argument("--warmup", type=positive, default=3, help="rounds before (%(default)s)")
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD", help=f"({' '.join(METHODS)})")
     parser.add_argument("--solo", nargs="*", metavar="METHOD", help="timed alone, last (on CUDA: masked and full)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute each block's activations in backward")
     parser.add_argument("--profile", action="store_true", help="also print where the time of each method's step goes")
-    parser.add_argument("--out", type=Path, help="write everything, with the raw times, to this JSON file")
+    parser.add_argument("--out", type=out_file, help="write everything, with the raw times, to this JSON file")
     preset = parser.parse_known_args(argv)[0].preset
     parser.set_defaults(**PRESETS.get(preset, {}))
     args = parser.parse_args(argv)
     args.heads = args.heads or max(1, args.hidden // 64)
-    for name in ("steps", "warmup", "threads", "layer"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be a positive integer, got {getattr(args, name)}")
+    with refusing(parser):
+        shape_of(args)
+        for name in (*args.methods, *(args.solo or ())):
+            Method.parse(name)
     if args.solo is None:
         dense = ("masked", "full")
         args.solo = [name for name in args.methods if name.startswith(dense) and args.device.startswith("cuda")]
     return args
+
+
+def shape_of(args: argparse.Namespace) -> Shape:
+    return Shape(
+        args.hidden, args.intermediate, args.layers, args.heads, args.vocab, args.batch, args.tokens, args.kv_heads
+    )
 
 
 def layer_memory(method: Method, width: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
@@ -250,9 +256,7 @@ def measure(
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     methods = [Method.parse(name) for name in dict.fromkeys(args.methods)]
-    shape = Shape(
-        args.hidden, args.intermediate, args.layers, args.heads, args.vocab, args.batch, args.tokens, args.kv_heads
-    )
+    shape = shape_of(args)
     dtype, device = getattr(torch, args.dtype), torch.device(args.device)
     torch.set_num_threads(args.threads)
 
@@ -292,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "results": results,
     }
     if args.out is not None:
-        args.out.write_text(json.dumps(report, indent=2) + "\n")
+        write_report(args.out, report)
     return report
 
 

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from .._peft_internals import ModulesToSaveWrapper
 from ..sparse.sharing import weight_key
 from ..tuners.neuroada import NeuroAdaConfig
+from .folder import loaded
 from .peers import Entries, check_convertible, entries_of, selection_of
+from .switches import Switches
+from .unchanged import unchanged_on_error
 
 
 @dataclass
@@ -47,16 +50,19 @@ def convert(
         base_model (`torch.nn.Module`, *optional*):
             With a folder or Hub id: the model to load the adapter onto.
         load_options:
-            With a folder or Hub id: passed on to `PeftModel.from_pretrained`, such as `is_trainable` or
-            `adapter_name`.
+            With a folder or Hub id: passed on to `PeftModel.from_pretrained`, such as `is_trainable`,
+            `adapter_name` or `revision`.
 
     Returns:
-        `PeftModel`: around the same base model, with the same adapters by name, of which the same ones are active.
+        `PeftModel`: around the same base model, with the same adapters by name. The same ones are active, disabled
+            and trainable.
 
     Raises:
-        `TypeError`: if an adapter is of another method, or `model` is no `PeftModel`.
-        `ValueError`: if an adapter has a LoRA part (Super-Tuning's `r`), is merged, or has no indices. Nothing has
-            been changed then.
+        `TypeError`: if an adapter is of another method, `model` is no `PeftModel`, or a load option is not known.
+        `ValueError`: if an adapter has a LoRA part (Super-Tuning's `r`), is merged, has no indices, cannot be read, or
+            does not fit the base model.
+
+        On any error the model is as it was.
 
     Example:
 
@@ -68,7 +74,8 @@ def convert(
         ```
     """
     if isinstance(model, (str, os.PathLike)):
-        return _convert_folder(os.fspath(model), base_model, load_options)
+        with loaded(os.fspath(model), base_model, load_options) as peft_model:
+            return convert(peft_model)
     if isinstance(model, PeftMixedModel) or not isinstance(model, PeftModel):
         raise TypeError(
             f"model is a {type(model).__name__}, not a PeftModel; pass one with adapters of one method, or the folder "
@@ -77,41 +84,26 @@ def convert(
     if base_model is not None or load_options:
         given = ["base_model"] * (base_model is not None) + list(load_options)
         raise ValueError(f"{', '.join(given)}: only for a folder or Hub id; a PeftModel has its base model.")
-    adapters, active, training = _read(model), list(model.active_adapters), model.training
-    base = model.get_base_model()
-    modes = {module: module.training for module in base.modules()}
-    for name, module in list(base.named_modules()):
-        if isinstance(module, ModulesToSaveWrapper):  # `unload` would leave the trained copy
-            parent, _, child = name.rpartition(".")
-            setattr(base.get_submodule(parent), child, module.original_module)
-    converted = _build(model.unload(), adapters, active).train(training)
-    for module, mode in modes.items():  # some may be kept in another mode, such as a frozen norm
-        module.training = mode
+    adapters, active, first, training = _read(model), model.active_adapters, model.active_adapter, model.training
+    with unchanged_on_error(model):
+        base = model.get_base_model()
+        switches = Switches(base)
+        for name, module in list(base.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper):  # `unload` would leave the trained copy
+                parent, _, child = name.rpartition(".")
+                setattr(base.get_submodule(parent), child, module.original_module)
+        converted: Any = _build(model.unload(), adapters).train(training)
+        if active != converted.active_adapters:
+            converted.base_model.set_adapter(active)
+        converted.active_adapter = first
+        switches.apply(base)
     return converted
-
-
-def _convert_folder(path: str, base_model: nn.Module | None, load_options: dict[str, Any]) -> PeftModel:
-    if not isinstance(base_model, nn.Module):
-        raise ValueError(f"base_model={base_model!r} must be the model to load the adapter {path!r} onto.")
-    if isinstance(base_model, PeftModel):
-        raise ValueError(
-            f"base_model is a {type(base_model).__name__}, which has adapters already. Pass the model beneath; or "
-            f"load {path!r} with load_adapter and convert the whole."
-        )
-    places = {key: load_options[key] for key in ("subfolder", "revision", "token", "cache_dir") if key in load_options}
-    config = PeftConfig.from_pretrained(path, **places)
-    check_convertible(load_options.get("adapter_name", "default"), config)
-    model = PeftModel.from_pretrained(base_model, path, **load_options)
-    try:
-        return convert(model)
-    except BaseException:
-        if model.peft_config:
-            model.unload()
-        raise
 
 
 def _read(model: PeftModel) -> dict[str, _Adapter]:
     """All adapters of a model, by name, after every check."""
+    if not model.peft_config:
+        raise ValueError("model has no adapter, so there is nothing to convert; add or load one.")
     for name, config in model.peft_config.items():
         check_convertible(name, config)
     merged = sorted({name for layer in model.modules() for name in getattr(layer, "merged_adapters", ())})
@@ -169,7 +161,7 @@ def _trained_whole(base: nn.Module, adapter_name: str) -> dict[str, dict[str, Te
     }
 
 
-def _build(base: nn.Module, adapters: dict[str, _Adapter], active: list[str]) -> PeftModel:
+def _build(base: nn.Module, adapters: dict[str, _Adapter]) -> PeftModel:
     model: Any = None
     for name, adapter in adapters.items():
         if model is None:
@@ -184,8 +176,4 @@ def _build(base: nn.Module, adapters: dict[str, _Adapter], active: list[str]) ->
         for module_name, state in adapter.whole.items():
             whole: Any = base.get_submodule(module_name)
             whole.modules_to_save[name].load_state_dict(state)
-    if active != list(model.active_adapters):
-        model.base_model.set_adapter(
-            active, inference_mode=all(adapters[name].config.inference_mode for name in active)
-        )
     return model

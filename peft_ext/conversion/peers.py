@@ -70,7 +70,7 @@ def entries_of(model: nn.Module, adapter_name: str) -> dict[str, Entries]:
         adapter_name (`str`): the adapter.
 
     Raises:
-        `ValueError`: if a layer lacks its indices, or they do not fit its weight.
+        `ValueError`: if a layer lacks its indices, they do not fit its weight, or they are those of packed bytes.
     """
     found = {}
     for name, layer, values in _layers(model, adapter_name):
@@ -85,6 +85,11 @@ def entries_of(model: nn.Module, adapter_name: str) -> dict[str, Entries]:
             scaling = layer.scaling[adapter_name]
             values = values if scaling == 1.0 else values * scaling
         else:
+            if not layer.get_base_layer().weight.is_floating_point():
+                raise ValueError(
+                    f"'{name}' is quantised: Super-Tuning has chosen from its packed bytes, and adapter "
+                    f"'{adapter_name}' computes nothing there. Use a base model that is not quantised."
+                )
             flat = layer.supertuning_indices[adapter_name].to(values.device).long()
             row, column = flat // fan_in, flat % fan_in
         outside = (row < 0) | (row >= rows) | (column < 0) | (column >= fan_in)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
+from ..sparse.sharded import is_sharded
 from .conflicts import ConflictRecorder
 from .data import rows_of
 from .gradients import TaskGradients
@@ -121,7 +122,7 @@ class GradientConflictCallback(TrainerCallback):
         """Record the conflicts of the model as it is now."""
         # DDP's wrapper would average over processes by itself.
         bare: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
-        if any(hasattr(parameter, "to_local") for parameter in bare.parameters()):
+        if any(is_sharded(parameter) for parameter in bare.parameters()):
             raise ValueError("GradientConflictCallback does not work with FSDP; MTLTrainer records conflicts there.")
         device = next(bare.parameters()).device
         with undisturbed(bare, device):

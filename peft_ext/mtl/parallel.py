@@ -9,17 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether FSDP2 holds only a part of the tensor in this process."""
-    return hasattr(tensor, "to_local")
+from ..sparse.sharded import is_sharded
 
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds."""
-    part: Any = tensor
-    return part.to_local() if is_sharded(tensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def refuse_unsupported(trainer: Any) -> None:

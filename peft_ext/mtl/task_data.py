@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..sparse.sharded import is_sharded
 from .data import MIXED_SAMPLINGS, TaskCollator, TaskSampler, task_ids_of
 from .losses import Window, count_labels_by_id, count_labels_of_tasks, fork_state, restore_state
-from .parallel import any_process, is_sharded, processes, sum_over_processes
+from .parallel import any_process, processes, sum_over_processes
 
 
 if TYPE_CHECKING:

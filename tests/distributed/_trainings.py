@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.fsdp as fsdp
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+import tests.distributed._fsdp_on_cpu  # noqa: F401  # for its effect
 from peft_ext import GPSConfig, NeuroAdaConfig, PSNConfig, gradient_scores
 from peft_ext.sparse.layers import SparseLayer
 
@@ -48,26 +47,6 @@ def adapted(method):
     return get_peft_model(model, config)
 
 
-class CpuTrainer(Trainer):
-    """accelerate takes FSDP for something that CPUs don't do, and would train with DistributedDataParallel."""
-
-    def create_accelerator_and_postprocess(self):
-        if self.args.fsdp:
-            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        super().create_accelerator_and_postprocess()
-        if self.args.fsdp:
-            assert self.accelerator.distributed_type == DistributedType.FSDP
-            self.accelerator.state.device = torch.device("cpu")
-
-
-def _without_offload(offload_to_cpu, rank0_only):
-    """Moving tensors that are on the CPU to the CPU crashes FSDP1 of torch 2.13, for every method."""
-    return _FullStateDictConfig(rank0_only=rank0_only)
-
-
-_FullStateDictConfig, fsdp.FullStateDictConfig = fsdp.FullStateDictConfig, _without_offload
-
-
 def fsdp_options(kind, state_dict_type):
     if kind not in ("fsdp1", "fsdp2"):
         return {}
@@ -94,7 +73,7 @@ def trainer(folder, method, kind, state_dict_type="FULL_STATE_DICT", **options):
         **{"save_strategy": "no", **options},
     )  # fmt: skip
     data = [{"input_ids": sample, "labels": sample} for sample in tokens()]
-    return CpuTrainer(model=adapted(method), args=args, train_dataset=data)
+    return Trainer(model=adapted(method), args=args, train_dataset=data)
 
 
 def full(tensor):

@@ -63,7 +63,11 @@ def test_report_and_table_hold_every_method_with_its_raw_times(
     assert all(check["output"] <= check["tolerance"] for check in report["gate"])
 
 
-def test_published_sizes_a_part_of_their_depth_and_what_is_passed(bench: SimpleNamespace) -> None:
+def test_published_sizes_a_part_of_their_depth_and_what_is_passed(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     args = bench.step.parse(["--preset", "llama-3-8b", "--layers", "2", "--device", "cuda"])
     assert (args.hidden, args.intermediate, args.layers, args.heads, args.kv_heads) == (4096, 14336, 2, 32, 8)
     assert args.solo == ["masked-k20", "full"]

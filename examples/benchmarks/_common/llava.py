@@ -12,6 +12,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from peft_ext import MoReSConfig
 
+from .models import check_heads
+
 
 @dataclass(frozen=True)
 class LlavaShape:
@@ -25,6 +27,9 @@ class LlavaShape:
     batch: int
     side: int
     text_tokens: int
+
+    def __post_init__(self) -> None:
+        check_heads(self.hidden, self.heads)
 
 
 def llava(shape: LlavaShape, dtype: torch.dtype, device: torch.device) -> LlavaForConditionalGeneration:

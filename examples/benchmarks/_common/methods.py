@@ -61,6 +61,7 @@ class Method:
             )
         if match["backend"] and match["kind"] != "neuroada":
             raise ValueError(f"`methods` contains {name!r}: only neuroada has backends, drop '@{match['backend']}'")
+        NeuroAdaConfig(backend=match["backend"] or "auto")  # refuses those that it does not know
         return cls(name, match["kind"], int(match["size"] or 0), match["backend"] or "auto")
 
 

@@ -12,6 +12,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+def check_heads(hidden: int, heads: int) -> None:
+    """
+    Raises:
+        `ValueError`: if heads would not be alike, or of a width that rotary embeddings can't turn.
+    """
+    if hidden % heads or (hidden // heads) % 2:
+        raise ValueError(f"`hidden` ({hidden}) must split into `heads` ({heads}) of an even width: change --heads")
+
+
 @dataclass(frozen=True)
 class Shape:
     """
@@ -41,10 +50,7 @@ class Shape:
         for name, value in vars(self).items():
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be a positive integer, got {value}: pass a larger --{name}")
-        if self.hidden % self.heads or (self.hidden // self.heads) % 2:
-            raise ValueError(
-                f"`hidden` ({self.hidden}) must split into `heads` ({self.heads}) of an even width: change --heads"
-            )
+        check_heads(self.hidden, self.heads)
         if self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"`heads` ({self.heads}) must be a multiple of `kv_heads` ({self.kv_heads})")
 

@@ -1,8 +1,10 @@
-"""Where and with what a benchmark ran, and aligned tables."""
+"""Where and with what a benchmark ran, the file with its results, and aligned tables."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -46,6 +48,17 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def write_report(path: Path, content: Mapping[str, Any]) -> None:
+    """Write results as JSON, into a new folder if need be; an interruption leaves an old file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:

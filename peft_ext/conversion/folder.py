@@ -1,0 +1,161 @@
+"""Adapters of SHiRA and Super-Tuning in a folder: read, and loaded onto the base model that they are for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from .._peft_internals import BaseTunerLayer, load_peft_weights
+from .peers import CONVERTIBLE, check_convertible
+from .unchanged import unchanged_on_error
+
+
+PLACES = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
+LOAD_OPTIONS = (
+    "adapter_name",
+    "is_trainable",
+    "autocast_adapter_dtype",
+    "low_cpu_mem_usage",
+    "key_mapping",
+    "torch_device",
+    *PLACES,
+)
+_PREFIX = "base_model.model."
+_VALUES = (".shira_weight", ".supertuning_values")
+
+
+def read_config(path: str, **places: Any) -> PeftConfig:
+    """
+    The configuration of an adapter that can be converted.
+
+    Args:
+        path (`str`): a folder, or an id on the Hub.
+        places: where on the Hub, see `PLACES`.
+
+    Raises:
+        `TypeError`: if the adapter is of another method.
+        `ValueError`: if there is none, or it has parts that are not sparse.
+    """
+    try:
+        config = PeftConfig.from_pretrained(path, **places)
+    except KeyError as error:  # of a method that needs another version of PEFT, or a package beside it
+        known = " and ".join(kind.value for kind in CONVERTIBLE)
+        raise TypeError(
+            f"The adapter {path!r} is of the method {error}, which this PEFT does not know; only adapters of {known} "
+            "can be converted."
+        ) from error
+    except (ValueError, OSError) as error:
+        what = "this folder has no adapter" if os.path.isdir(path) else "no such folder, and no adapter on the Hub"
+        raise ValueError(
+            f"model={path!r}: {what} that can be read ({error.__cause__ or error}). Pass the folder that "
+            "`save_pretrained` wrote adapter_config.json to, or the id of an adapter that can be reached."
+        ) from error
+    check_convertible(path, config)
+    return config
+
+
+@contextmanager
+def loaded(path: str, base_model: Any, options: Mapping[str, Any]) -> Iterator[PeftModel]:
+    """
+    An adapter on its base model. If loading it or the work that follows fails, the base model is left as it was.
+
+    Args:
+        path (`str`): a folder, or an id on the Hub.
+        base_model (`torch.nn.Module`): the model to load it onto.
+        options (`dict`): some of `LOAD_OPTIONS`.
+
+    Raises:
+        `TypeError`, `ValueError`: see [`peft_ext.convert`].
+    """
+    unknown = sorted(options.keys() - set(LOAD_OPTIONS))
+    if unknown:
+        raise TypeError(
+            f"load_options has {', '.join(unknown)}, which convert does not know. Known are {', '.join(LOAD_OPTIONS)}."
+        )
+    name = options.get("adapter_name", "default")
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"adapter_name={name!r} must be a text that is not empty and has no dot.")
+    if not isinstance(base_model, nn.Module):
+        raise ValueError(f"base_model={base_model!r} must be the model to load the adapter {path!r} onto.")
+    if isinstance(base_model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in base_model.modules()):
+        raise ValueError(
+            f"base_model is a {type(base_model).__name__}, which has adapters already. Pass the model beneath; or "
+            f"load {path!r} with load_adapter and convert the whole."
+        )
+    places = {key: options[key] for key in PLACES if key in options}
+    config = read_config(path, **places)
+    mapping = options.get("key_mapping") or getattr(base_model, "_checkpoint_conversion_mapping", None)
+    weights = _read_weights(path, mapping, places)
+    with unchanged_on_error(base_model), _same_tensors(base_model, weights):
+        try:
+            model = PeftModel.from_pretrained(base_model, path, **options)
+            misfit: Any = _misfit(base_model, weights, name)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError) as error:
+            misfit = _misfit(base_model, weights, name) or error
+        if misfit is not None:
+            own = f", {config.base_model_name_or_path!r}" if config.base_model_name_or_path else ""
+            raise ValueError(
+                f"base_model, a {type(base_model).__name__}, does not fit the adapter {path!r}: {misfit} Pass the "
+                f"model that the adapter was trained on{own}."
+            )
+        yield model
+
+
+def _read_weights(path: str, mapping: dict[str, str] | None, places: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of an adapter's file, on the CPU."""
+    folder = os.path.join(path, places.get("subfolder") or "")
+    files = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+    if os.path.isdir(folder) and not any(os.path.isfile(os.path.join(folder, file)) for file in files):
+        raise ValueError(f"{folder} has no weights ({' or '.join(files)}). Save or download the adapter again.")
+    try:
+        return load_peft_weights(path, device="cpu", key_mapping=mapping, **places)
+    except SafetensorError as error:
+        raise ValueError(
+            f"The weights in {folder} are not a whole safetensors file ({error}). Save or download the adapter again."
+        ) from error
+
+
+def _misfit(base: nn.Module, weights: Mapping[str, Tensor], adapter_name: str) -> str | None:
+    """What differs between an adapter's file and the places that PEFT made for it in a model."""
+    places = {}
+    for key, tensor in base.state_dict().items():
+        name = key.removesuffix(f".{adapter_name}").replace(f".modules_to_save.{adapter_name}.", ".")
+        if name != key and (name.endswith(_VALUES) or ".modules_to_save." in key):
+            places[name] = tensor.shape
+    found = {key.removeprefix(_PREFIX): tensor.shape for key, tensor in weights.items()}
+    without = sorted(places.keys() - found.keys())
+    over = sorted(key for key in found.keys() - places.keys() if key.endswith(_VALUES))
+    others = sorted(key for key in places.keys() & found.keys() if places[key] != found[key])
+    if over:
+        return f"it has no place for '{over[0]}' ({len(over)} in all)."
+    if without:
+        return f"the adapter has nothing for '{without[0]}' ({len(without)} in all)."
+    if others:
+        here, there = (tuple(shapes[others[0]]) for shapes in (places, found))
+        return f"'{others[0]}' has the shape {there} in the adapter and {here} here ({len(others)} in all)."
+    return None
+
+
+@contextmanager
+def _same_tensors(base: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """On an error, restore the base model's own tensors that an adapter's file has too: PEFT saves embeddings that
+    were resized along with an adapter, and loads them in place."""
+    state = base.state_dict()
+    names = {key.removeprefix(_PREFIX).replace(".base_layer.", ".") for key in weights} & state.keys()
+    before = [(state[name], state[name].clone()) for name in names]
+    try:
+        yield
+    except BaseException:
+        for tensor, values in before:
+            tensor.copy_(values)
+        raise
