@@ -19,14 +19,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _common.report import environment, table
+from _common.arguments import device_name, out_file, positive, refusing
+from _common.report import environment, table, write_report
 from torch import Tensor
 from tqdm import tqdm
 
@@ -169,43 +170,81 @@ def print_report(results: Sequence[dict[str, Any]]) -> None:
     print(f"at worst it takes {worst['auto_over_best']:.2f} times the best: {where}")
 
 
-def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+def part(text: str) -> slice:
+    """Type of a part of the grid."""
+    match = re.fullmatch(r"(\d*):(\d*)", text)
+    first, last = (int(match[1] or 0), int(match[2] or len(GRID))) if match else (0, 0)
+    if not first < last <= len(GRID):
+        raise argparse.ArgumentTypeError(f"{text!r} is not FROM:TO within 0:{len(GRID)}: pass such")
+    return slice(first, last)
+
+
+def duration(text: str) -> float:
+    """Type of a number of seconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds: pass one from 0 on")
+    return value
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", default=":", metavar="FROM:TO", help=f"of the grid's {len(GRID)} points (all)")
+    points = f"of the grid's {len(GRID)} points (all)"
+    parser.add_argument("--points", type=part, default=slice(None), metavar="FROM:TO", help=points)
     parser.add_argument("--uneven", action="store_true", help="as many entries anywhere in the weight, not k per row")
-    parser.add_argument("--passes", type=int, default=4, help="times that the grid is gone through (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="at least so many rounds at a point (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=0.4, help="and at least so long (%(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
+    parser.add_argument("--passes", type=positive, default=4, help="times that the grid is gone through (%(default)s)")
+    parser.add_argument("--rounds", type=positive, default=5, help="at least so many rounds at a point (%(default)s)")
+    parser.add_argument("--seconds", type=duration, default=0.4, help="and at least so long (%(default)s)")
+    parser.add_argument("--threads", type=positive, default=2, help="CPU threads (%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:<n> (%(default)s)")
+    parser.add_argument("--device", type=device_name, default="cpu", help="cpu, cuda or cuda:<n> (%(default)s)")
     parser.add_argument("--report", action="store_true", help="measure nothing, print what --out holds")
-    parser.add_argument("--out", type=Path, help="JSON file with the results; points in it are kept")
+    parser.add_argument("--out", type=out_file, help="JSON file with the results; points in it are kept")
     args = parser.parse_args(argv)
+    with refusing(parser):
+        args.earlier = earlier(args)
+    return args
+
+
+def earlier(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The results that the file of `--out` holds already."""
+    if args.report and args.out is None:
+        raise ValueError("--report prints what a file holds: name it by --out")
+    if args.out is None or not args.out.exists():
+        if args.report:
+            raise ValueError(f"--out {args.out} does not exist: --report prints what a file holds")
+        return []
+    try:
+        report = json.loads(args.out.read_text())
+        kind = report["dtype"], report["uneven"]
+        results: list[dict[str, Any]] = report["results"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--out {args.out} holds no results of this script: name another file") from error
+    if kind != (args.dtype, args.uneven):
+        raise ValueError(f"--out {args.out} holds results of --dtype {kind[0]}, uneven: {kind[1]}: name another file")
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    args = parse(argv)
     torch.set_num_threads(args.threads)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-
-    report: dict[str, Any] = {"results": []}
-    if args.out is not None and args.out.exists():
-        report = json.loads(args.out.read_text())
-    known = {(r["rows"], r["fan_in"], r["k"], r["tokens"]): r for r in report["results"]}
-    start, stop = (int(end) if end else None for end in args.points.split(":"))
+    known = {tuple(r[name] for name in SIZES): r for r in args.earlier}
     todo = [
         point
         for number in range(0 if args.report else args.passes)
-        for point in GRID[start:stop]
+        for point in GRID[args.points]
         if point not in known or known[point]["passes"] <= number
     ]
     for point in tqdm(todo, unit="point"):
         known[point] = joined(known.get(point), measure(point, args))
         if args.out is not None:
-            report = {
-                "environment": environment(device),
-                "dtype": args.dtype,
-                "uneven": args.uneven,
-                "results": [known[p] for p in GRID if p in known],
-            }
-            args.out.write_text(json.dumps(report, indent=1) + "\n")
+            results = [known[p] for p in GRID if p in known]
+            kind = {"dtype": args.dtype, "uneven": args.uneven}
+            write_report(args.out, {"environment": environment(device), **kind, "results": results})
     results = [judged(known[point], args.uneven, dtype, device) for point in GRID if point in known]
     print_report(results)
     return results

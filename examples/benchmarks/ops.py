@@ -13,16 +13,14 @@ more memory than the caches hold.
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from _common.report import environment, table
+from _common.arguments import device_name, out_file, positive
+from _common.report import environment, table, write_report
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,12 +35,6 @@ SHAPES = ("4096x4096", "1024x4096", "14336x4096", "4096x14336")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text}")
-    return int(text)
-
-
 def shape(text: str) -> tuple[int, int]:
     rows, _, fan_in = text.partition("x")
     try:
@@ -50,16 +42,6 @@ def shape(text: str) -> tuple[int, int]:
     except argparse.ArgumentTypeError:
         message = f"must be ROWSxFAN_IN, two positive integers such as {SHAPES[0]}, got {text}"
         raise argparse.ArgumentTypeError(message) from None
-
-
-def existing_device(text: str) -> torch.device:
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:<n>, got {text}")
-    device = torch.device(text)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        raise argparse.ArgumentTypeError(f"PyTorch finds {found} CUDA devices here, got {text}: use cpu or another")
-    return device
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -70,19 +52,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", nargs="+", type=positive, default=[1024, 8192], help="(%(default)s)")
     parser.add_argument("--k", nargs="+", type=positive, default=[1, 4, 20], help="entries per neuron (%(default)s)")
     parser.add_argument("--dtype", choices=tuple(str(dtype)[6:] for dtype in TOLERANCE), default="bfloat16")
-    parser.add_argument("--device", type=existing_device, default="cpu", help="cpu, cuda or cuda:<n> (%(default)s)")
+    parser.add_argument("--device", type=device_name, default="cpu", help="cpu, cuda or cuda:<n> (%(default)s)")
     parser.add_argument("--threads", type=positive, default=2, help="CPU threads (%(default)s)")
     parser.add_argument("--rounds", type=positive, default=20, help="timed rounds over all input sets (%(default)s)")
     parser.add_argument("--working-set", type=positive, default=512, help="MiB that the input sets fill (%(default)s)")
-    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
+    parser.add_argument("--out", type=out_file, help="write the results to this JSON file")
     args = parser.parse_args(argv)
     for rows, fan_in in args.shapes:
         if max(args.k) > fan_in:
             parser.error(f"--k {max(args.k)} is above the fan-in of --shapes {rows}x{fan_in}: leave one of them out")
-    if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
-        parser.error(
-            f"--out {args.out} must be a file in a folder that exists: make {args.out.parent} or name another"
-        )
     return args
 
 
@@ -193,7 +171,7 @@ def chosen() -> dict[str, str]:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     torch.set_num_threads(args.threads)
-    dtype, device = getattr(torch, args.dtype), args.device
+    dtype, device = getattr(torch, args.dtype), torch.device(args.device)
     copy = copy_bandwidth(device, args.rounds, args.working_set)
     results: list[dict[str, Any]] = []
     cases = [(*sizes, k, tokens) for sizes in args.shapes for k in args.k for tokens in args.tokens]
@@ -234,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "configurations": chosen(),
     }
     if args.out is not None:
-        args.out.write_text(json.dumps(report, indent=2) + "\n")
+        write_report(args.out, report)
     return report
 
 

@@ -17,6 +17,8 @@ SCRIPTS = {
     "selection": "build",
     "mtl": "run_alone",
     "flow": "measure",
+    "crossover": "measure",
+    "ops": "seconds",
 }
 COUNTS = {
     "step": ["steps", "warmup", "threads", "layer", "tokens", "batch", "hidden", "heads", "kv-heads", "layers"],
@@ -25,6 +27,8 @@ COUNTS = {
     "selection": ["rounds", "threads", "batch", "batches", "image", "layers"],
     "mtl": ["tasks", "batch", "steps"],
     "flow": ["rounds", "threads", "width", "vision-layers", "window"],
+    "crossover": ["passes", "rounds", "threads"],
+    "ops": ["tokens", "k", "rounds", "threads", "working-set"],
 }
 
 
@@ -73,7 +77,7 @@ def test_folders_without_permission(refused, monkeypatch, tmp_path):
     assert f"nothing can be written in '{tmp_path}' (Permission denied): pass a file elsewhere" in error
 
 
-@pytest.mark.parametrize("script", ["step", "convert", "steering", "selection"])
+@pytest.mark.parametrize("script", ["step", "convert", "steering", "selection", "crossover", "ops"])
 @pytest.mark.parametrize(
     ("device", "devices", "reason"),
     [
@@ -106,6 +110,13 @@ def test_devices(refused, monkeypatch, script, device, devices, reason):
         ("selection", ["--hidden", "100"], "--hidden 100 is no multiple of 64"),
         ("selection", ["--image", "100"], "--image 100 is no multiple of 16"),
         ("flow", ["--width", "24"], "--width 24 must split into 8 heads"),
+        ("crossover", ["--points", "5"], "--points: '5' is not FROM:TO within 0:100"),
+        ("crossover", ["--points", "x:"], "--points: 'x:' is not FROM:TO within 0:100"),
+        ("crossover", ["--points", "9:9"], "--points: '9:9' is not FROM:TO within 0:100"),
+        ("crossover", ["--points", "0:101"], "--points: '0:101' is not FROM:TO within 0:100"),
+        ("crossover", ["--seconds", "-1"], "--seconds: '-1' is no number of seconds"),
+        ("crossover", ["--report"], "--report prints what a file holds: name it by --out"),
+        ("crossover", ["--report", "--out", "nowhere.json"], "--out nowhere.json does not exist"),
     ],
 )
 def test_sizes_and_methods(refused, script, arguments, reason):
