@@ -14,7 +14,7 @@ from ...injection import clean_refusal
 from .architecture import Architecture, inspect_model
 from .checkpoint import check_checkpoint
 from .config import MoReSConfig
-from .layer import CHILD, MoReSLayer, attach, detach, remove_hooks
+from .layer import CHILD, MoReSLayer, attach, detach, remove_hooks, steer_output, steer_outside_checkpoints
 from .visual_tokens import TokenFinder
 
 
@@ -127,6 +127,7 @@ class MoReSModel(BaseTuner):
         for depth, module in enumerate(self._architecture.path):
             module.register_forward_pre_hook(partial(finder.enter, depth), with_kwargs=True)
             module.register_forward_hook(partial(finder.leave, depth), always_call=True)
+        self._architecture.path[-1].register_forward_pre_hook(steer_outside_checkpoints)
         return finder
 
     # ------------------------------------------------------------------ loading
@@ -210,8 +211,8 @@ def take_out(model: nn.Module) -> None:
     for layer in list(_layers(model)):
         if layer.finder is not None:
             for module in model.modules():
-                remove_hooks(module, layer.finder.enter)
-                remove_hooks(module, layer.finder.leave)
+                for hook in (layer.finder.enter, layer.finder.leave, steer_outside_checkpoints, steer_output):
+                    remove_hooks(module, hook)
         detach(layer)
 
 
