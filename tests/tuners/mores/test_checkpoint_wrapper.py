@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from peft import PeftModel
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
     CheckpointWrapper,
@@ -11,7 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 
-from tests.tuners.mores._common import adapted, bits, logits
+from tests.tuners.mores._common import adapted, assert_equal_bits, bits, logits
 from tests.tuners.mores._models import build, inputs
 
 
@@ -55,6 +56,14 @@ def test_the_wrapper_may_be_there_first(kind, monkeypatch):
     monkeypatch.setattr("tests.tuners.mores._common.build", lambda *args: _wrap(build(*args), kind))
     model = adapted().train()
     torch.testing.assert_close(_trained(model, batch), expected)
+
+
+@EVERY_KIND
+def test_the_adapter_is_saved_from_behind_the_wrapper(kind, tmp_path):
+    model = adapted()
+    _wrap(model.get_base_model(), kind)
+    model.save_pretrained(tmp_path)
+    assert_equal_bits(bits(PeftModel.from_pretrained(build(), tmp_path)), bits(adapted()))
 
 
 def test_adapters_behind_a_wrapper_are_disabled_and_unloaded():
