@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
+from ..tuners.mores import MoReSLayer
 from .architecture import Architecture, bind
 from .masks import Span, allowed_edges, cache_name
 
@@ -108,11 +109,15 @@ def clean_run(
 
     Raises:
         [`NotReusable`]: if all tokens attend both ways, as in PaliGemma's prefix, or a layer is of a kind whose passes
-            cannot be shortened.
+            cannot be shortened, or steered by MoReS.
     """
     length = _length(inputs)
     if architecture.virtual_tokens:
         raise NotReusable("virtual tokens of prompt tuning come before the prompt")
+    for layer in model.modules():
+        # It tells its tokens from the inputs of the whole model, which a pass through some layers does not have.
+        if isinstance(layer, MoReSLayer) and layer.finder is not None and not layer.disable_adapters:
+            raise NotReusable("a MoReS adapter steers tokens after decoder layers, as a whole forward pass tells them")
     while True:
         recorder = _Recorder(architecture, firsts, length)
         # Without a config: sliding layers then keep all keys, which a cache of the model's own would drop.

@@ -47,6 +47,7 @@ class TaskBookkeepingMixin(_Trainer):
     """Part of [`MTLTrainerMixin`]."""
 
     _aggregator: Any
+    _untrained: dict[str, Any]
     _make_aggregator: Any
     _task_names: list[str] | None
     _given_aggregator: Any
@@ -61,9 +62,16 @@ class TaskBookkeepingMixin(_Trainer):
     # ------------------------------------------------------------------ logs and state
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, with a record of its own for each training."""
+        """
+        Trainer's, with a record of its own for each training. What the method has learnt is treated like the
+        optimiser's state: a second training goes on with it, one whose model comes anew from `model_init` does not.
+        """
         if self._recorder is not None and self._recorder.steps:
             self._recorder = ConflictRecorder(self._recorder.tasks, self._recorder.path)
+        self._gradients = self._replay = None  # of parameters that may be others by now
+        self._logged_losses, self._skipped_steps = [], 0
+        if self.model_init is not None and self._aggregator is not None:
+            self._aggregator.load_state_dict(copy.deepcopy(self._untrained))
         return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import os
@@ -116,6 +117,7 @@ class MTLTrainerMixin(TaskBookkeepingMixin, TaskEvaluationMixin, TaskDataMixin, 
         config, names = self.args, self.task_names
         options = {"reduction": config.gradient_reduction, "seed": config.seed, **(config.mtl_method_kwargs or {})}
         self._aggregator = self._given_aggregator or make_aggregator(config.mtl_method, len(names), **options)
+        self._untrained = copy.deepcopy(self._aggregator.state_dict())
         path = os.path.join(config.output_dir, config.conflict_file) if config.conflict_file else None
         self._recorder = ConflictRecorder(names, path if config.should_save else None)
         if self._aggregator.needs_feedback:
@@ -243,7 +245,8 @@ class MTLTrainer(MTLTrainerMixin, Trainer):
     The gradients of the shared trainable parameters (of a sparse adapter: its values) are collected task by task,
     accumulated over micro-batches, averaged over processes, and combined once per optimiser step, before clipping.
     Parameters of one task keep its own gradient. Works with gradient accumulation, fp16 and bf16, gradient
-    checkpointing, DistributedDataParallel and FSDP2, and resumes bit for bit.
+    checkpointing, DistributedDataParallel and FSDP2, and resumes bit for bit. A second `train()` keeps the method's
+    state where it keeps the optimiser's: not with `model_init`, which makes all anew.
 
     Losses come from, in this order: `compute_task_losses_func`; one task per sample, if the training set is a dict of
     data sets or has the column `task_ids`; the model's output `task_losses`.

@@ -32,7 +32,8 @@ class SparseConfig(SavedConfig):
             Modules to adapt: names matched by suffix, a regular expression, `"all-linear"`, or `"all-neurons"`: every
             layer that has neurons, so also the convolutions of a ResNet or ConvNeXt and the attention of
             `nn.MultiheadAttention`, except output layers, heads and `modules_to_save`. By default all linear layers of
-            a transformers model except its output layer.
+            a transformers model except its output layer. Of experts, routers that give more than one tensor are left
+            out of all but names and regular expressions.
         exclude_modules (`list[str]` or `str`, *optional*):
             Modules to leave out, matched in the same way.
         selection (`str`, *optional*, defaults to `"magnitude"`):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedModel
 
 from .neurons import is_supported
 
@@ -28,33 +32,69 @@ def heads_of(model: nn.Module) -> dict[str, nn.Module]:
     """
     The children of a model that its task puts on top of it, by name: new and random in a model that is fine-tuned.
 
-    Of a transformers model with a body, these are the children beside it that have neurons, such as the pooler and the
-    classifier of DeBERTa; a language model's output layer is none. Of others, children that are called like a head, or
-    a linear layer with as many outputs as the model has labels.
+    Of a transformers model with a body, these are the children beside it that have parameters, such as the pooler and
+    the classifier of DeBERTa; a language model's output layer is none. Of others, children that are called like a
+    head, or a linear layer with as many outputs as the model has labels; and if there is one, and one child is a model
+    of transformers, all others too, such as the projector between Whisper's encoder and its classifier. Not those of
+    architectures that come with a head only, such as PP-LCNet: the layers before it are pretrained.
     """
     outside = outside_body(model)
     if outside:
         if getattr(model, "get_output_embeddings", lambda: None)() is not None:
             return {}
-        return {name: child for name, child in outside.items() if any(map(_has_neurons, child.modules()))}
+        return _with_parameters(outside)
     labels = getattr(model.config, "num_labels", None) if isinstance(model, PreTrainedModel) else None
-    return {
+    children = dict(model.named_children())
+    heads = {
         name: child
-        for name, child in model.named_children()
+        for name, child in children.items()
         if (name in HEADS and any(map(_has_neurons, child.modules())))
         or (labels is not None and _outputs_of(child) == labels)
     }
+    bodies = [name for name, child in children.items() if isinstance(child, PreTrainedModel)]
+    if heads and len(bodies) == 1 and type(model.config) in MODEL_MAPPING:
+        return _with_parameters({name: child for name, child in children.items() if name not in bodies})
+    return heads
 
 
 def heads_to_save(model: nn.Module) -> list[str]:
     """
     Names for `modules_to_save` that train the heads, and them only.
 
-    PEFT takes the end of a module's name for its name, so a head that is called like a part of the body is left out.
+    PEFT takes the end of a module's name for its name. Of a head that is called like a part of the body, such as
+    ModernVBERT's, the parts are named; a layer that is called so is left out.
     """
-    heads = heads_of(model)
-    others = [name for name, _ in model.named_modules() if name.partition(".")[0] not in heads]
-    return [head for head in heads if not any(name.endswith(head) for name in others)]
+    heads = {**heads_of(model), **_new_pooler(model)}
+    others = [name for name, _ in model.named_modules() if not _is_inside(name, heads)]
+    return [name for head, module in heads.items() for name in _names(head, module, others)]
+
+
+def _names(name: str, module: nn.Module, others: list[str]) -> list[str]:
+    """What to call a module, so that it is not one of the others, or else the modules in it."""
+    if not any(other.endswith(name) for other in others):
+        return [name]
+    if next(module.parameters(recurse=False), None) is not None:
+        return []
+    parts = _with_parameters(dict(module.named_children()))
+    return [found for part, child in parts.items() for found in _names(f"{name}.{part}", child, others)]
+
+
+def _new_pooler(model: nn.Module) -> dict[str, nn.Module]:
+    """The pooler of a body that has none but for a task, as Nomic's and GTE's have: no pretrained model holds it."""
+    body = body_of(model)
+    pooler: Any = getattr(body, "pooler", None)
+    if not isinstance(pooler, nn.Module):
+        return {}
+    option = inspect.signature(type(body)).parameters.get("add_pooling_layer")
+    return {"pooler": pooler} if option is not None and option.default is False else {}
+
+
+def _is_inside(name: str, heads: Mapping[str, nn.Module]) -> bool:
+    return name.partition(".")[0] in heads or ("pooler" in heads and "pooler" in name.split("."))
+
+
+def _with_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    return {name: module for name, module in modules.items() if next(module.parameters(), None) is not None}
 
 
 def _has_neurons(module: nn.Module) -> bool:

@@ -49,6 +49,40 @@ def is_supported(base_layer: nn.Module, backend: QuantizationBackend | None) -> 
     return isinstance(base_layer, linear) or is_convolution(base_layer)
 
 
+class _Bare(nn.Module):
+    """A layer as its class computes it, without hooks and what has been put on the instance."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Any:
+        return type(self.layer).forward(self.layer, x)
+
+
+def gives_one_output(base_layer: Any) -> bool:
+    """
+    Whether a layer (no quantised one) gives one tensor with a number per neuron, so that an update can be added to it.
+
+    Routers of experts (Llama 4's, PhiMoE's) are linear layers by class that give tuples; Falcon's linear layers
+    compute what `nn.Linear` does in their own way. So a class with its own forward is tried out, on the meta device.
+    """
+    if not isinstance(base_layer, nn.Linear) or type(base_layer).forward is nn.Linear.forward:
+        return True
+    layer = _Bare(base_layer)
+    tensors = {
+        name: torch.empty(shape_of(tensor), dtype=tensor.dtype, device="meta")
+        for name, tensor in chain(layer.named_parameters(), layer.named_buffers())
+    }
+    x = torch.empty(2, base_layer.in_features, dtype=base_layer.weight.dtype, device="meta")
+    try:
+        with torch.no_grad():
+            result = torch.func.functional_call(layer, tensors, (x,))
+    except Exception:  # it takes another input than linear layers do
+        return False
+    return isinstance(result, Tensor) and result.shape == (2, base_layer.out_features)
+
+
 def neuron_view(base_layer: nn.Module, weight: Tensor) -> Tensor:
     """
     The weight (or a gradient of it) as `[rows, fan_in]`: Conv1D keeps a neuron in a column, a convolution spreads one

@@ -17,7 +17,7 @@ from .._peft_internals import (
 )
 from .config import SparseConfig
 from .heads import HEADS, heads_of, outside_body
-from .neurons import is_supported
+from .neurons import gives_one_output, is_supported
 from .projection import PROJECTIONS
 from .quantised import backend_of
 
@@ -54,7 +54,9 @@ def resolve_targets(config: SparseConfig, model: nn.Module, default: str) -> Non
         resolve_all_linear(config, model)
         # PEFT finds an attention's output projection, which is not called, and not its others.
         linear = {name for name in config.target_modules or () if not is_part(model, name)}
-        config.target_modules = sorted(linear | set(_attentions(model)))
+        config.target_modules = sorted(
+            {name for name in linear if _gives_one_output(model, name)} | set(_attentions(model))
+        )
     if by_default:
         # PEFT's model classes wrap these heads in modules_to_save only after the injection.
         config.target_modules = sorted(
@@ -96,8 +98,15 @@ def _layers_with_neurons(config: SparseConfig, model: nn.Module) -> Iterator[str
             and not _is_trained_whole(model, name)
             and not is_part(model, name)
             and is_supported(base, backend_of(model, base))
+            and _gives_one_output(model, name)
         ):
             yield name
+
+
+def _gives_one_output(model: nn.Module, name: str) -> bool:
+    """[`gives_one_output`] of a module that may be quantised, as PEFT's backends are known to."""
+    base = base_of(model.get_submodule(name))
+    return backend_of(model, base) is not None or gives_one_output(base)
 
 
 def _is_trained_whole(model: nn.Module, name: str) -> bool:

@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
+from peft_ext import MoReSConfig
 from peft_ext.knockout import FlowSample, layer_sweep
 
 from ._models import CAUSAL, FAMILIES, LAYERS, build, inputs
@@ -82,6 +83,37 @@ def test_virtual_tokens_are_refused(engine):
     with pytest.raises(ValueError, match="virtual tokens"):
         sweep(model, FlowSample(batch, groups), engine)
     assert sweep(model, FlowSample(batch, groups), "full")[0].isfinite().all()
+
+
+UNDER = {
+    "image": ("llava", MoReSConfig(rank=2, token_ratio=0.5, init="random")),
+    "text": ("llama", MoReSConfig(rank=2, token_positions="f2+l2", init="random")),
+    "prompt": ("llama", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
+    "prefix": ("llama", PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
+}
+
+
+@pytest.mark.parametrize("self_check", [True, False])
+@pytest.mark.parametrize("under", UNDER)
+def test_auto_runs_the_whole_model_where_an_adapter_needs_that(under, self_check, recwarn):
+    family, config = UNDER[under]
+    model = get_peft_model(build(family), config).eval()
+    sample, options = FlowSample(*inputs(family)), {"self_check": self_check, "progress": False}
+    expected = layer_sweep(model, [sample], ["question:last"], engine="full", **options)
+    assert layer_sweep(model, [sample], ["question:last"], **options) == expected
+    assert not [warning for warning in recwarn if "engine" in str(warning.message)]
+    for engine in FAST:
+        with pytest.raises(ValueError, match=f'engine="{engine}" would not be exact.*Use engine="full" or "auto"'):
+            layer_sweep(model, [sample], ["question:last"], engine=engine, **options)
+
+
+def test_fast_engines_with_mores_disabled_or_at_the_connector():
+    sample = FlowSample(*inputs("llava"))
+    model = get_peft_model(build("llava"), MoReSConfig(init="random")).eval()
+    with model.disable_adapter():
+        assert_same(model, sample)
+    connector = MoReSConfig(site="connector", token_ratio=1.0, init="random")
+    assert_same(get_peft_model(build("llava"), connector).eval(), sample)
 
 
 @pytest.mark.parametrize("engine", FAST)

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from peft import get_peft_model
 
+from peft_ext import MoReSConfig
 from peft_ext.knockout import (
     AttentionKnockout,
     ModuleKnockout,
@@ -118,6 +120,15 @@ def test_jaccard_by_hand(engine, pooled):
             context = ModuleKnockout(model, layers, groups["question"], name)
         after = words(context)[row]
         assert record["jaccard"] == pytest.approx(len(clean[row] & after) / len(clean[row] | after))
+
+
+def test_jaccard_with_mores_runs_the_whole_model():
+    model = get_peft_model(build("llava"), MoReSConfig(init="random")).eval()
+    batch, groups = inputs("llava")
+    found = topk_jaccard(model, batch, groups["question"], window=2)
+    assert found == topk_jaccard(model, batch, groups["question"], window=2, engine="full")
+    with pytest.raises(ValueError, match='engine="packed" would not be exact.*MoReS.*Use "full" or "auto"'):
+        topk_jaccard(model, batch, groups["question"], window=2, engine="packed")
 
 
 @pytest.mark.parametrize(

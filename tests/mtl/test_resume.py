@@ -1,11 +1,14 @@
 """Checkpoints continue bit for bit, and FAMO's second look at a batch leaves no trace."""
 
+import copy
+
 import pytest
 import torch
+from transformers import TrainerCallback
 
-from peft_ext.mtl import METHODS
+from peft_ext.mtl import METHODS, MTLTrainer
 from peft_ext.mtl.aggregators import OWN_METHODS
-from tests.mtl._models import TwoLayers, assert_identical_weights, trainer
+from tests.mtl._models import TwoLayers, assert_identical_weights, config, samples, task_losses, trainer
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -43,6 +46,45 @@ def test_resuming_is_bit_exact(tmp_path, method):
     assert_identical_weights(resumed.model, whole.model)
     assert resumed.conflicts.state_dict() == whole.conflicts.state_dict()
     assert (tmp_path / "whole" / "gradient_conflicts.jsonl").read_text() == lines
+
+
+class _AtTheStart(TrainerCallback):
+    """What the optimiser and the method know when a training begins."""
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        self.steps = [int(known["step"]) for known in optimizer.state.values()]
+        self.logits = self.trainer.aggregator.logits.detach().clone()
+
+
+def test_a_second_training_keeps_the_methods_state_as_the_optimisers(tmp_path):
+    start = _AtTheStart()
+    run = start.trainer = trainer(tmp_path, mtl_method="famo", callbacks=[start])
+    run.train()
+    assert not start.steps and not start.logits.any()
+    logits = run.aggregator.logits.detach().clone()
+    run.train()
+    assert set(start.steps) == {6} and logits.any()
+    assert torch.equal(start.logits, logits)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("joint", {}), ("pcgrad", {}), ("famo", {}), ("nash_mtl", {"update_weights_every": 4}), ("graddrop", {})],
+)
+def test_a_second_training_of_a_model_made_anew_is_the_first_again(tmp_path, method, options):
+    run = MTLTrainer(
+        model_init=lambda: TwoLayers(dropout=0.2, norm=True),
+        args=config(tmp_path, mtl_method=method, mtl_method_kwargs=options, conflict_logging_steps=2),
+        train_dataset=samples(),
+        compute_task_losses_func=task_losses,
+    )
+    run.train()
+    first, state, record = copy.deepcopy(run.model), run.aggregator.state_dict(), run.conflicts.state_dict()
+    run.train()
+    assert run.model is not first
+    assert_identical_weights(run.model, first)
+    torch.testing.assert_close(run.aggregator.state_dict(), state, rtol=0, atol=0)
+    assert run.conflicts.state_dict() == record
 
 
 def test_a_state_of_another_method_or_cut_short_is_refused(tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..ops import ConvGeometry, choose_conv_backend, folded_conv
-from ..ops.folded_conv import reference_conv
+from ..ops.folded_conv import copied_conv, reference_conv
 from ..ops.geometry import pad
 from .base import SparseLayer
 
@@ -26,8 +26,9 @@ class SparseConv(SparseLayer):
         bias = self._bias_with(delta)
         geometry = ConvGeometry.of(base_layer)
         x = pad(base_layer, x)
-        if path == "reference":
-            return reference_conv(x, weight, bias, delta.weight, delta.indices, delta.offsets, geometry)
+        if path in ("copied", "reference"):
+            convolve = copied_conv if path == "copied" else reference_conv
+            return convolve(x, weight, bias, delta.weight, delta.indices, delta.offsets, geometry)
         return folded_conv(
             x, weight, bias, delta.weight, delta.indices, delta.offsets, delta.transposed_entries,
             delta.transposed_offsets, geometry, dense_gradient=path == "dense",

@@ -137,6 +137,19 @@ def folded_conv(
     return _folded_conv(x, *rest) if x.dim() == weight.dim() else _folded_conv(x[None], *rest).squeeze(0)
 
 
+def copied_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor, offsets: Tensor | None,
+    geometry: ConvGeometry,
+) -> Tensor:  # fmt: skip
+    """[`folded_conv`] in a copy of the weight, so that threads may share it; without gradients."""
+    whole = weight.detach().clone()
+    memory, place = _places(whole, indices, offsets)
+    memory[place] = (memory[place] + values.detach().reshape(-1)).to(whole.dtype)
+    if x.dim() == weight.dim():
+        return _convolve(x, whole, bias, geometry)
+    return _convolve(x[None], whole, bias, geometry).squeeze(0)
+
+
 def reference_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor, offsets: Tensor | None,
     geometry: ConvGeometry,

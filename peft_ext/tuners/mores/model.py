@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..._peft_internals import BaseTuner
+from ..._peft_internals import BaseTuner, adapter_key_prefixes, filter_by_key_prefixes
 from ...injection import clean_refusal
+from ...sparse.sharded import without_wrappers
 from .architecture import Architecture, inspect_model
 from .checkpoint import check_checkpoint
 from .config import MoReSConfig
-from .layer import CHILD, MoReSLayer, attach, detach, remove_hooks
+from .layer import CHILD, MoReSLayer, attach, detach, remove_hooks, steer_output, steer_outside_checkpoints
 from .visual_tokens import TokenFinder
 
 
@@ -127,9 +128,24 @@ class MoReSModel(BaseTuner):
         for depth, module in enumerate(self._architecture.path):
             module.register_forward_pre_hook(partial(finder.enter, depth), with_kwargs=True)
             module.register_forward_hook(partial(finder.leave, depth), always_call=True)
+        self._architecture.path[-1].register_forward_pre_hook(steer_outside_checkpoints)
         return finder
 
-    # ------------------------------------------------------------------ loading
+    # ------------------------------------------------------------------ saving and loading
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: MoReSConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        # PEFT finds nothing inside wrappers, whose names the keys of a state dict leave out, and would save no tensor.
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        prefixes = {without_wrappers(prefix) for prefix in adapter_key_prefixes(model)}
+        return {**filter_by_key_prefixes(state_dict, prefixes), **selected}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -210,8 +226,8 @@ def take_out(model: nn.Module) -> None:
     for layer in list(_layers(model)):
         if layer.finder is not None:
             for module in model.modules():
-                remove_hooks(module, layer.finder.enter)
-                remove_hooks(module, layer.finder.leave)
+                for hook in (layer.finder.enter, layer.finder.leave, steer_outside_checkpoints, steer_output):
+                    remove_hooks(module, hook)
         detach(layer)
 
 

@@ -1,11 +1,13 @@
 """Adapted convolutions: forward and backward of the layer, several adapters, merging, memory."""
 
+import importlib
+
 import pytest
 import torch
 from torch import nn
 
 from peft_ext import NeuroAdaConfig
-from peft_ext.sparse.ops import BACKENDS
+from peft_ext.sparse.ops import BACKENDS, choose_conv_backend
 from peft_ext.sparse.selection import select_supports
 from peft_ext.tuners.neuroada import NeuroAdaConv
 
@@ -18,6 +20,7 @@ EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 EVERY_CONV = pytest.mark.parametrize("case", CONVS)
 SOME = pytest.mark.parametrize("case", ["1d circular, grouped", "2d same, even kernel", "2d depthwise", "3d"])
 FORMATS = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+FOLDED_CONV = importlib.import_module("peft_ext.sparse.ops.folded_conv")  # its package has a function of that name
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -57,6 +60,34 @@ def test_every_backend_gives_one_result(backend, case):
     wanted = {"output": expected.detach(), "x": through[0], "values": values.support.gather(through[1].flatten(1))}
     results = dict(zip(("x", "values"), torch.autograd.grad(y, [x, values.weight], grad), strict=True))
     assert_all_close({"output": y.detach(), **results}, wanted, TOLERANCES[torch.float64])
+
+
+@FORMATS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", ["2d", "2d without bias", "2d circular, same", "2d depthwise"])
+def test_auto_computes_the_same_bits_without_gradients(case, dtype, memory_format, monkeypatch):
+    """As with them, where the values are written into the weight; that must not be done where threads may share it."""
+    base = CONVS[case].build(dtype).to(memory_format=memory_format)
+    layer, x = adapt(base, k=1), CONVS[case].draw_input(dtype).detach()
+    for inputs in (x, x[0]):
+        with_gradients = layer(inputs)
+        assert with_gradients.requires_grad
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(FOLDED_CONV, "_folded_in", lambda *_: pytest.fail("folded into the weight"))
+            assert torch.equal(layer(inputs), with_gradients)
+
+
+def test_auto_copies_small_weights_only_and_only_without_gradients():
+    def choose(channels=8, dtype=torch.float32, device="cpu", requested="auto"):
+        weight = torch.empty(channels, channels, 1, dtype=dtype, device=device)
+        return choose_conv_backend(requested, torch.empty(1, channels, 1, dtype=dtype), weight, channels)
+
+    with torch.no_grad():
+        assert choose() == choose(1024) == choose(dtype=torch.float64) == "copied"
+        assert choose(1025) == choose(dtype=torch.bfloat16) == choose(device="meta") == "bypass"
+        assert choose(requested="folded") == "folded"
+        assert torch.vmap(lambda _: torch.tensor(choose() == "bypass"))(torch.zeros(2)).all()
+    assert choose(1024) == "folded"
 
 
 @SOME

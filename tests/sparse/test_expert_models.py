@@ -1,0 +1,100 @@
+"""Shorthands for targets on models of experts, whose routers may be linear layers by class and give tuples."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from peft_ext import NeuroAdaConfig
+from peft_ext.sparse.layers import SparseLayer
+from peft_ext.sparse.neurons import gives_one_output
+
+
+SIZES = {
+    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 16, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2, "pad_token_id": 0,
+}  # fmt: skip
+EXPERTS = {"num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4}
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+ARCHITECTURES = {
+    "mixtral": {},
+    "llama4_text": {"head_dim": 8, "intermediate_size_mlp": 16, "interleave_moe_layer_step": 1},
+    "phimoe": {},
+    "qwen2_moe": {"shared_expert_intermediate_size": 16},
+    "qwen3_moe": {"head_dim": 8},
+    "deepseek_v3": {**LATENT, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "gpt_oss": {"head_dim": 8},
+    "olmoe": {},
+    "jetmoe": {"kv_channels": 8},
+    "falcon": {},  # no experts, but all its linear layers are of a class with a forward of its own
+}
+
+
+def _tiny(name):
+    options = {**SIZES, **EXPERTS, **ARCHITECTURES[name]}
+    known = {*AutoConfig.for_model(name).to_dict(), *AutoConfig.for_model(name).attribute_map}
+    config = AutoConfig.for_model(name, **{key: value for key, value in options.items() if key in known})
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("target_modules", [None, "all-linear", "all-neurons"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_shorthands_stand_for_every_layer_that_an_update_can_be_added_to(name, target_modules):
+    base = _tiny(name)
+    ids = torch.randint(1, 32, (2, 8))
+    outputs, handles = {}, []
+    for layer, module in base.named_modules():
+        if isinstance(module, nn.Linear) and layer != "lm_head":
+            handles.append(module.register_forward_hook(lambda m, _, out, layer=layer: outputs.update({layer: out})))
+    base(input_ids=ids)
+    for handle in handles:
+        handle.remove()
+    expected = {layer for layer, output in outputs.items() if isinstance(output, torch.Tensor)}
+    assert (expected != set(outputs)) == (name in ("llama4_text", "phimoe"))  # whose routers give tuples
+
+    model = get_peft_model(base, NeuroAdaConfig(k=2, target_modules=target_modules)).train()
+    adapted = {layer for layer, m in model.base_model.model.named_modules() if isinstance(m, SparseLayer)}
+    assert adapted == expected
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["llama4_text", "phimoe"])
+def test_a_router_by_name_is_refused_where_it_gives_a_tuple(name):
+    model = get_peft_model(_tiny(name), NeuroAdaConfig(target_modules=["router"]))
+    with pytest.raises(TypeError, match="Router gives a tuple.*exclude_modules"):
+        model(input_ids=torch.ones(1, 4, dtype=torch.long))
+
+
+class Own(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+class Extended(nn.Linear):
+    def forward(self, x):
+        return torch.cat((super().forward(x), x), -1)
+
+
+class Grouped(nn.Linear):
+    def forward(self, x):
+        return torch.einsum("...gi,gio->...go", x, self.weight.view(2, self.in_features, -1))
+
+
+class Noisy(nn.Linear):
+    """Changes its input and draws random numbers."""
+
+    def forward(self, x):
+        x *= torch.rand_like(x)
+        return super().forward(x).max(-1)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [(Own, True), (Extended, False), (Grouped, False), (Noisy, False)])
+def test_a_layer_is_tried_out_without_a_trace(kind, expected):
+    layer = kind(4, 6)
+    layer.register_forward_hook(lambda *_: pytest.fail("a hook ran"))
+    before, state = layer.weight, torch.get_rng_state()
+    assert gives_one_output(layer) is expected
+    assert layer.weight is before and not layer.weight.is_meta
+    assert torch.equal(torch.get_rng_state(), state)

@@ -1,0 +1,81 @@
+"""Torch's own checkpoint wrapper around decoder layers, as accelerate's FSDP puts it on, changes nothing."""
+
+from functools import partial
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    CheckpointWrapper,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+
+from tests.tuners.mores._common import adapted, assert_equal_bits, bits, logits
+from tests.tuners.mores._models import build, inputs
+
+
+EVERY_KIND = pytest.mark.parametrize("kind", list(CheckpointImpl), ids=lambda kind: kind.name)
+
+
+def _wrap(model, kind):
+    layers = {type(layer) for layer in model.get_decoder().layers}
+    make = partial(checkpoint_wrapper, checkpoint_impl=kind)
+    apply_activation_checkpointing(model, checkpoint_wrapper_fn=make, check_fn=lambda m: type(m) in layers)
+    assert all(isinstance(layer, CheckpointWrapper) for layer in model.get_decoder().layers)
+    return model
+
+
+def _trained(model, *batches):
+    """Outputs, and the gradients of all batches together, whose forward passes come before the first backward."""
+    model.enable_input_require_grads()
+    outputs = [model(**batch, labels=batch["input_ids"], use_cache=False) for batch in batches]
+    sum(output.loss for output in outputs).backward()
+    gradients = [p.grad for name, p in sorted(model.named_parameters()) if "mores_" in name]
+    assert gradients and all(gradient.any() for gradient in gradients)
+    return [output.logits for output in outputs], gradients
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("family", ["llava_llama", "qwen2_vl", "idefics3"])
+def test_outputs_and_gradients_are_those_without_the_wrapper(family, kind):
+    batches = [inputs(family), inputs(family, texts=((7, 2),))]
+    expected = _trained(adapted(family).train(), *batches)
+    model = adapted(family).train()
+    _wrap(model.get_base_model(), kind)
+    for _ in range(2):  # also once the wrappers are known
+        model.zero_grad()
+        torch.testing.assert_close(_trained(model, *batches), expected)
+
+
+@EVERY_KIND
+def test_the_wrapper_may_be_there_first(kind, monkeypatch):
+    batch = inputs()
+    expected = _trained(adapted().train(), batch)
+    monkeypatch.setattr("tests.tuners.mores._common.build", lambda *args: _wrap(build(*args), kind))
+    model = adapted().train()
+    torch.testing.assert_close(_trained(model, batch), expected)
+
+
+@EVERY_KIND
+def test_the_adapter_is_saved_from_behind_the_wrapper(kind, tmp_path):
+    model = adapted()
+    _wrap(model.get_base_model(), kind)
+    model.save_pretrained(tmp_path)
+    assert_equal_bits(bits(PeftModel.from_pretrained(build(), tmp_path)), bits(adapted()))
+
+
+def test_adapters_behind_a_wrapper_are_disabled_and_unloaded():
+    batch = inputs()
+    base, model = _wrap(build(), CheckpointImpl.NO_REENTRANT), adapted()
+    _wrap(model.get_base_model(), CheckpointImpl.NO_REENTRANT)
+    steered = logits(adapted(), batch)
+    assert torch.equal(logits(model, batch), steered)
+    assert bits(model).keys() and not torch.equal(steered, logits(base, batch))
+    with model.disable_adapter():
+        assert torch.equal(logits(model, batch), logits(base, batch))
+    bare = model.unload()
+    assert torch.equal(logits(bare, batch), logits(base, batch))
+    hooks = [[len(m._forward_hooks) + len(m._forward_pre_hooks) for m in one.modules()] for one in (bare, base)]
+    assert hooks[0] == hooks[1]
