@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..support import Support
 from .conv import conv_grad_values
-from .folding import folded_in
+from .folding import flat_places, folded_in
 from .geometry import ConvGeometry
 from .reference import dense_delta
 
@@ -143,7 +143,7 @@ def copied_conv(
 ) -> Tensor:  # fmt: skip
     """[`folded_conv`] in a copy of the weight, so that threads may share it; without gradients."""
     whole = weight.detach().clone()
-    memory, place = _places(whole, indices, offsets)
+    memory, place = flat_places(whole, indices, offsets)
     memory[place] = (memory[place] + values.detach().reshape(-1)).to(whole.dtype)
     if x.dim() == weight.dim():
         return _convolve(x, whole, bias, geometry)

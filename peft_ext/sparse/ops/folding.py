@@ -35,7 +35,7 @@ def folded_in(weight: Tensor, values: Tensor, indices: Tensor, offsets: Tensor |
             finally:
                 target.scatter_(1, places, original)
         else:
-            memory, place = _flat_places(target, indices, offsets)
+            memory, place = flat_places(target, indices, offsets)
             original = memory.index_select(0, place)  # a third faster than `memory[place]`
             try:
                 memory.scatter_(0, place, (original + values.reshape(-1)).to(target.dtype))
@@ -44,7 +44,7 @@ def folded_in(weight: Tensor, values: Tensor, indices: Tensor, offsets: Tensor |
                 memory.scatter_(0, place, original)
 
 
-def _flat_places(weight: Tensor, indices: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+def flat_places(weight: Tensor, indices: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
     """The weight's memory as a flat view, whatever its strides, and int64 positions of the entries in it."""
     column = indices.reshape(-1).long()
     place = row_of_entry(indices, offsets).mul_(weight.stride(0))
