@@ -104,6 +104,8 @@ def sparse_grad_values(grad: Tensor, x: Tensor, indices: Tensor, offsets: Tensor
     one_each = offsets is None and indices.shape[1] == 1
     if x.shape[0] <= (GATHER_TOKENS if one_each else FEW_TOKENS):
         seen = x.index_select(1, columns).to(dtype)
+        if one_each:
+            return (seen * grad).sum(0).view(indices.shape)
         if offsets is None:
             return (seen.view(-1, *indices.shape) * grad.to(dtype)[..., None]).sum(0)
         return seen.mul_(grad.index_select(1, row_of_entry(indices, offsets))).sum(0)

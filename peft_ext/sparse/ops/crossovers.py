@@ -74,7 +74,7 @@ class Share:
 # By device: of supports with equally many entries in each row, and of uneven ones.
 EVEN: dict[str, Costs | Share] = {
     "cpu": Costs(
-        folded_few=EntryCosts(187_000, 1.0, 0.0524, 0),
+        folded_few=EntryCosts(195_000, 1.0, 0.0524, 0),
         folded=EntryCosts(187_000, 11.6, 0.0524, 0.803),
         bypass=EntryCosts(260_000, 6.83, 0.129, 3.03),
         weight=0.727,
