@@ -219,12 +219,26 @@ def earlier(args: argparse.Namespace) -> list[dict[str, Any]]:
         return []
     try:
         report = json.loads(args.out.read_text())
-        kind = report["dtype"], report["uneven"]
-        results: list[dict[str, Any]] = report["results"]
+        device = "cpu" if report["environment"]["accelerator"] is None else "cuda"
+        threads = report["environment"]["threads"]
+        kind = {"dtype": report["dtype"], "uneven": report["uneven"], "device": device}
+        results: list[dict[str, Any]] = [
+            {
+                **{name: int(result[name]) for name in (*SIZES, "passes")},
+                "seconds": {path: float(result["seconds"][path]) for path in PATHS},
+            }
+            for result in report["results"]
+        ]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--out {args.out} holds no results of this script: name another file") from error
-    if kind != (args.dtype, args.uneven):
-        raise ValueError(f"--out {args.out} holds results of --dtype {kind[0]}, uneven: {kind[1]}: name another file")
+    asked = {"dtype": args.dtype, "uneven": args.uneven, "device": torch.device(args.device).type}
+    if not args.report and device == "cpu":  # what is judged does not depend on it, what is measured does
+        kind["threads"], asked["threads"] = threads, args.threads
+    if kind != asked:
+        held = ", ".join(f"{name} {value}" for name, value in kind.items())
+        raise ValueError(f"--out {args.out} holds results of another kind ({held}): name another file")
+    if args.report and not any(tuple(result[name] for name in SIZES) in GRID for result in results):
+        raise ValueError(f"--out {args.out} holds no point of the grid: measure some first")
     return results
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from peft.utils import CONFIG_NAME
 from transformers import AutoConfig
@@ -40,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     if not base:
         raise ValueError(f"{options.adapter} does not name its base model; pass it as --base.")
     with _filled_at_once(options.out) as folder:
-        model = convert(options.adapter, _model_class(base).from_pretrained(base, dtype=options.dtype))
+        model = convert(options.adapter, _base_model(base, options.dtype))
         model.save_pretrained(folder)
     entries = sum(parameter.numel() for name, parameter in model.named_parameters() if "neuroada_delta" in name)
     print(f"{options.out}: a NeuroAda adapter of {entries:,} entries")
@@ -71,9 +72,22 @@ def _filled_at_once(out: Path) -> Iterator[str]:
             os.replace(os.path.join(folder, name), out / name)
 
 
-def _model_class(base: str) -> Any:
-    """The class that a model was saved as."""
-    architectures = AutoConfig.from_pretrained(base).architectures or ["none"]
+def _base_model(base: str, dtype: str) -> Any:
+    """
+    A model, as the class that it was saved as.
+
+    Raises:
+        `ValueError`: if there is no such model or dtype.
+    """
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"--dtype {dtype} is no dtype: pass auto, float32, bfloat16 or another of torch's.")
+    try:
+        architectures = AutoConfig.from_pretrained(base).architectures or ["none"]
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--base {base}: no model that can be read ({error}). Pass the folder or Hub id of the model that the "
+            "adapter was trained on."
+        ) from error
     if not hasattr(transformers, architectures[0]):
         raise ValueError(f"--base {base}: its architecture {architectures[0]!r} is none of transformers'.")
-    return getattr(transformers, architectures[0])
+    return getattr(transformers, architectures[0]).from_pretrained(base, dtype=dtype)

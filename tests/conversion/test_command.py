@@ -43,6 +43,18 @@ def arguments(tmp_path, model_dir, out):
     return ["convert", str(tmp_path / "peer"), str(out), "--base", model_dir("llama")]
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "remedy"),
+    [("--base", "no/where/at/all", "Pass the folder or Hub id"), ("--dtype", "float7", "pass auto, float32")],
+)
+def test_a_base_model_that_cannot_be_loaded(tiny, model_dir, tmp_path, capsys, option, value, remedy):
+    peft_adapted(tiny("llama")).save_pretrained(tmp_path / "peer")
+    assert cli.main([*arguments(tmp_path, model_dir, tmp_path / "ours"), option, value]) == 1
+    error = capsys.readouterr().err
+    assert f"{option} {value}" in error and remedy in error
+    assert not (tmp_path / "ours").exists()
+
+
 @pytest.mark.parametrize("what", ["a file", "files", "below a file"])
 def test_no_place_to_write_to(tiny, model_dir, tmp_path, capsys, monkeypatch, what):
     peft_adapted(tiny("llama")).save_pretrained(tmp_path / "peer")

@@ -123,6 +123,34 @@ def test_sizes_and_methods(refused, script, arguments, reason):
     assert reason in refused(script, *arguments)
 
 
+POINT = {"rows": 256, "fan_in": 256, "k": 1, "tokens": 1, "passes": 1}
+TIMES = {"bypass": 1.0, "folded": 2.0, "dense": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "change", "reason"),
+    [
+        ([], {"dtype": "bfloat16"}, "results of another kind (dtype bfloat16, uneven False, device cpu, threads 2)"),
+        (["--uneven"], {}, "results of another kind"),
+        (["--threads", "1"], {}, "results of another kind"),
+        ([], {"environment": {"accelerator": "a GPU", "threads": 2}}, "device cuda): name another file"),
+        (["--report"], {"environment": {"accelerator": "a GPU", "threads": 2}}, "device cuda): name another file"),
+        (["--report"], {"results": []}, "holds no point of the grid"),
+        (["--report"], {"results": [{**POINT, "rows": 7, "seconds": TIMES}]}, "holds no point of the grid"),
+        (["--report"], {"results": [POINT]}, "holds no results of this script"),
+        (["--report"], {"results": [{**POINT, "seconds": {"dense": 1.0}}]}, "holds no results of this script"),
+    ],
+)
+def test_results_of_another_run_that_crossovers_are_not_joined_with(refused, tmp_path, arguments, change, reason):
+    out = tmp_path / "grid.json"
+    environment = {"accelerator": None, "threads": 2}
+    results = [{**POINT, "seconds": TIMES}]
+    report = {"environment": environment, "dtype": "float32", "uneven": False, "results": results, **change}
+    out.write_text(json.dumps(report))
+    assert reason in refused("crossover", *arguments, "--out", str(out))
+    assert json.loads(out.read_text()) == report
+
+
 def test_reports_appear_whole_in_new_folders(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     write_report = importlib.import_module("_common.report").write_report

@@ -20,6 +20,8 @@ SHAPES = {
     "k above the block": Shape((6,), 11, 5, 7),
     "k = fan-in": Shape((3,), 5, 3, 5),
     "k12": Shape((5,), 13, 3, 12),
+    "k4": Shape((9,), 9, 5, 4),
+    "more rows than inputs": Shape((4,), 3, 17, 2),
     "whole blocks": Shape((8,), 16, 8, 2),
     "one row": Shape((6,), 9, 1, 3),
     "one input": Shape((5,), 1, 7, 1),
