@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from itertools import chain
 from typing import Any
@@ -69,14 +70,14 @@ def gives_one_output(base_layer: Any) -> bool:
     """
     if not isinstance(base_layer, nn.Linear) or type(base_layer).forward is nn.Linear.forward:
         return True
-    layer = _Bare(base_layer)
+    layer = _Bare(copy.copy(base_layer))  # which holds the attributes that its forward sets
     tensors = {
         name: torch.empty(shape_of(tensor), dtype=tensor.dtype, device="meta")
         for name, tensor in chain(layer.named_parameters(), layer.named_buffers())
     }
     x = torch.empty(2, base_layer.in_features, dtype=base_layer.weight.dtype, device="meta")
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=()):
             result = torch.func.functional_call(layer, tensors, (x,))
     except Exception:  # it takes another input than linear layers do
         return False

@@ -83,10 +83,11 @@ class Grouped(nn.Linear):
 
 
 class Noisy(nn.Linear):
-    """Changes its input and draws random numbers."""
+    """Changes its input, draws random numbers and keeps what it has seen."""
 
     def forward(self, x):
-        x *= torch.rand_like(x)
+        x *= torch.rand_like(x) * torch.rand(()).item()
+        self.seen = x
         return super().forward(x).max(-1)
 
 
@@ -94,7 +95,7 @@ class Noisy(nn.Linear):
 def test_a_layer_is_tried_out_without_a_trace(kind, expected):
     layer = kind(4, 6)
     layer.register_forward_hook(lambda *_: pytest.fail("a hook ran"))
-    before, state = layer.weight, torch.get_rng_state()
+    before, attributes, state = layer.weight, set(vars(layer)), torch.get_rng_state()
     assert gives_one_output(layer) is expected
-    assert layer.weight is before and not layer.weight.is_meta
+    assert layer.weight is before and not layer.weight.is_meta and set(vars(layer)) == attributes
     assert torch.equal(torch.get_rng_state(), state)

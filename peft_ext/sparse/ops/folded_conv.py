@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..support import Support
 from .conv import conv_grad_values
-from .folding import flat_places, folded_in
+from .folding import copy_of, flat_places, folded_in
 from .geometry import ConvGeometry
 from .reference import dense_delta
 
@@ -142,7 +142,7 @@ def copied_conv(
     geometry: ConvGeometry,
 ) -> Tensor:  # fmt: skip
     """[`folded_conv`] in a copy of the weight, so that threads may share it; without gradients."""
-    whole = weight.detach().clone()
+    whole = copy_of(weight)
     memory, place = flat_places(whole, indices, offsets)
     memory[place] = (memory[place] + values.detach().reshape(-1)).to(whole.dtype)
     if x.dim() == weight.dim():

@@ -44,6 +44,12 @@ def folded_in(weight: Tensor, values: Tensor, indices: Tensor, offsets: Tensor |
                 memory.scatter_(0, place, original)
 
 
+def copy_of(weight: Tensor) -> Tensor:
+    """A copy of a weight as it is while nothing is folded into it, which another thread may be doing just now."""
+    with _FOLDING:
+        return weight.detach().clone()
+
+
 def flat_places(weight: Tensor, indices: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
     """The weight's memory as a flat view, whatever its strides, and int64 positions of the entries in it."""
     column = indices.reshape(-1).long()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper, CheckpointWrapper
 
 from ..._peft_internals import BaseTunerLayer, check_adapters_to_merge
 from .config import MoReSConfig
@@ -240,15 +240,16 @@ def steer_outside_checkpoints(decoder: nn.Module, args: Any) -> None:
     """
     Forward pre-hook of the decoder. Torch's `CheckpointWrapper`, unlike gradient checkpointing of transformers,
     repeats a layer's hooks in the backward pass, when the tokens are not known any more. So where a layer has got such
-    a wrapper, as accelerate's FSDP puts on, the wrapper's output is steered.
+    a wrapper, as accelerate's FSDP puts on, the wrapper's output is steered; of several, that of the outermost.
     """
     if torch.compiler.is_compiling():
         return
-    for wrapper in decoder.modules():
-        if isinstance(wrapper, CheckpointWrapper):
-            owner: Any = wrapper._checkpoint_wrapped_module
-            if steer_output in owner._forward_hooks.values():
-                remove_hooks(owner, steer_output)
+    for wrapper in decoder.modules():  # from the outside in
+        inner: Any = wrapper if isinstance(wrapper, CheckpointWrapper) else None
+        while isinstance(inner, ActivationWrapper):
+            inner = inner._checkpoint_wrapped_module
+            if steer_output in inner._forward_hooks.values():
+                remove_hooks(inner, steer_output)
                 wrapper.register_forward_hook(steer_output)
 
 

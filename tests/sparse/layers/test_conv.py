@@ -1,13 +1,14 @@
 """Adapted convolutions: forward and backward of the layer, several adapters, merging, memory."""
 
 import importlib
+import threading
 
 import pytest
 import torch
 from torch import nn
 
 from peft_ext import NeuroAdaConfig
-from peft_ext.sparse.ops import BACKENDS, choose_conv_backend
+from peft_ext.sparse.ops import BACKENDS, choose_conv_backend, folding
 from peft_ext.sparse.selection import select_supports
 from peft_ext.tuners.neuroada import NeuroAdaConv
 
@@ -250,3 +251,16 @@ def test_only_x_is_saved_for_backward(backend):
         y = layer(x)
     tables = layer.deltas["default"].transposed_offsets.untyped_storage().data_ptr()
     assert y.requires_grad and {address for address in saved if address != tables} == {x.data_ptr()}
+
+
+def test_a_copy_waits_for_another_threads_folding():
+    weight = torch.randn(4, 2, 3)
+    before, copied = weight.clone(), []
+    thread = threading.Thread(target=lambda: copied.append(folding.copy_of(weight)))
+    with folding.folded_in(weight, torch.ones(4, 1), torch.zeros(4, 1, dtype=torch.int32), None):
+        assert not torch.equal(weight, before)
+        thread.start()
+        thread.join(0.2)
+        assert not copied
+    thread.join()
+    assert torch.equal(copied[0], before)

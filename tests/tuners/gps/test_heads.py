@@ -23,6 +23,11 @@ WHISPER = {
     "decoder_ffn_dim": 16, "decoder_attention_heads": 2, "num_mel_bins": 8, "vocab_size": 32, "pad_token_id": 0,
     "decoder_start_token_id": 1, "classifier_proj_size": 8,
 }  # fmt: skip
+WAV2VEC2 = {
+    **TEXT, "conv_dim": [8], "conv_kernel": [3], "conv_stride": [2], "num_feat_extract_layers": 1,
+    "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "tdnn_dim": [8, 8], "tdnn_kernel": [1, 1],
+    "tdnn_dilation": [1, 1], "xvector_output_dim": 8,
+}  # fmt: skip
 CLASSIFIERS = {
     "ModernVBertForSequenceClassification": ("modernvbert", VBERT),
     "ModernVBertForTokenClassification": ("modernvbert", VBERT),
@@ -76,3 +81,11 @@ def test_a_head_called_like_a_part_of_the_body_is_saved_and_loaded(tmp_path):
     assert not torch.allclose(before, expected)
     loaded.add_adapter("second", GPSConfig(**MAGNITUDE))
     assert loaded.peft_config["second"].modules_to_save == model.peft_config["default"].modules_to_save
+
+
+def test_of_a_list_of_layers_each_is_trained_whole():
+    """PEFT takes no list in modules_to_save."""
+    base = transformers.Wav2Vec2ForXVector(AutoConfig.for_model("wav2vec2", **WAV2VEC2))
+    model = get_peft_model(base, GPSConfig(**MAGNITUDE)).get_base_model()
+    assert len(model.tdnn) == 2
+    assert all(p.requires_grad for layer in model.tdnn for p in layer.modules_to_save.parameters())

@@ -79,3 +79,17 @@ def test_adapters_behind_a_wrapper_are_disabled_and_unloaded():
     assert torch.equal(logits(bare, batch), logits(base, batch))
     hooks = [[len(m._forward_hooks) + len(m._forward_pre_hooks) for m in one.modules()] for one in (bare, base)]
     assert hooks[0] == hooks[1]
+
+
+@EVERY_KIND
+def test_the_outermost_of_several_wrappers_is_steered(kind):
+    batch = inputs()
+    expected = _trained(adapted().train(), batch)
+    model = adapted().train()
+    _wrap(model.get_base_model(), kind)
+    layers = model.get_decoder().layers
+    for _ in range(2):  # all at once, and one more around a wrapper that is steered already
+        for index in range(len(layers)):
+            layers[index] = checkpoint_wrapper(layers[index], checkpoint_impl=kind)
+        model.zero_grad()
+        torch.testing.assert_close(_trained(model, batch), expected)
