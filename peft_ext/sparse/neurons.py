@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from itertools import chain
 from typing import Any
 
@@ -67,6 +68,7 @@ def gives_one_output(base_layer: Any) -> bool:
 
     Routers of experts (Llama 4's, PhiMoE's) are linear layers by class that give tuples; Falcon's linear layers
     compute what `nn.Linear` does in their own way. So a class with its own forward is tried out, on the meta device.
+    A warning names one that can't be.
     """
     if not isinstance(base_layer, nn.Linear) or type(base_layer).forward is nn.Linear.forward:
         return True
@@ -75,13 +77,21 @@ def gives_one_output(base_layer: Any) -> bool:
         name: torch.empty(shape_of(tensor), dtype=tensor.dtype, device="meta")
         for name, tensor in chain(layer.named_parameters(), layer.named_buffers())
     }
-    x = torch.empty(2, base_layer.in_features, dtype=base_layer.weight.dtype, device="meta")
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=()):
-            result = torch.func.functional_call(layer, tensors, (x,))
-    except Exception:  # it takes another input than linear layers do
-        return False
-    return isinstance(result, Tensor) and result.shape == (2, base_layer.out_features)
+    for lead in ((2,), (1, 2)):  # some forwards take sequences only
+        x = torch.empty(*lead, base_layer.in_features, dtype=base_layer.weight.dtype, device="meta")
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=()):
+                result = torch.func.functional_call(layer, tensors, (x,))
+        except Exception as error:  # it takes another input than linear layers do, or reads values
+            failure = error
+        else:
+            return isinstance(result, Tensor) and result.shape == (*lead, base_layer.out_features)
+    warnings.warn(
+        f"{type(base_layer).__name__} is left out of the targets, for it is a linear layer with a forward of its own "
+        f"that can't be tried out ({failure}); to adapt it, name it in `target_modules`.",
+        stacklevel=2,
+    )
+    return False
 
 
 def neuron_view(base_layer: nn.Module, weight: Tensor) -> Tensor:

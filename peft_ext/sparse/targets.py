@@ -65,6 +65,11 @@ def resolve_targets(config: SparseConfig, model: nn.Module, default: str) -> Non
             if not is_head(model, name, config) and _in_layers(name, config)
         )
         if not config.target_modules:
+            if config.layers_to_transform is None:
+                raise ValueError(
+                    f"target_modules=None stands for no layer of {type(model).__name__}: name the layers to adapt in "
+                    "`target_modules`."
+                )
             raise ValueError(
                 f"layers_to_transform={config.layers_to_transform!r} and layers_pattern={config.layers_pattern!r} "
                 "leave no layer to adapt; name blocks that the model has."

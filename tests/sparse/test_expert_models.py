@@ -79,7 +79,13 @@ class Extended(nn.Linear):
 
 class Grouped(nn.Linear):
     def forward(self, x):
-        return torch.einsum("...gi,gio->...go", x, self.weight.view(2, self.in_features, -1))
+        return torch.einsum("...gi,gio->...go", x, self.weight.view(3, self.in_features, -1))
+
+
+class Sequences(nn.Linear):
+    def forward(self, x):
+        batch, tokens, width = x.shape
+        return super().forward(x.view(batch * tokens, width)).view(batch, tokens, -1)
 
 
 class Noisy(nn.Linear):
@@ -91,7 +97,7 @@ class Noisy(nn.Linear):
         return super().forward(x).max(-1)
 
 
-@pytest.mark.parametrize(("kind", "expected"), [(Own, True), (Extended, False), (Grouped, False), (Noisy, False)])
+@pytest.mark.parametrize(("kind", "expected"), [(Own, True), (Sequences, True), (Extended, False), (Noisy, False)])
 def test_a_layer_is_tried_out_without_a_trace(kind, expected):
     layer = kind(4, 6)
     layer.register_forward_hook(lambda *_: pytest.fail("a hook ran"))
@@ -99,3 +105,28 @@ def test_a_layer_is_tried_out_without_a_trace(kind, expected):
     assert gives_one_output(layer) is expected
     assert layer.weight is before and not layer.weight.is_meta and set(vars(layer)) == attributes
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class ReadsValues(nn.Linear):
+    def forward(self, x):
+        if not torch.isfinite(x).all():
+            raise ValueError("infinite input")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Grouped, ReadsValues])
+def test_a_warning_names_what_cannot_be_tried_out(kind):
+    with pytest.warns(UserWarning, match=f"{kind.__name__} is left out of the targets.*name it in `target_modules`"):
+        assert not gives_one_output(kind(4, 6))
+
+
+def test_where_no_layer_is_left_the_error_says_so():
+    base = _tiny("llama4_text")
+    for name, module in list(base.named_modules()):
+        if type(module) is nn.Linear:
+            parent, _, child = name.rpartition(".")
+            setattr(base.get_submodule(parent), child, Extended(module.in_features, module.out_features, bias=False))
+    with pytest.raises(
+        ValueError, match="target_modules=None stands for no layer of Llama4ForCausalLM.*name the layers"
+    ):
+        get_peft_model(base, NeuroAdaConfig())
