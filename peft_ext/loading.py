@@ -75,6 +75,11 @@ def _check_arrived(model: nn.Module, adapter_name: str, result: Any) -> None:
         if re.search(rf"\.(\w+_delta|mores_steering|modules_to_save)\.{re.escape(adapter_name)}\.", key)
         or key.endswith(f".trainable_tokens_delta.{adapter_name}")
     ]
+    if missing and any("_checkpoint_wrapped_module" in name for name, _ in model.named_modules()):
+        raise ValueError(
+            f"Adapter '{adapter_name}' can't be loaded into layers that torch's checkpoint wrapper holds, where PEFT "
+            "does not look for its tensors. Load the adapter first, and wrap the layers afterwards."
+        )
     if missing:
         raise ValueError(
             f"The checkpoint lacks '{min(missing)}', so it is only a part of adapter '{adapter_name}' or was made "

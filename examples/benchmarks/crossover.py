@@ -47,7 +47,7 @@ GRID = [
 ]
 SIZES = ("rows", "fan_in", "k", "tokens")
 WITHIN = 1.1
-# Layers that are visited in turn hold so many bytes of weights: more than the last level of any cache.
+# Layers that are visited in turn hold so many bytes of weights, more than caches do, but are no more than so many.
 COLD_BYTES = 128 * 2**20
 MOST_LAYERS = 256
 

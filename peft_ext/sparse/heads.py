@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,7 +63,7 @@ def heads_to_save(model: nn.Module) -> list[str]:
     Names for `modules_to_save` that train the heads, and them only.
 
     PEFT takes the end of a module's name for its name. Of a head that is called like a part of the body, such as
-    ModernVBERT's, the parts are named; a layer that is called so is left out.
+    ModernVBERT's, the parts are named; a layer that is called so is left out, with a warning.
     """
     heads = {**heads_of(model), **_new_pooler(model)}
     others = [name for name, _ in model.named_modules() if not _is_inside(name, heads)]
@@ -74,6 +75,12 @@ def _names(name: str, module: nn.Module, others: list[str]) -> list[str]:
     if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and not any(other.endswith(name) for other in others):
         return [name]
     if next(module.parameters(recurse=False), None) is not None:
+        alike = next(other for other in others if other.endswith(name))
+        warnings.warn(
+            f"'{name}' belongs to the head but stays frozen: PEFT takes the end of a name for a module, and would "
+            f"train '{alike}' too. Set `requires_grad` of its parameters yourself, and save it beside the adapter.",
+            stacklevel=2,
+        )
         return []
     parts = _with_parameters(dict(module.named_children()))
     return [found for part, child in parts.items() for found in _names(f"{name}.{part}", child, others)]

@@ -93,3 +93,15 @@ def test_the_outermost_of_several_wrappers_is_steered(kind):
             layers[index] = checkpoint_wrapper(layers[index], checkpoint_impl=kind)
         model.zero_grad()
         torch.testing.assert_close(_trained(model, batch), expected)
+
+
+def test_an_adapter_is_loaded_before_wrapping(tmp_path):
+    """PEFT finds no tensors behind the wrappers, also not LoRA's."""
+    adapted().save_pretrained(tmp_path)
+    base = _wrap(build("llava_llama"), CheckpointImpl.NO_REENTRANT)
+    with pytest.raises(ValueError, match="checkpoint wrapper.*Load the adapter first, and wrap the layers afterwards"):
+        PeftModel.from_pretrained(base, tmp_path)
+    model = PeftModel.from_pretrained(build("llava_llama"), tmp_path)
+    expected = logits(model, inputs())
+    _wrap(model.get_base_model(), CheckpointImpl.NO_REENTRANT)
+    torch.testing.assert_close(logits(model, inputs()), expected)
