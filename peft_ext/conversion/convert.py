@@ -41,8 +41,8 @@ def convert(
     their entries, and can be trained on, saved, merged and unmerged bit by bit.
 
     In fp32, merged weights are the same bits as PEFT's (of a weight that modules share, PEFT changes the other modules
-    too). In 16 bits, PEFT rounds Super-Tuning's values before it adds
-    them, and here the sum is rounded once. A SHiRA adapter's `scaling` becomes a part of its values.
+    too). In 16 bits, PEFT rounds Super-Tuning's values before it adds them, and here the sum is rounded once. A SHiRA
+    adapter's `scaling` becomes a part of its values.
 
     Args:
         model (`PeftModel`, or `str`):
