@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..._peft_internals import BaseTunerLayer, QuantizationBackend, in_out_features, quantization_extra_repr
 from ..config import SparseConfig
@@ -128,10 +129,25 @@ class SparseLayer(BaseAttributes, MergingMixin, nn.Module, BaseTunerLayer):
         active = [name for name in self.active_adapters if name in self.deltas]
         if self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
+        for name in active:
+            self._refuse_forward_mode(name, x)
         result = self._with_base(active[0], x, *args, **kwargs)
         for name in active[1:]:
             result = self._add(name, result, x)
         return result
+
+    def _refuse_forward_mode(self, adapter_name: str, x: Tensor) -> None:
+        """The operators have no forward-mode derivative, and torch would take it for zero."""
+        if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+            return
+        tensors = (x, *self.deltas[adapter_name].parameters())
+        if self.backends[adapter_name] != "reference" and any(
+            forward_ad.unpack_dual(t).tangent is not None for t in tensors
+        ):
+            raise NotImplementedError(
+                "Sparse updates have no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); use "
+                "backward, or an adapter with backend='reference'."
+            )
 
     def _bias_with(self, delta: SparseDelta) -> Tensor | None:
         """The base layer's bias plus what an adapter adds to it."""
