@@ -228,5 +228,8 @@ def test_labels_of_tokens_are_refused_with_another_loss():
 def test_a_head_called_like_a_part_of_the_body_does_not_train_that_part_whole():
     model = _built("RoBERTa")
     model.dense = nn.Linear(16, 16)
-    adapted = get_peft_model(model, GPSConfig(selection="magnitude"))
+    with pytest.warns(
+        UserWarning, match="'dense' belongs to the head but stays frozen: .*'roberta.encoder.*dense' too"
+    ):
+        adapted = get_peft_model(model, GPSConfig(selection="magnitude"))
     assert adapted.peft_config["default"].modules_to_save == ["classifier"]
