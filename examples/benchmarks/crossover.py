@@ -75,7 +75,7 @@ class Layers:
         weight = (torch.randn(rows, fan_in, generator=generator) / fan_in**0.5).to(device, dtype)
         support = random_support(rows, fan_in, k, uneven, generator).to(device)
         values = torch.zeros(support.indices.shape, device=device)
-        tables = (*support.transposed(),)
+        tables = support.transposed()
         count = max(2, min(MOST_LAYERS, -(-COLD_BYTES // weight.nbytes)))
         self.layers = itertools.cycle(
             [

@@ -9,9 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .._peft_internals import adapter_key_prefixes, filter_by_key_prefixes
 from .layers import SparseLayer, attention_biases
-from .sharded import without_wrappers
+from .sharded import with_wrapped, without_wrappers
 from .support import Support, narrowest_index_dtype
 
 
@@ -43,9 +42,7 @@ class CheckpointMixin:
         selected = super()._get_adapter_state_dict(  # type: ignore[misc]
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        # PEFT finds nothing inside nested FSDP1 wrappers, whose names the keys of a state dict leave out.
-        prefixes = {without_wrappers(prefix) for prefix in adapter_key_prefixes(model)}
-        selected = {**filter_by_key_prefixes(state_dict, prefixes), **selected}
+        selected = with_wrapped(model, state_dict, selected)
         container = cls.tuner_layer_cls.adapter_layer_names[0]
         if config.support_sizes is not None:  # those of this adapter: the object may have served for others since
             config.support_sizes = {

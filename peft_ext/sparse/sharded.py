@@ -6,8 +6,10 @@ from __future__ import annotations
 import importlib
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from .._peft_internals import adapter_key_prefixes, filter_by_key_prefixes
 
 
 def is_sharded(weight: Tensor) -> bool:
@@ -51,3 +53,9 @@ def check_gatherable(name: str, weight: Tensor, rows: int, fan_in: int) -> None:
 def without_wrappers(name: str) -> str:
     """A module's name as the keys of a state dict have it: without FSDP1's and activation checkpointing's wrappers."""
     return name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def with_wrapped(model: nn.Module, state_dict: dict[str, Tensor], selected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's tensors that PEFT selected from a state dict, and those in wrappers, which it does not find."""
+    prefixes = {without_wrappers(prefix) for prefix in adapter_key_prefixes(model)}
+    return {**filter_by_key_prefixes(state_dict, prefixes), **selected}

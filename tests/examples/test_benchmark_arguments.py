@@ -158,7 +158,7 @@ def test_reports_appear_whole_in_new_folders(monkeypatch, tmp_path):
     write_report(path, {"name": "β"})
     with pytest.raises(TypeError):
         write_report(path, {"name": object()})
-    monkeypatch.setattr(Path, "replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr("os.replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         write_report(path, {"name": "half"})
     assert json.loads(path.read_text()) == {"name": "β"} and list(path.parent.iterdir()) == [path]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from peft_ext.files import write_atomically
 
 
 PACKAGES = ("torch", "peft", "transformers", "peft-ext", "triton")
@@ -52,13 +53,9 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def write_report(path: Path, content: Mapping[str, Any]) -> None:
     """Write results as JSON, into a new folder if need be; an interruption leaves an old file whole."""
+    text = json.dumps(content, indent=1) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(str(path), text)
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:

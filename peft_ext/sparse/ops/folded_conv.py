@@ -39,6 +39,13 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeom
     return torch.ops.aten.convolution(x, weight, bias, *_plain_arguments(even))
 
 
+def _convolve_one_or_more(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
+    """Of samples, or of one without a dimension for them."""
+    if x.dim() == weight.dim():
+        return _convolve(x, weight, bias, geometry)
+    return _convolve(x[None], weight, bias, geometry).squeeze(0)
+
+
 @torch.library.custom_op("peft_ext::folded_conv", mutates_args=())
 def _folded_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor, offsets: Tensor | None,
@@ -145,9 +152,7 @@ def copied_conv(
     whole = copy_of(weight)
     memory, place = flat_places(whole, indices, offsets)
     memory[place] = (memory[place] + values.detach().reshape(-1)).to(whole.dtype)
-    if x.dim() == weight.dim():
-        return _convolve(x, whole, bias, geometry)
-    return _convolve(x[None], whole, bias, geometry).squeeze(0)
+    return _convolve_one_or_more(x, whole, bias, geometry)
 
 
 def reference_conv(
@@ -156,7 +161,4 @@ def reference_conv(
 ) -> Tensor:  # fmt: skip
     """The dense oracle: a convolution with `W + S(values)`, differentiable as torch has it."""
     delta = dense_delta(values, indices, weight[0].numel(), offsets).view(weight.shape)
-    whole = weight + delta.to(weight.dtype)
-    if x.dim() == weight.dim():
-        return _convolve(x, whole, bias, geometry)
-    return _convolve(x[None], whole, bias, geometry).squeeze(0)
+    return _convolve_one_or_more(x, weight + delta.to(weight.dtype), bias, geometry)

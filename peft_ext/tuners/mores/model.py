@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..._peft_internals import BaseTuner, adapter_key_prefixes, filter_by_key_prefixes
+from ..._peft_internals import BaseTuner
 from ...injection import clean_refusal
-from ...sparse.sharded import without_wrappers
+from ...sparse.sharded import with_wrapped
 from .architecture import Architecture, inspect_model
 from .checkpoint import check_checkpoint
 from .config import MoReSConfig
@@ -142,10 +142,8 @@ class MoReSModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        # PEFT finds nothing inside wrappers, whose names the keys of a state dict leave out, and would save no tensor.
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        prefixes = {without_wrappers(prefix) for prefix in adapter_key_prefixes(model)}
-        return {**filter_by_key_prefixes(state_dict, prefixes), **selected}
+        return with_wrapped(model, state_dict, selected)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -125,11 +125,7 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 def rows_of(indices: Tensor, offsets: Tensor | None) -> Tensor | None:
     """int32 row of each entry of a ragged support; the kernels compute that of a table."""
-    return None if offsets is None else _owners(indices, offsets)
-
-
-def _owners(indices: Tensor, offsets: Tensor | None) -> Tensor:
-    return row_of_entry(indices, offsets).to(torch.int32)
+    return None if offsets is None else row_of_entry(indices, offsets).to(torch.int32)
 
 
 def _flat(table: Tensor) -> Tensor:
@@ -143,7 +139,7 @@ def _dtypes(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 def gather_sum(
     base: Tensor | None, x: Tensor, values: Tensor, columns: Tensor | None, offsets: Tensor | None,
-    entries: Tensor | None, owners: Callable[[], Tensor] | None, k: int, out: Tensor,
+    entries: Tensor | None, owners: Callable[[], Tensor | None] | None, k: int, out: Tensor,
 ) -> None:  # fmt: skip
     """
     `out = base + gathered sums of x`, see `direct.gather_sum`. `out` (`[tokens, neurons]`) may be `base` itself: each
@@ -194,7 +190,7 @@ def gather_sum(
 def add(result: Tensor, x: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, out: Tensor) -> Tensor:
     """`out = result + S x`; arguments as of `sparse_add`, `out` may be `result`."""
     k = indices.shape[1] if offsets is None else 0
-    owners = None if offsets is None else partial(_owners, indices, offsets)
+    owners = None if offsets is None else partial(rows_of, indices, offsets)
     gather_sum(result, x, _flat(values), _flat(indices), offsets, None, owners, k, out)
     return out
 
