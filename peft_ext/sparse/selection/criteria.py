@@ -10,8 +10,13 @@ import torch
 from torch import Tensor
 
 
-# Elements scored at once: bounds the transient memory of a selection whatever the weight.
-CHUNK_ELEMENTS = 2**22
+# Elements scored at once: bounds the transient memory of a selection whatever the weight, and keeps the passes over a
+# chunk in the cache.
+CHUNK_ELEMENTS = 2**20
+
+
+# Dtypes that are ranked as they are; others as fp32.
+RANKED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Criterion(ABC):
@@ -25,7 +30,7 @@ class Criterion(ABC):
             weight (`torch.Tensor`): float `[rows, fan_in]`, any strides.
 
         Yields:
-            `torch.Tensor`: fp32 scores `[some rows, fan_in]`, all rows in order.
+            `torch.Tensor`: scores `[some rows, fan_in]` in fp32, bf16 or fp16, all rows in order.
 
         Raises:
             `ValueError`: if the weight or the scores hold NaN or infinity.
@@ -39,13 +44,15 @@ def _row_chunks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield slice(start, min(start + step, rows)), weight[start : start + step]
 
 
-def _finite(module: str, what: str, values: Tensor) -> Tensor:
-    if not bool(torch.isfinite(values).all()):
+def _magnitudes(module: str, what: str, values: Tensor) -> Tensor:
+    """`|values|`, after making sure that all are finite: the largest of them is not, if one is not."""
+    magnitudes = (values if values.dtype in RANKED else values.float()).abs()
+    if magnitudes.numel() and not bool(magnitudes.amax().isfinite()):
         raise ValueError(
             f"The {what} of module '{module}' hold NaN or infinity, so no entries can be ranked. Repair the "
             f"checkpoint, or leave the module out with `exclude_modules=['{module}']`."
         )
-    return values
+    return magnitudes
 
 
 class Magnitude(Criterion):
@@ -53,7 +60,7 @@ class Magnitude(Criterion):
 
     def chunks(self, module: str, weight: Tensor) -> Iterator[Tensor]:
         for _, part in _row_chunks(weight):
-            yield _finite(module, "weights", part).float().abs()
+            yield _magnitudes(module, "weights", part)
 
 
 class Reverse(Criterion):
@@ -61,7 +68,7 @@ class Reverse(Criterion):
 
     def chunks(self, module: str, weight: Tensor) -> Iterator[Tensor]:
         for _, part in _row_chunks(weight):
-            yield -_finite(module, "weights", part).float().abs()
+            yield _magnitudes(module, "weights", part).neg_()
 
 
 class Random(Criterion):
@@ -77,7 +84,7 @@ class Random(Criterion):
     def chunks(self, module: str, weight: Tensor) -> Iterator[Tensor]:
         generator = self.generator(module)
         for _, part in _row_chunks(weight):
-            _finite(module, "weights", part)
+            _magnitudes(module, "weights", part)
             yield torch.rand(part.shape, generator=generator).to(part.device)
 
 
@@ -90,5 +97,5 @@ class Scored(Criterion):
     def chunks(self, module: str, weight: Tensor) -> Iterator[Tensor]:
         score = self.scores[module]
         for rows, part in _row_chunks(weight):
-            _finite(module, "weights", part)
-            yield _finite(module, "scores", score[rows].to(part.device)).float().abs()
+            _magnitudes(module, "weights", part)
+            yield _magnitudes(module, "scores", score[rows].to(part.device))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..support import Support, offsets_from_counts
 from .criteria import Criterion, Magnitude, Random, Reverse, Scored
-from .scopes import top_overall, top_per_neuron
+from .scopes import PASSES_OVERALL, top_overall, top_per_neuron
 
 
 SCORED = ("gradient", "activation")  # criteria that need scores computed beforehand
@@ -69,19 +70,36 @@ def select_supports(
     criterion_name, scope = parse_selection(selection)
     criterion = _criterion(criterion_name, seed, scores)
     entries = k if callable(k) else partial(min, k)
-    if scope == "neuron":
+    passes = 1 if scope == "neuron" else 1 + PASSES_OVERALL  # one for the shapes
+    with tqdm(total=passes * len(weights), desc="choosing entries", unit="weight", delay=1.0, leave=False) as bar:
+        counted = {module: partial(_counted, weight, bar) for module, weight in weights.items()}
+        if scope == "neuron":
+            return {
+                module: _per_neuron(criterion, module, weight(), entries, neuron_ratio, seed)
+                for module, weight in counted.items()
+            }
+        groups = [[module] for module in weights] if scope == "layer" else [list(weights)]
         return {
-            module: _per_neuron(criterion, module, weight(), entries, neuron_ratio, seed)
-            for module, weight in weights.items()
+            module: support for group in groups for module, support in _overall(criterion, counted, group, entries)
         }
-    groups = [[module] for module in weights] if scope == "layer" else [list(weights)]
-    supports = {}
-    for group in groups:
-        shapes = {module: weights[module]().shape for module in group}
-        budget = sum(rows * entries(fan_in) for rows, fan_in in shapes.values())
-        passes = {module: lambda module=module: criterion.chunks(module, weights[module]()) for module in group}
-        supports.update(top_overall(passes, budget, {module: shape[1] for module, shape in shapes.items()}))
-    return supports
+
+
+def _counted(weight: Callable[[], Tensor], bar: tqdm) -> Tensor:
+    bar.update()
+    return weight()
+
+
+def _overall(
+    criterion: Criterion,
+    weights: Mapping[str, Callable[[], Tensor]],
+    group: list[str],
+    entries: Callable[[int], int],
+) -> Iterable[tuple[str, Support]]:
+    """As many entries of a group of weights as their neurons would have, wherever they lie."""
+    shapes = {module: weights[module]().shape for module in group}
+    budget = sum(rows * entries(fan_in) for rows, fan_in in shapes.values())
+    passes = {module: lambda module=module: criterion.chunks(module, weights[module]()) for module in group}
+    return top_overall(passes, budget, {module: shape[1] for module, shape in shapes.items()}).items()
 
 
 def kept_neurons(rows: int, neuron_ratio: float) -> int:

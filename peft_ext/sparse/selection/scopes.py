@@ -12,6 +12,10 @@ from ..support import Support, offsets_from_counts
 
 # One pass over the scores; called several times, must yield the same each time.
 ScorePass = Callable[[], Iterable[Tensor]]
+# Keys per group, of which only the largest is compared first. Fastest of 8 to 64 for k=20 of 2048 and 8192.
+GROUP = 16
+# How often `top_overall` goes over the scores.
+PASSES_OVERALL = 3
 
 
 def top_per_neuron(scores: Iterable[Tensor], k: int, fan_in: int) -> Support:
@@ -30,13 +34,42 @@ def _top_of_rows(scores: Tensor, k: int) -> Tensor:
     rows, fan_in = scores.shape
     if k == fan_in:
         return torch.arange(fan_in, dtype=torch.int32, device=scores.device).repeat(rows, 1)
-    last = scores.topk(k, dim=1).values[:, -1:]  # [rows, 1]
-    chosen = scores > last
-    tied = scores == last
-    # topk breaks ties arbitrarily, so it only finds the threshold; the lowest tied columns fill up the row.
-    missing = k - chosen.sum(1, keepdim=True)
-    chosen |= tied & (tied.cumsum(1, dtype=torch.int32) <= missing)
-    return chosen.nonzero()[:, 1].view(rows, k).to(torch.int32)
+    keys, column_bits = _distinct_keys(scores)
+    if k == 1:
+        best = keys.amax(1, keepdim=True)
+    else:
+        best = _candidates(keys, k).topk(k, dim=1, sorted=False).values
+    columns = fan_in - 1 - (best & (2**column_bits - 1))
+    return columns.to(torch.int32).sort(dim=1).values
+
+
+def _distinct_keys(scores: Tensor) -> tuple[Tensor, int]:
+    """
+    Integers that order as the scores do, among equal ones the lowest column first, and the number of their low bits
+    that hold the column, counted from the end. No two in a row are equal, so the best k are the same on every device.
+    """
+    fan_in = scores.shape[1]
+    columns = torch.arange(fan_in - 1, -1, -1, device=scores.device)
+    if scores.element_size() == 2 and fan_in <= 2**16:
+        keys = _ordered_key(scores).to(torch.int32)
+        return keys.mul_(2**16).add_(columns.to(torch.int32)), 16
+    keys = _ordered_key(scores.float()).long()
+    return keys.mul_(2**32).add_(columns), 32
+
+
+def _candidates(keys: Tensor, k: int) -> Tensor:
+    """
+    Some of the keys of each row, the k largest among them. Every group of `GROUP` keys that holds one of these is
+    among the k groups with the largest maxima, which two passes over the row find: a fifth of the time of `topk`.
+    """
+    rows, fan_in = keys.shape
+    groups = fan_in // GROUP
+    if 2 * k > groups:
+        return keys
+    grouped, rest = keys[:, : groups * GROUP].view(rows, GROUP, groups), keys[:, groups * GROUP :]
+    best = grouped.amax(1).topk(k, dim=1, sorted=False).indices  # [rows, k]
+    members = grouped.gather(2, best[:, None].expand(rows, GROUP, k))
+    return torch.cat([members.view(rows, -1), rest], 1)
 
 
 def top_overall(passes: Mapping[str, ScorePass], budget: int, fan_ins: Mapping[str, int]) -> dict[str, Support]:
@@ -54,7 +87,7 @@ def top_overall(passes: Mapping[str, ScorePass], budget: int, fan_ins: Mapping[s
     supports = {}
     for module, scores in passes.items():
         columns, counts = [], []
-        for key in map(_ordered_key, scores()):
+        for key in map(_ordered_key, map(Tensor.float, scores())):
             chosen = key > threshold
             tied = (key == threshold).reshape(-1)
             if ties:
@@ -68,9 +101,10 @@ def top_overall(passes: Mapping[str, ScorePass], budget: int, fan_ins: Mapping[s
 
 
 def _ordered_key(scores: Tensor) -> Tensor:
-    """int32 keys that order as the fp32 scores do."""
-    bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0: they tie
-    return torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+    """Integers of the scores' width (int16 or int32) that order as they do."""
+    bits = (scores + 0.0).view(torch.int16 if scores.element_size() == 2 else torch.int32)  # -0.0 and 0.0 tie
+    sign = bits >> torch.iinfo(bits.dtype).bits - 1  # 0 or -1
+    return bits ^ (sign & torch.iinfo(bits.dtype).max)
 
 
 def _threshold(passes: Mapping[str, ScorePass], budget: int) -> tuple[int, int]:
@@ -78,7 +112,7 @@ def _threshold(passes: Mapping[str, ScorePass], budget: int) -> tuple[int, int]:
 
     def keys() -> Iterator[Tensor]:
         for scores in passes.values():
-            yield from map(_ordered_key, scores())
+            yield from map(_ordered_key, map(Tensor.float, scores()))
 
     high, above = _bin_of(((key >> 16) + 2**15 for key in keys()), budget)
     low, above = _bin_of((key[(key >> 16) + 2**15 == high] & 0xFFFF for key in keys()), budget - above, above)

@@ -45,6 +45,28 @@ def test_overall_is_the_sorted_top_of_all_weights(matrices, share, step):
         supports[module].check()
 
 
+@pytest.mark.parametrize("values", ["normal", "few", "bits"])
+@pytest.mark.parametrize("layout", ["rows", "columns", "part"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("fan_in", [31, 1003, 2**16 + 5])
+def test_long_rows_are_those_of_a_stable_sort(fan_in, dtype, layout, values):
+    """Rows long enough that groups of entries are compared first, of all finite bit patterns, zeros and denormals."""
+    generator = torch.Generator().manual_seed(fan_in)
+    shape = {"rows": (3, fan_in), "columns": (fan_in, 3), "part": (3, fan_in + 9)}[layout]
+    if values == "bits":
+        width = torch.int32 if dtype == torch.float32 else torch.int16
+        info = torch.iinfo(width)
+        scores = torch.randint(info.min, info.max, shape, generator=generator).to(width).view(dtype)
+        scores = torch.where(scores.isfinite(), scores, -0.0)
+    else:
+        scores = torch.randn(shape, generator=generator).mul(1 if values == "few" else 1e5).round().to(dtype)
+    scores = {"rows": scores, "columns": scores.t(), "part": scores[:, 4 : fan_in + 4]}[layout]
+    order = scores.float().sort(dim=1, descending=True, stable=True).indices
+    for k in sorted({1, 2, 20, min(200, fan_in), fan_in - 1}):
+        support = top_per_neuron([scores[:2], scores[2:]], k, fan_in)
+        assert torch.equal(support.indices.long(), order[:, :k].sort(dim=1).values)
+
+
 @pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -2.0, 1e-45], ids=str)
 @pytest.mark.parametrize("k", [1, 2, 63, 64, 699, 700])
 def test_a_constant_row_gives_its_first_columns(value, k):
