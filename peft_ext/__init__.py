@@ -10,7 +10,7 @@ from .sparse.hotswap import hotswap_adapter
 from .sparse.report import SelectionReport, selection_report
 from .sparse.scoring import SupervisedContrastiveLoss, TwoViewCollator, activation_scores, gradient_scores
 from .tuners.gps import GPS_PRESETS, GPSConfig, GPSModel, gps
-from .tuners.mores import MoReSConfig, MoReSModel, visual_tokens
+from .tuners.mores import MoReSConfig, MoReSModel, unfinished_prompt, visual_tokens
 from .tuners.neuroada import NEUROADA_PRESETS, NEUROADA_SEARCH_SPACES, NeuroAdaConfig, NeuroAdaModel
 from .tuners.psn import PSNConfig, PSNModel
 
@@ -40,6 +40,7 @@ __all__ = [
     "gradient_scores",
     "hotswap_adapter",
     "selection_report",
+    "unfinished_prompt",
     "visual_tokens",
 ]
 

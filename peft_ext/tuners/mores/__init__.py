@@ -4,9 +4,9 @@ from ...registration import register
 from .config import MoReSConfig
 from .layer import MoReSLayer
 from .model import MoReSModel
-from .visual_tokens import visual_tokens
+from .visual_tokens import unfinished_prompt, visual_tokens
 
 
 register("mores", MoReSConfig, MoReSModel)
 
-__all__ = ["MoReSConfig", "MoReSLayer", "MoReSModel", "visual_tokens"]
+__all__ = ["MoReSConfig", "MoReSLayer", "MoReSModel", "unfinished_prompt", "visual_tokens"]

@@ -39,9 +39,9 @@ class MoReSConfig(SavedConfig):
         token_positions (`str`, *optional*):
             Steer text instead: `"f7+l7"` is the first and the last seven tokens of the prompt. With `rank=8` and
             `layers_to_transform="all"` this is LoReFT (Wu et al., 2024), with one module for both ends of a layer.
-            The prompt is what precedes the first label, or all that is passed when there are none. `token_ratio` and
-            `token_selection` then have no meaning. `generate(use_cache=False)` can tell a prompt only as a method of
-            a `PeftModel`.
+            The prompt is generate()'s, or what precedes the first label, or all that a call passes; one token that
+            follows it in a cache continues it. Cache a prompt's beginning inside [`unfinished_prompt`]. `token_ratio`
+            and `token_selection` then have no meaning.
         layers_to_transform (`list[int]`, `int` or `str`, *optional*):
             Decoder layers to steer after, counted from 0, negative ones from the end, or `"all"`. By default all but
             the last for visual tokens, since what they become after the last layer reaches no output; all for

@@ -12,8 +12,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Activati
 
 from ..._peft_internals import BaseTunerLayer, check_adapters_to_merge
 from .config import MoReSConfig
+from .finder import TokenFinder
 from .steering import Steering
-from .visual_tokens import TokenFinder
 
 
 CHILD = "steering"  # must not contain the method's prefix: PEFT takes such names for parameters of the method

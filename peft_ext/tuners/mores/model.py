@@ -15,8 +15,9 @@ from ...sparse.sharded import with_wrapped
 from .architecture import Architecture, inspect_model
 from .checkpoint import check_checkpoint
 from .config import MoReSConfig
+from .finder import TokenFinder
+from .generate import attach_generate, detach_generate
 from .layer import CHILD, MoReSLayer, attach, detach, remove_hooks, steer_output, steer_outside_checkpoints
-from .visual_tokens import TokenFinder
 
 
 class MoReSModel(BaseTuner):
@@ -25,7 +26,8 @@ class MoReSModel(BaseTuner):
 
     Which tokens are visual is read from `input_ids` in each forward pass, or from a bool `visual_token_mask`
     `[batch, tokens]` passed to it. Samples without visual tokens keep every bit. In generation the prompt is steered,
-    and what is generated from it is not.
+    and what is generated from it is not, with any cache and in chunks too. A call whose cache was not steered as the
+    whole prompt would be is refused before anything is computed.
 
     Args:
         model (`torch.nn.Module`): the model to adapt.
@@ -113,6 +115,8 @@ class MoReSModel(BaseTuner):
         if not isinstance(layer, MoReSLayer):
             finder = self._finder() if current_key in self._architecture.layers else None
             layer = MoReSLayer(target, self._architecture.hidden_size, finder)
+            if finder is not None:
+                finder.layers.append(layer)
             layer._active_adapter = adapter_name
             attach(layer)
         layer.update_layer(adapter_name, peft_config)
@@ -120,7 +124,7 @@ class MoReSModel(BaseTuner):
             layer.mores_steering[adapter_name].requires_grad_(False)
 
     def _finder(self) -> TokenFinder:
-        """The model's one finder, with its hooks on the way to the decoder."""
+        """The model's one finder, with its hooks on the way to the decoder and around `generate`."""
         for layer in _layers(self.model):
             if layer.finder is not None:
                 return layer.finder
@@ -129,6 +133,7 @@ class MoReSModel(BaseTuner):
             module.register_forward_pre_hook(partial(finder.enter, depth), with_kwargs=True)
             module.register_forward_hook(partial(finder.leave, depth), always_call=True)
         self._architecture.path[-1].register_forward_pre_hook(steer_outside_checkpoints)
+        attach_generate(self.model, finder)
         return finder
 
     # ------------------------------------------------------------------ saving and loading
@@ -157,20 +162,12 @@ class MoReSModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT enters this around the user's forward or generate call, whose prompt is the whole prompt."""
+        """PEFT enters this around the user's calls."""
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
                 "adapter_names: MoReS does not support batches with several adapters; call the model once per adapter."
             )
-        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        finders = {id(layer.finder): layer.finder for layer in _layers(self.model) if layer.finder is not None}
-        for finder in finders.values():
-            finder.prompt_length = ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else None
-        try:
-            yield
-        finally:
-            for finder in finders.values():
-                finder.prompt_length = None
+        yield
 
     # ------------------------------------------------------------------ merging and unloading
 
@@ -221,6 +218,7 @@ def _layers(model: nn.Module) -> Iterator[MoReSLayer]:
 
 def take_out(model: nn.Module) -> None:
     """Remove all steering from a model, with its hooks."""
+    detach_generate(model)
     for layer in list(_layers(model)):
         if layer.finder is not None:
             for module in model.modules():
