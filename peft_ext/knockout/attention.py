@@ -36,7 +36,7 @@ class AttentionKnockout:
         generated (`str`, *optional*, defaults to `"follow"`): `"follow"`: a group that is the last position of the
             prompt alone is taken over by each generated token. `"fixed"`: groups are of the prompt only.
         answer_tokens (`int`, *optional*, defaults to 0): tokens that a call may carry after the prompt, such as a
-            given answer. They count as generated.
+            given answer or the candidates of assisted generation. They count as generated.
 
     Raises:
         `ValueError`: if the model lacks a part, or an argument is malformed; before anything is changed. During the

@@ -10,7 +10,7 @@ class PromptPosition:
     Args:
         length (`int`): tokens in the prompt, the masks' width.
         virtual_tokens (`int`): embeddings that prompt tuning puts before it.
-        answer_tokens (`int`): tokens that may follow it in its own call.
+        answer_tokens (`int`): tokens that may follow it in its own call, or come together later.
     """
 
     def __init__(self, length: int, virtual_tokens: int = 0, answer_tokens: int = 0) -> None:
@@ -45,15 +45,23 @@ class PromptPosition:
             return known  # a step that continues the cache
         first = queries.start + self.virtual_tokens  # a prefix in the cache comes before the prompt
         tokens = len(queries) - self.virtual_tokens
+        step = len(queries) <= 1 + self.answer_tokens
         if self.length <= tokens <= self.length + self.answer_tokens:
             self._starts[layer], self._tokens[layer] = first, tokens
         elif known == first and self.length < tokens <= self._tokens[layer] + 1:
             self._tokens[layer] = tokens  # without a cache, each step repeats the sequence and adds a token
-        elif known is None and queries.start >= self.length and len(queries) < self.length:
+        elif step and known is None and queries.start >= self.length:
             self._starts[layer] = self.virtual_tokens  # the cache was filled before
-        else:
+        elif not (step and known is not None and queries.start > known):  # assisted generation took tokens back
+            if tokens < self.length:
+                remedy = "pass the prompt in one call, without prefill_chunk_size and with no part of it in the cache"
+            else:
+                remedy = (
+                    "for tokens after the prompt, such as an answer or the candidates of assisted generation, set "
+                    "answer_tokens to the most that come at once"
+                )
             raise ValueError(
                 f"The masks are for a prompt of {self.length} tokens, but the model was called with {tokens}. Make "
-                "the groups from the inputs as the processor expands them; for tokens after it set answer_tokens."
+                f"the groups from the inputs as the processor expands them; {remedy}."
             )
         return self._starts[layer]

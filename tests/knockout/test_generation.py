@@ -96,3 +96,50 @@ def test_rows_are_repeated_in_order():
     repeated = {name: value.repeat_interleave(3, 0) for name, value in batch.items()}
     with AttentionKnockout(model, [0, 1], [(groups["image"], groups["question"])]):
         torch.testing.assert_close(logits(model, repeated)[::3], logits(model, batch))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("assistant", ["a model", "prompt lookup", "own first layers"])
+def test_assisted_generation_equals_one_token_at_a_time(assistant):
+    """Candidates come with the prompt and several at once; the model's own first layers take back its last token."""
+    model = build("llama")
+    options = {
+        "a model": {"assistant_model": build("llama")},
+        "prompt lookup": {"prompt_lookup_num_tokens": 3},
+        "own first layers": {"assistant_early_exit": 2},
+    }[assistant]
+    batch, groups = inputs("llama", texts=((3, 7),))
+    batch["input_ids"][:, -4:] = batch["input_ids"][:, -8:-4]  # to be looked up
+    pair = (groups["question"], groups["last"])
+    with AttentionKnockout(model, range(LAYERS), [pair]):
+        expected = _generate(model, batch)
+    with AttentionKnockout(model, range(LAYERS), [pair], answer_tokens=20):
+        torch.testing.assert_close(_generate(model, batch, **options), expected, rtol=0, atol=2e-4)
+    with (
+        pytest.raises(ValueError, match="called with .* assisted generation, set answer_tokens"),
+        AttentionKnockout(model, range(LAYERS), [pair]),
+    ):
+        _generate(model, batch, **options)
+
+
+def test_a_prompt_in_chunks_is_refused_with_the_remedy():
+    model = build("llama")
+    batch, groups = inputs("llama", texts=((3, 7),))
+    with (
+        pytest.raises(ValueError, match="called with 4.*without prefill_chunk_size"),
+        AttentionKnockout(model, [0], [(groups["question"], groups["last"])]),
+    ):
+        _generate(model, batch, prefill_chunk_size=4)
+
+
+def test_more_tokens_than_a_step_after_a_longer_prefix_are_refused():
+    """They were taken for a step after the prompt, which was then sought at the cache's start."""
+    model = build("llama")
+    batch, groups = inputs("llama", texts=((3, 7),))
+    ids, cache = batch["input_ids"], DynamicCache(config=model.config)
+    logits(model, {"input_ids": ids.repeat(1, 2), "past_key_values": cache})
+    with (
+        pytest.raises(ValueError, match="prompt of 18 tokens, but the model was called with 17"),
+        AttentionKnockout(model, [0], [(groups["question"], groups["last"])]),
+    ):
+        logits(model, {"input_ids": ids[:, 1:], "past_key_values": cache})
