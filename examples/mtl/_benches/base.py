@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 
 class Table(Dataset[Any]):
-    """Tensors of equal length in memory; whole batches are indexed at once."""
+    """Tensors of equal length in memory."""
 
     def __init__(self, columns: Mapping[str, Tensor]) -> None:
         self.columns = dict(columns)
@@ -22,15 +22,6 @@ class Table(Dataset[Any]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {name: column[index] for name, column in self.columns.items()}
-
-    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        rows = torch.tensor(indices)
-        return {name: column[rows] for name, column in self.columns.items()}
-
-
-def collate(batch: Any) -> Any:
-    """`Table` makes batches itself."""
-    return batch
 
 
 Losses = Callable[..., dict[str, Tensor]]

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 from transformers import PrinterCallback
 
 from peft_ext.mtl import MTLConfig, MTLTrainer
 from peft_ext.mtl.conflicts import conflict_incidence
 
-from .base import Bench, Table, collate
+from .base import Bench, Table
 
 
 MASKS = ("full", "psn", "random")
@@ -121,7 +122,11 @@ def train(bench: Bench, run: Run, output_dir: str | None = None, **options: Any)
             },
         )
         trainer = MTLTrainer(
-            model=model, args=config, train_dataset=training, data_collator=collate, compute_task_losses_func=losses
+            model=model,
+            args=config,
+            train_dataset=training,
+            data_collator=default_collate,
+            compute_task_losses_func=losses,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
