@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,11 +12,10 @@ from torch import nn
 
 from .aggregators.base import Array
 from .checkpoint import read_state, write_state
+from .collation import SOURCE, Source, halves_of, parts_of
 from .conflicts import ConflictRecorder
-from .data import rows_of
 from .gradients import TaskGradients
-from .losses import batch_size_of
-from .probe import collect_rows, cosines_of_halves, halves_of, undisturbed
+from .probe import collect_rows, cosines_of_halves, undisturbed, unlogged
 
 
 if TYPE_CHECKING:
@@ -24,23 +24,6 @@ else:
     _Trainer = object
 
 logger = logging.getLogger(__name__)
-
-
-class _Unlogged:
-    """Keeps what a trainer's `compute_loss` counts, as SFTTrainer's does, out of the logs."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-
-    def __enter__(self) -> None:
-        names = ("_metrics", "_total_train_tokens")
-        self.before = {
-            name: copy.deepcopy(getattr(self.trainer, name)) for name in names if hasattr(self.trainer, name)
-        }
-
-    def __exit__(self, *error: object) -> None:
-        for name, value in self.before.items():
-            setattr(self.trainer, name, value)
 
 
 class TaskBookkeepingMixin(_Trainer):
@@ -92,7 +75,7 @@ class TaskBookkeepingMixin(_Trainer):
         super().log(logs, *args, **kwargs)
 
     def _unlogged(self) -> Any:
-        return _Unlogged(self)
+        return unlogged(self)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -139,41 +122,52 @@ class TaskBookkeepingMixin(_Trainer):
 
     # ------------------------------------------------------------------ measurements
 
-    def _noise_floor(self, model: nn.Module, inputs: Any) -> Array:
+    def _noise_floor(self, model: nn.Module, source: Source | None) -> Array:
         """Cosine between the gradients of two halves of each task's last micro-batch, `[tasks]`."""
         assert self._gradients is not None
+        if source is None or source.samples is None:
+            raise ValueError(
+                f"noise_floor_steps={self.args.noise_floor_steps} collates the halves of a batch's samples, and this "
+                "batch came without them. Set it to 0; or let the data set give single samples, and collate with "
+                "trainer.task_collator() in a data loader of your own."
+            )
         bare = self.accelerator.unwrap_model(model)
         parameters = dict(zip(self._gradients.names, self._gradients.parameters, strict=True))
         store = TaskGradients(parameters, 2 * len(self.task_names), dtype=self._gradients.dtype)
         store.shared, store.fixed = list(self._gradients.shared), True
-        with self._unlogged(), undisturbed(bare, self.args.device):
-            collect_rows(store, self._losses_of_halves(bare, inputs))
+        with self._unlogged(), undisturbed(bare, self.args.device, self.data_collator):
+            collect_rows(store, self._losses_of_halves(bare, source))
         store.reduce()
         return cosines_of_halves(store.gramian()[0])
 
-    def _losses_of_halves(self, model: nn.Module, inputs: Any) -> Any:
-        size = batch_size_of(inputs)
+    def _losses_of_halves(self, model: nn.Module, source: Source) -> Any:
+        collate = self.task_collator()
+        assert source.samples is not None
+        pairs = [halves_of(source.samples)]
+        if source.tasks is not None:
+            pairs = [halves_of(samples) for samples in source.by_task().values()]
+            if not self._splits:  # every task's halves in one pass
+                pairs = [tuple(list(chain(*halves)) for halves in zip(*pairs, strict=True))]
+        for pair in pairs:
+            for half, chosen in enumerate(pair if pair[1] else ()):
+                piece = self._prepare_inputs(collate(chosen))
+                counts = self._counts_of(piece, piece.pop(SOURCE, None))
+                for task, loss in self._losses_of(model, piece, counts):
+                    if float(counts[task]) > 0:
+                        yield 2 * task + half, loss
+
+    def _losses_of(self, model: nn.Module, batch: Any, counts: Any) -> Any:
         if self._splits:
-            for task, part, stands_in in self._parts(inputs, self._micro_batch - 1):
-                count = batch_size_of(part)
-                for half, rows in enumerate(halves_of(count)):
-                    if len(rows) and count > 1 and not stands_in:
-                        piece = rows_of(part, rows, count)
-                        yield 2 * task + half, self._part_loss(model, piece, self._micro_batch - 1, task)
+            for task, part in parts_of(batch, self.args.task_column, len(self.task_names)).items():
+                if float(counts[task]) > 0:
+                    yield task, self._part_loss(model, part, self._micro_batch - 1, task)
             return
-        for half, rows in enumerate(halves_of(size)):
-            if not len(rows) or size < 2:
-                continue
-            piece = rows_of(inputs, rows, size)
-            counts = self._counts_of(piece)
-            num_items = None
-            if self.args.task_loss_scale == "window":
-                num_items = dict(zip(self.task_names, counts, strict=True))
-            with self.compute_loss_context_manager():
-                losses = self.compute_task_losses(model, piece, num_items)
-            for task, name in enumerate(self.task_names):
-                if name in losses and float(counts[task]) > 0:
-                    yield 2 * task + half, losses[name]
+        num_items = None
+        if self.args.task_loss_scale == "window":
+            num_items = dict(zip(self.task_names, counts, strict=True))
+        with self.compute_loss_context_manager():
+            losses = self.compute_task_losses(model, batch, num_items)
+        yield from ((task, losses[name]) for task, name in enumerate(self.task_names) if name in losses)
 
     def _give_feedback(self) -> None:
         """After the optimiser's step: the same batch's new losses, for methods that learn from them."""

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from ..sparse.sharded import is_sharded
+from .collation import TaskCollator, halves_of
 from .conflicts import ConflictRecorder
-from .data import rows_of
 from .gradients import TaskGradients
-from .losses import batch_size_of, checked_losses
+from .losses import checked_losses
 from .parallel import processes
-from .probe import collect_rows, cosines_of_halves, halves_of, undisturbed
+from .probe import collect_rows, cosines_of_halves, undisturbed
 
 
 TaskLosses = Callable[[nn.Module, Any], Mapping[str, Tensor]]
@@ -34,9 +35,9 @@ class GradientConflictCallback(TrainerCallback):
     bit.
 
     Args:
-        probe (`dict`):
+        probe (`dict` or `list`):
             The probe batch: one batch for all tasks, with `task_losses_func`; or a dict of one batch per task, whose
-            loss the model itself returns.
+            loss the model itself returns. With `data_collator`, a list of samples in place of each batch.
         task_losses_func (`Callable`, *optional*):
             `f(model, batch) -> dict` of one scalar loss per task.
         every_n_steps (`int`, *optional*, defaults to 10):
@@ -47,9 +48,14 @@ class GradientConflictCallback(TrainerCallback):
         layerwise (`bool`, *optional*, defaults to `False`):
             Record the incidence per layer too.
         noise_floor (`bool`, *optional*, defaults to `False`):
-            Compare two halves of each task's batch too: how often noise alone makes gradients conflict.
+            Compare two halves of each task's batch too: how often noise alone makes gradients conflict. Needs
+            samples: the rows of a collated batch need not be samples.
         output_file (`str`, *optional*, defaults to `"gradient_conflicts.jsonl"`):
             In the trainer's `output_dir`; empty for none.
+        data_collator (`Callable`, *optional*): makes a batch of a list of samples, once for the whole training.
+
+    Raises:
+        `ValueError`: if an argument is malformed, or `noise_floor` is given collated batches.
 
     Attributes:
         recorder ([`ConflictRecorder`]): what was recorded; from the first measurement on.
@@ -60,7 +66,8 @@ class GradientConflictCallback(TrainerCallback):
     Example:
 
     ```py
-    callback = GradientConflictCallback({"math": math_batch, "code": code_batch}, every_n_steps=10)
+    probe = {"math": math_samples, "code": code_samples}
+    callback = GradientConflictCallback(probe, every_n_steps=10, noise_floor=True, data_collator=collator)
     log_gradient_conflicts(trainer, callback)
     trainer.train()
     print(callback.recorder.summary())
@@ -69,20 +76,31 @@ class GradientConflictCallback(TrainerCallback):
 
     def __init__(
         self,
-        probe: Mapping[str, Any],
+        probe: Mapping[str, Any] | Sequence[Any],
         task_losses_func: TaskLosses | None = None,
         every_n_steps: int = 10,
         scope: str | None = None,
         layerwise: bool = False,
         noise_floor: bool = False,
         output_file: str = "gradient_conflicts.jsonl",
+        data_collator: Callable[[list[Any]], Any] | None = None,
     ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps!r} must be at least 1.")
-        if not isinstance(probe, Mapping) or not probe:
-            raise ValueError(f"probe must be a batch, or a dict of one batch per task, not {probe!r:.80}.")
-        if task_losses_func is None and not all(isinstance(batch, Mapping) for batch in probe.values()):
-            raise ValueError("probe must be a dict of one batch per task, or come with task_losses_func.")
+        kinds = (Mapping,) if data_collator is None else (Mapping, list, tuple)
+        batches = (
+            [probe] if task_losses_func is not None else list(probe.values()) if isinstance(probe, Mapping) else []
+        )
+        if not batches or not all(isinstance(batch, kinds) and batch for batch in batches):
+            raise ValueError(
+                "probe must be a batch with task_losses_func, or a dict of one batch per task; a list of samples in "
+                f"place of a batch needs data_collator. It is {probe!r:.80}."
+            )
+        if noise_floor and any(isinstance(batch, Mapping) for batch in batches):
+            raise ValueError(
+                "noise_floor=True compares halves of the probe's samples, and rows of a collated batch need not be "
+                "samples (pixel_values may have a row per image). Give lists of samples, and data_collator."
+            )
         self.probe = probe
         self.task_losses_func = task_losses_func
         self.every_n_steps = every_n_steps
@@ -90,6 +108,8 @@ class GradientConflictCallback(TrainerCallback):
         self.layerwise = layerwise
         self.noise_floor = noise_floor
         self.output_file = output_file
+        self.collator = None if data_collator is None else TaskCollator(data_collator, "")
+        self.batches: dict[tuple[Any, bool], list[Any]] = {}  # collated
         self.recorder: ConflictRecorder | None = None
         self.resumed = 0
 
@@ -125,7 +145,7 @@ class GradientConflictCallback(TrainerCallback):
         if any(is_sharded(parameter) for parameter in bare.parameters()):
             raise ValueError("GradientConflictCallback does not work with FSDP; MTLTrainer records conflicts there.")
         device = next(bare.parameters()).device
-        with undisturbed(bare, device):
+        with undisturbed(bare, device, self.collator and self.collator.collator):
             bare.train()
             found = self._losses(bare, device, halves=False)
             if self.recorder is None:
@@ -167,12 +187,11 @@ class GradientConflictCallback(TrainerCallback):
 
     def _losses(self, model: nn.Module, device: torch.device, halves: bool) -> Iterator[tuple[int, str, Tensor]]:
         """Half, task and loss; the whole batch counts as half 0."""
-        groups = [(None, self.probe)] if self.task_losses_func is not None else list(self.probe.items())
-        for name, batch in groups:
-            batch = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
-            size = batch_size_of(batch)
-            pieces = [rows_of(batch, rows, size) for rows in halves_of(size) if len(rows)] if halves else [batch]
-            for half, piece in enumerate(pieces):
+        probe: Any = self.probe
+        groups = [(None, probe)] if self.task_losses_func is not None else list(probe.items())
+        for name, given in groups:
+            for half, batch in enumerate(self._collated(name, given, halves)):
+                piece = send_to_device(dict(batch), device)
                 if self.task_losses_func is not None:
                     losses = checked_losses(self.task_losses_func(model, piece), "task_losses_func's result")
                 else:
@@ -185,6 +204,14 @@ class GradientConflictCallback(TrainerCallback):
                     losses = {str(name): loss}
                 for task, loss in losses.items():
                     yield half, task, loss
+
+    def _collated(self, name: Any, given: Any, halves: bool) -> list[Any]:
+        if self.collator is None or isinstance(given, Mapping):
+            return [given]
+        if (name, halves) not in self.batches:
+            pieces = [piece for piece in halves_of(given) if piece] if halves else [given]
+            self.batches[name, halves] = [self.collator.collate(piece) for piece in pieces]
+        return self.batches[name, halves]
 
 
 def log_gradient_conflicts(trainer: Any, callback: GradientConflictCallback) -> GradientConflictCallback:

@@ -62,8 +62,8 @@ class MTLArguments:
             File in `output_dir` with one line per recorded step; empty for none.
         noise_floor_steps (`int`, *optional*, defaults to 0):
             Every so many steps, compare the gradients of two halves of one task's batch, which shows how many
-            conflicts noise alone makes. Costs two more passes over the batch. These steps' conflicts are recorded too.
-            Not with FSDP2.
+            conflicts noise alone makes. Costs two more passes over the batch, whose samples are collated anew. These
+            steps' conflicts are recorded too. Not with FSDP2.
     """
 
     mtl_method: str = field(default="joint", metadata={"help": "How the tasks' gradients are combined."})

@@ -1,8 +1,8 @@
-"""Samples of several tasks: one data set from many, drawing from it, and taking batches apart by task."""
+"""Samples of several tasks: one data set from many, and drawing from it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,8 +34,12 @@ class TaskDataset(Dataset[Any]):
         return len(self.task_ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(len(self))[index]  # counts from the end if negative
         task = int(self.task_ids[index])
-        return {**self.datasets[task][index - self.starts[task]], self.task_column: task}
+        sample = self.datasets[task][index - self.starts[task]]
+        if self.task_column in sample:
+            raise ValueError(f"A sample of task {task} has {self.task_column!r} already; set another task_column.")
+        return {**sample, self.task_column: task}
 
 
 def concatenate_tasks(datasets: Mapping[str, Any], task_column: str) -> Any:
@@ -73,15 +77,22 @@ def task_ids_of(dataset: Any, task_column: str) -> Tensor | None:
                 f"train_dataset has a column {task_column!r} but no length: samples of one task each are drawn by "
                 "number. Give map-style data sets, or compute_task_losses_func."
             )
-        return torch.as_tensor(dataset.with_format(None)[task_column][:])
+        return _whole_numbers(dataset.with_format(None)[task_column][:], task_column)
     if (
         isinstance(dataset, (list, tuple))
         and dataset
         and isinstance(dataset[0], Mapping)
         and task_column in dataset[0]
     ):
-        return torch.tensor([int(sample[task_column]) for sample in dataset])
+        return _whole_numbers([sample.get(task_column) for sample in dataset], task_column)
     return None
+
+
+def _whole_numbers(values: Sequence[Any], task_column: str) -> Tensor:
+    for row, value in enumerate(values):
+        if value is None or int(value) != value:
+            raise ValueError(f"{task_column!r} of sample {row} is {value!r}; needed is its task's number.")
+    return torch.tensor([int(value) for value in values])
 
 
 class TaskSampler(Sampler[int]):
@@ -162,54 +173,3 @@ class TaskSampler(Sampler[int]):
         else:
             turns = torch.cat([torch.randperm(count, generator=generator) for _ in range(rounds)])
         return turns.repeat_interleave(block)[: self.length]
-
-
-class TaskCollator:
-    """
-    A collator that carries the task numbers past one that would drop them.
-
-    Args:
-        collator (`Callable`): makes a batch of samples without task numbers.
-        task_column (`str`): their key, in samples and in the batch.
-    """
-
-    def __init__(self, collator: Callable[[list[Any]], Any], task_column: str) -> None:
-        self.collator = collator
-        self.task_column = task_column
-
-    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        if self.task_column not in samples[0]:  # evaluation of one task's own data set
-            return self.collator(samples)
-        bare = [{key: value for key, value in sample.items() if key != self.task_column} for sample in samples]
-        batch = dict(self.collator(bare))
-        batch[self.task_column] = torch.tensor([int(sample[self.task_column]) for sample in samples])
-        return batch
-
-
-def rows_of(batch: Mapping[str, Any], rows: Tensor, size: int) -> dict[str, Any]:
-    """
-    Part of a batch.
-
-    Args:
-        batch (`dict`): tensors and lists whose first dimension is the sample; scalars are passed on.
-        rows (`torch.Tensor`): numbers of the samples to keep.
-        size (`int`): samples in the batch.
-
-    Raises:
-        `ValueError`: if a tensor is not laid out by samples.
-    """
-    part: dict[str, Any] = {}
-    for key, value in batch.items():
-        if isinstance(value, Tensor) and value.ndim:
-            if len(value) != size:
-                raise ValueError(
-                    f"A batch of {size} samples cannot be taken apart by task: {key!r} has shape "
-                    f"{tuple(value.shape)}. Packed and padding-free batches hold several samples in one row: set "
-                    "packing=False and padding_free=False, or use task_sampling='homogeneous'."
-                )
-            part[key] = value[rows.to(value.device)]
-        elif isinstance(value, (list, tuple)) and len(value) == size:
-            part[key] = [value[row] for row in rows.tolist()]
-        else:
-            part[key] = value
-    return part

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .collation import batch_size_of
+
 
 IGNORED = -100
 
@@ -47,7 +49,7 @@ class Window:
 def labels_of_tasks(label_names: Sequence[str], tasks: Sequence[str]) -> list[str] | None:
     """
     The name of each task's labels where every task has its own: by name (`depth`, `labels_depth`, `label_depth`), else
-    by the end of the name, else by position; `None` where labels and tasks do not pair up.
+    by the end of the name, and those that are left by position; `None` where labels and tasks do not pair up.
     """
     if len(label_names) != len(tasks):
         return None
@@ -56,63 +58,94 @@ def labels_of_tasks(label_names: Sequence[str], tasks: Sequence[str]) -> list[st
         exact = [label for label in label_names if label in (task, f"labels_{task}", f"label_{task}")]
         return exact or [label for label in label_names if label.endswith(task)]
 
-    by_name = [matching(task) for task in tasks]
-    if all(len(found) == 1 for found in by_name) and len({found[0] for found in by_name}) == len(tasks):
-        return [found[0] for found in by_name]
-    return list(label_names)
+    by_name = {task: found[0] for task in tasks if len(found := matching(task)) == 1}
+    if len(set(by_name.values())) < len(by_name):
+        by_name = {}
+    left = [label for label in label_names if label not in by_name.values()]
+    return [by_name.get(task) or left.pop(0) for task in tasks]
 
 
-def count_labels_of_tasks(batch: Mapping[str, Any], label_names: Sequence[str], tasks: Sequence[str]) -> Tensor:
+def count_labels_of_tasks(
+    batch: Mapping[str, Any], label_names: Sequence[str], tasks: Sequence[str], size: int | None = None
+) -> Tensor | None:
     """
     Labels of each task in a batch, float64 `[tasks]`: of its own labels, or of its column where one tensor of labels
-    has a column per task. Else the number of samples, the same for all.
+    has a column per task. Without any label, the number of samples.
+
+    Args:
+        batch (`dict`): the batch.
+        label_names (`list[str]`): names of its labels.
+        tasks (`list[str]`): names of the tasks.
+        size (`int`, *optional*): number of samples, by default the length of all tensors of the batch.
+
+    Returns:
+        The counts, or `None` if there are labels and they do not say which task they are of.
+
+    Raises:
+        `ValueError`: if the number of samples is needed and cannot be told.
     """
-    size = batch_size_of(batch)
-    names = labels_of_tasks(label_names, tasks)
-    if names is not None and all(name in batch for name in names):
-        return torch.tensor([count_labels(batch[name], size) for name in names], dtype=torch.float64)
-    matrix = batch.get(label_names[0]) if len(label_names) == 1 else None
-    if isinstance(matrix, Tensor) and matrix.ndim == 2 and matrix.shape[1] == len(tasks):
-        return torch.tensor([count_labels(column, size) for column in matrix.T], dtype=torch.float64)
-    return torch.full((len(tasks),), float(size), dtype=torch.float64)
+    own = labels_of_tasks(label_names, tasks)
+    given = [name for name in label_names if name in batch]
+    if own is not None and given:
+        counts = [count_labels(batch[name]) if name in batch else None for name in own]
+    else:
+        labels = [batch[name] for name in given]
+        matrix = labels[0] if len(label_names) == 1 and labels else None
+        if isinstance(matrix, Tensor) and _has_columns(matrix, batch, len(tasks)):
+            counts = [count_labels(column) for column in matrix.T]
+        elif any(isinstance(label, Tensor) for label in labels):
+            return None
+        else:
+            counts = [None] * len(tasks)
+    if None in counts and size is None:
+        size = batch_size_of(batch)
+    return torch.tensor([size if count is None else count for count in counts], dtype=torch.float64)
 
 
-def count_labels(labels: Any, size: int) -> float:
-    """Labels that are neither -100 nor NaN; for anything but a tensor, the number of samples."""
-    if not isinstance(labels, Tensor):
-        return float(size)
+def _has_columns(labels: Tensor, batch: Mapping[str, Any], tasks: int) -> bool:
+    """Whether labels are `[samples, tasks]`, and not as many tokens as there are tasks."""
+    ids = batch.get("input_ids")
+    by_token = isinstance(ids, Tensor) and ids.shape == labels.shape
+    return labels.ndim == 2 and labels.shape[1] == tasks and not by_token
+
+
+def count_labels(labels: Any) -> float | None:
+    """Labels that are neither -100 nor NaN; `None` for anything but a tensor with a dimension."""
+    if not isinstance(labels, Tensor) or not labels.ndim:
+        return None
     return float(_known(labels).sum())
 
 
 def count_labels_by_id(batch: Mapping[str, Any], label_names: Sequence[str], ids: Tensor, tasks: int) -> Tensor:
     """
-    Labels of each task in a batch of samples with one task each, float64 `[tasks]`; without one tensor of labels laid
-    out by samples, the number of samples.
+    Labels of each task in a batch of samples with one task each, float64 `[tasks]`; without one tensor of labels, the
+    number of samples.
 
     Args:
         batch (`dict`): the batch.
         label_names (`list[str]`): names of its labels.
         ids (`torch.Tensor`): every sample's task, `[samples]`.
         tasks (`int`): number of tasks.
+
+    Raises:
+        `ValueError`: if the labels have no row per sample.
     """
     ids = ids.cpu()
     labels = batch.get(label_names[0]) if len(label_names) == 1 else None
-    if not isinstance(labels, Tensor) or not labels.ndim or len(labels) != len(ids):
+    if not isinstance(labels, Tensor) or not labels.ndim:
         return torch.bincount(ids, minlength=tasks).double()
+    if len(labels) != len(ids):
+        raise ValueError(
+            f"{label_names[0]!r} has shape {tuple(labels.shape)}, not one row for each of {len(ids)} samples, so the "
+            "tasks' labels cannot be counted. Let the collator make a row per sample, or leave "
+            "compute_task_losses_func out, and each task is collated on its own."
+        )
     known = _known(labels).reshape(len(ids), -1).sum(dim=1).cpu()  # [samples]
     return torch.zeros(tasks, dtype=torch.float64).index_add_(0, ids, known.double())
 
 
 def _known(labels: Tensor) -> Tensor:
-    return ~labels.isnan() if labels.is_floating_point() else labels.ne(IGNORED)
-
-
-def batch_size_of(batch: Mapping[str, Any]) -> int:
-    """Length of the first tensor in a batch."""
-    for value in batch.values():
-        if isinstance(value, Tensor) and value.ndim:
-            return len(value)
-    return 1
+    return labels.ne(IGNORED) & ~labels.isnan()
 
 
 def split_labels(inputs: Mapping[str, Any], label_names: Sequence[str]) -> tuple[dict[str, Any], Any]:

@@ -1,9 +1,10 @@
-"""Gradients computed on the side, without a trace in the training that goes on."""
+"""Losses and gradients computed on the side, without a trace in the training that goes on."""
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,9 +19,11 @@ from .losses import fork_state, restore_state
 
 
 @contextmanager
-def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Leave random streams, buffers, gradients and the training mode as they were."""
+def undisturbed(model: nn.Module, device: torch.device, collator: Any = None) -> Iterator[None]:
+    """Leave random streams, a collator's own among them, buffers, gradients and the training mode as they were."""
     streams = fork_state(device), np.random.get_state(), random.getstate()
+    own = dict(getattr(collator, "__dict__", {}))
+    own_streams = [(value, _state_of(value)) for value in own.values()]
     buffers = mutable_buffers(model)
     gradients = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.requires_grad]
     modes = [(module, module.training) for module in model.modules()]
@@ -37,6 +40,68 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
         restore_state(streams[0], device)
         np.random.set_state(streams[1])
         random.setstate(streams[2])
+        if hasattr(collator, "__dict__"):
+            collator.__dict__.clear()  # some make their stream when they are first called
+            collator.__dict__.update(own)
+        for stream, state in own_streams:
+            _set_state(stream, state)
+
+
+def _state_of(stream: Any) -> Any:
+    """Where a random stream is; `None` for anything else."""
+    if isinstance(stream, torch.Generator):
+        return stream.get_state()
+    if isinstance(stream, np.random.Generator):
+        return stream.bit_generator.state
+    return stream.getstate() if isinstance(stream, random.Random) else None
+
+
+def _set_state(stream: Any, state: Any) -> None:
+    if isinstance(stream, torch.Generator):
+        stream.set_state(state)
+    elif isinstance(stream, np.random.Generator):
+        stream.bit_generator.state = state
+    elif isinstance(stream, random.Random):
+        stream.setstate(state)
+
+
+@contextmanager
+def unlogged(trainer: Any) -> Iterator[None]:
+    """
+    Keep what a trainer's `compute_loss` counts, as SFTTrainer's does, out of the logs and within this process: others
+    may not compute as many losses.
+    """
+    names = ("_metrics", "_total_train_tokens")
+    before = {name: copy.deepcopy(getattr(trainer, name)) for name in names if hasattr(trainer, name)}
+    try:
+        with gathering(trainer.accelerator, lambda values, *args, **kwargs: values):
+            yield
+    finally:
+        for name, value in before.items():
+            setattr(trainer, name, value)
+
+
+@contextmanager
+def unheard(trainer: Any) -> Iterator[None]:
+    """Count zero in what a trainer's `compute_loss` sums over processes: the pass stands in for another process's."""
+    gather = trainer.accelerator.gather_for_metrics
+    with gathering(
+        trainer.accelerator, lambda values, *args, **kwargs: gather(torch.zeros_like(values), *args, **kwargs)
+    ):
+        yield
+
+
+@contextmanager
+def gathering(accelerator: Any, function: Callable[..., Any]) -> Iterator[None]:
+    """Let `function` gather metrics."""
+    before = vars(accelerator).get("gather_for_metrics")
+    accelerator.gather_for_metrics = function
+    try:
+        yield
+    finally:
+        del accelerator.gather_for_metrics
+        if before is not None:
+            accelerator.gather_for_metrics = before
 
 
 def collect_rows(store: TaskGradients, losses: Iterable[tuple[int, Tensor]]) -> None:
@@ -53,9 +118,3 @@ def cosines_of_halves(gramian: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Cosines between rows `2 t` and `2 t + 1`, `[tasks]`: the two halves of task t's batch."""
     cosines = cosines_of(gramian)
     return np.array([cosines[2 * task, 2 * task + 1] for task in range(len(cosines) // 2)])
-
-
-def halves_of(size: int) -> tuple[Tensor, Tensor]:
-    """Numbers of every other sample of a batch, and of the rest."""
-    rows = torch.arange(size)
-    return rows[::2], rows[1::2]

@@ -26,5 +26,6 @@ class MTLSFTTrainer(MTLTrainerMixin, SFTTrainer):
     [`MTLTrainer`].
 
     Raises:
-        `ValueError`: with `packing=True` or `padding_free=True`, whose rows hold samples of several tasks.
+        `ValueError`: with `packing=True`, whose rows hold samples of several tasks. `padding_free=True` makes one row
+            of each task's samples.
     """

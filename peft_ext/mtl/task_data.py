@@ -1,17 +1,17 @@
-"""The tasks of a training set: their names, drawing from them, and what one optimiser step has of each."""
+"""The tasks of a training set: their names, drawing from them, and the batches that they are collated into."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from accelerate.data_loader import DataLoaderDispatcher
 
-from ..sparse.sharded import is_sharded
-from .data import MIXED_SAMPLINGS, TaskCollator, TaskSampler, task_ids_of
-from .losses import Window, count_labels_by_id, count_labels_of_tasks, fork_state, restore_state
-from .parallel import any_process, processes, sum_over_processes
+from .collation import SOURCE, TaskCollator
+from .data import MIXED_SAMPLINGS, TaskSampler, task_ids_of
+from .losses import fork_state, restore_state
+from .parallel import processes
 
 
 if TYPE_CHECKING:
@@ -20,16 +20,23 @@ else:
     _Trainer = object
 
 
-def refuse_packing(config: Any) -> None:
+def refuse_packing(config: Any, train_dataset: Any, eval_dataset: Any) -> None:
     """
     Raises:
-        `ValueError`: if TRL is told to put several samples into one row.
+        `ValueError`: if TRL is told to put several samples into one row before they are drawn, and they have tasks.
     """
-    for option in ("packing", "padding_free"):
-        if getattr(config, option, False):
+    packing = getattr(config, "packing", False)
+    eval_packing = getattr(config, "eval_packing", None)
+    evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+    for option, is_on, datasets in (
+        ("packing", packing, [train_dataset]),
+        ("eval_packing", packing if eval_packing is None else eval_packing, evaluated),
+    ):
+        mixed = [d for d in datasets if config.task_column in (getattr(d, "column_names", None) or ())]
+        if is_on and (mixed or (option == "packing" and isinstance(train_dataset, dict))):
             raise ValueError(
                 f"{option}=True puts samples of several tasks into one row, which cannot be taken apart by task; set "
-                "packing=False and padding_free=False."
+                f"{option}=False. padding_free=True makes one row of each task's samples in a batch."
             )
 
 
@@ -44,6 +51,7 @@ class TaskDataMixin(_Trainer):
     _gradients: Any
     _task_losses: Any
     _seen: Any
+    _measure: Any
 
     @property
     def _train_data(self) -> Any:
@@ -74,7 +82,6 @@ class TaskDataMixin(_Trainer):
                 f"Column {config.task_column!r} holds numbers from {int(ids.min())} to {count - 1}, and there are "
                 f"{len(self._task_names)} tasks: {self._task_names}."
             )
-        refuse_packing(config)
         strategy = getattr(config, "train_sampling_strategy", "random")
         if strategy != "random":
             raise ValueError(
@@ -96,7 +103,53 @@ class TaskDataMixin(_Trainer):
                     f"{config.mtl_method!r} needs every task's in a step: set gradient_accumulation_steps to a "
                     f"multiple of {len(self._task_names)}, not {window}."
                 )
-        self.data_collator: Any = TaskCollator(self.data_collator, config.task_column)
+
+    # ------------------------------------------------------------------ loading
+
+    def task_collator(self, training: bool = True) -> TaskCollator:
+        """
+        What the trainer's data loaders collate with: `data_collator` on the samples of each task. For data loaders of
+        your own.
+
+        Args:
+            training (`bool`, *optional*, defaults to `True`): whether for training, else for evaluation.
+        """
+        config = self.args
+        return TaskCollator(
+            self.data_collator,
+            config.task_column,
+            len(self.task_names) if self._one_task_per_sample else None,
+            split=self._splits,
+            whole=not training,
+            # Halves of a batch are collated anew, and so is the last one without what fills it up.
+            keep_samples=config.noise_floor_steps > 0 if training else processes() > 1,
+        )
+
+    def _loader(self, make: Callable[[], Any], training: bool) -> Any:
+        own, collator = self.data_collator, self.task_collator(training)
+        self.data_collator: Any = collator
+        try:
+            loader = make()
+        finally:
+            self.data_collator = own
+        collator.is_dispatched = isinstance(loader, DataLoaderDispatcher)
+        if training and self._splits:
+            collator.refuse_dispatch()
+        return loader
+
+    def get_train_dataloader(self) -> Any:
+        """Trainer's, with batches collated task by task."""
+        return self._loader(super().get_train_dataloader, training=True)
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with batches that are collated task by task too."""
+        make = super().get_eval_dataloader
+        return self._loader(lambda: make(*args, **kwargs), training=False)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with batches that are collated task by task too."""
+        make = super().get_test_dataloader
+        return self._loader(lambda: make(*args, **kwargs), training=False)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -137,42 +190,6 @@ class TaskDataMixin(_Trainer):
             self._window = self._measure(batches, device)
         return batches, num_items
 
-    def _measure(self, batches: list[Any], device: Any) -> Window:
-        counts = torch.stack([self._counts_of(batch) for batch in batches])  # [micro-batches, tasks]
-        num_items: dict[int, Any] = {}
-        if self._splits:
-            column = self.args.task_column
-            for task in range(len(self.task_names)):
-                # Each task's part of every batch: Trainer counts its labels, over all processes.
-                parts = [
-                    {k: _part(v, b[column] == task) for k, v in b.items() if k in ("labels", "shift_labels")}
-                    for b in batches
-                ]
-                num_items[task] = self._get_num_items_in_batch(parts, device)
-        totals = sum_over_processes(counts.sum(dim=0).to(device)).cpu()
-        if self.args.task_loss_scale == "window":
-            num_items = {task: totals[task] / processes() for task in range(len(totals))}
-        anywhere = any_process((counts > 0).to(device)).cpu()
-        if any(is_sharded(parameter) for parameter in self.model.parameters()):
-            idle = any_process((counts.sum(dim=1) == 0).to(device)).cpu()
-            if bool((idle & anywhere.any(dim=1)).any()):
-                raise ValueError(
-                    "A micro-batch of one process has no label of any task, and with FSDP2 every process must make "
-                    "the same passes: leave samples without labels out."
-                )
-        return Window(counts, totals, anywhere, num_items)
-
-    def _counts_of(self, batch: Mapping[str, Any]) -> Tensor:
-        """Labels of each task in a micro-batch, float64 `[tasks]`."""
-        tasks = self.task_names
-        column = self.args.task_column
-        names = [name for name in self.label_names or () if name != column]
-        if self._one_task_per_sample:
-            if getattr(self, "_loss_shifts_labels", False) and names == ["labels"] and "labels" in batch:
-                batch = {**batch, "labels": batch["labels"][..., 1:]}
-            return count_labels_by_id(batch, names, batch[column], len(tasks))
-        return count_labels_of_tasks(batch, names, tasks)
-
     def _name_tasks(self, batch: Any) -> None:
         """Learn the tasks' names from the losses of one batch, leaving the random streams as they were."""
         if self.args.task_loss_scale == "window" or processes() > 1:
@@ -181,15 +198,10 @@ class TaskDataMixin(_Trainer):
         training, streams = model.training, fork_state(self.args.device)
         model.eval()
         with torch.no_grad(), self.compute_loss_context_manager():
-            losses = self.compute_task_losses(model, self._prepare_inputs(batch))
+            inputs = self._prepare_inputs(batch)
+            inputs.pop(SOURCE, None)
+            losses = self.compute_task_losses(model, inputs)
         model.train(training)
         restore_state(streams, self.args.device)
         self._task_names = list(losses)
         self._make_aggregator()
-
-
-def _part(labels: Any, rows: Tensor) -> Any:
-    """The labels of some samples; of a packed row, whose samples are of one task, all or none."""
-    if len(labels) == len(rows):
-        return labels[rows]
-    return labels if bool(rows.all()) else labels[:0]

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .data import rows_of
+from .collation import parts_of
 from .losses import Window, checked_losses, split_labels
 from .parallel import processes, task_backward
+from .probe import unheard
 
 
 if TYPE_CHECKING:
@@ -104,21 +105,24 @@ class TaskPassesMixin(_Trainer):
             loss = self.compute_loss(model, inputs, num_items_in_batch=num_items)
         is_scaled = getattr(self, "loss_is_scaled_for_ga", None)
         if is_scaled is None:
-            is_scaled = self.model_accepts_loss_kwargs and num_items is not None
-            is_scaled = is_scaled or getattr(self, "compute_loss_func", None) is not None
-        return loss if is_scaled else loss * self._window.share(index, task, processes())
+            by_items = self.model_accepts_loss_kwargs or getattr(self, "compute_loss_func", None) is not None
+            is_scaled = by_items and num_items is not None
+        if not is_scaled:
+            return loss * self._window.share(index, task, processes())
+        if processes() > 1 and not self.args.average_tokens_across_devices and self.args.task_loss_scale == "batch":
+            # Divided by this process's labels, of which others may have more or none.
+            loss = loss * float(self._window.counts[:, task].sum() / self._window.totals[task]) * processes()
+        return loss
 
     def _parts(self, inputs: Mapping[str, Any], index: int) -> Iterator[tuple[int, dict[str, Any], bool]]:
         """Task, its part of the batch, and whether that only stands in for another process's."""
         assert self._window is not None
-        ids = inputs[self.args.task_column]
-        bare = {key: value for key, value in inputs.items() if key != self.args.task_column}
+        parts = parts_of(inputs, self.args.task_column, len(self.task_names))
+        counts = self._window.counts[index]
+        smallest = min(parts, key=lambda task: (counts[task] == 0, counts[task]))
         for task in torch.nonzero(self._window.anywhere[index]).flatten().tolist():
-            rows = torch.nonzero(ids == task).flatten()
-            if self._window.counts[index, task] > 0:
-                yield task, dict(bare) if len(rows) == len(ids) else rows_of(bare, rows, len(ids)), False
-            else:
-                yield task, rows_of(bare, torch.zeros(1, dtype=torch.long), len(ids)), True
+            stands_in = not counts[task] > 0
+            yield task, dict(parts[smallest if stands_in else task]), stands_in
 
     def _backward_sum(self, model: nn.Module, inputs: Any, index: int) -> dict[int, Tensor]:
         """One backward pass; gradients are averaged over processes at the end, since each may lack other tasks."""
@@ -151,7 +155,8 @@ class TaskPassesMixin(_Trainer):
         losses: dict[int, Tensor] = {}
         for task, part, stands_in in self._parts(inputs, index):
             with task_backward(self.accelerator, model):
-                loss = self._part_loss(model, part, index, task)
+                with unheard(self) if stands_in else nullcontext():
+                    loss = self._part_loss(model, part, index, task)
                 if stands_in:
                     loss = loss * 0.0
                 else:

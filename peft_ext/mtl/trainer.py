@@ -20,6 +20,7 @@ from .aggregators import Aggregator, Step, make_aggregator
 from .aggregators.base import Array
 from .aggregators.joint import Joint
 from .bookkeeping import TaskBookkeepingMixin
+from .collation import SOURCE, Source
 from .conflicts import ConflictRecorder
 from .data import concatenate_tasks, task_ids_of
 from .evaluation import TaskEvaluationMixin
@@ -34,6 +35,7 @@ from .parallel import (
     refuse_unsupported,
     sum_over_processes,
 )
+from .task_counts import TaskCountsMixin
 from .task_data import TaskDataMixin, refuse_packing
 from .task_passes import TaskPassesMixin
 
@@ -41,7 +43,7 @@ from .task_passes import TaskPassesMixin
 logger = logging.getLogger(__name__)
 
 
-class MTLTrainerMixin(TaskBookkeepingMixin, TaskEvaluationMixin, TaskDataMixin, TaskPassesMixin):
+class MTLTrainerMixin(TaskBookkeepingMixin, TaskEvaluationMixin, TaskDataMixin, TaskCountsMixin, TaskPassesMixin):
     """
     Multi-task training for any subclass of `Trainer`; put it first among the bases. See [`MTLTrainer`] for the
     arguments. To override: `compute_task_losses`.
@@ -77,8 +79,9 @@ class MTLTrainerMixin(TaskBookkeepingMixin, TaskEvaluationMixin, TaskDataMixin, 
         self._logged_losses: list[Array] = []
         self._skipped_steps = 0
         train_dataset = given.get("train_dataset")
+        if compute_task_losses_func is None or config.task_column in (config.label_names or ()):
+            refuse_packing(config, train_dataset, given.get("eval_dataset"))
         if isinstance(train_dataset, dict):
-            refuse_packing(config)
             self._take_names(list(train_dataset))
             given["train_dataset"] = concatenate_tasks(train_dataset, config.task_column)
         super().__init__(*bound.args, **bound.kwargs)
@@ -142,6 +145,7 @@ class MTLTrainerMixin(TaskBookkeepingMixin, TaskEvaluationMixin, TaskDataMixin, 
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         inputs = self._prepare_inputs(inputs)
+        source = inputs.pop(SOURCE, None)
         if self._gradients is None:
             self._gradients = self._make_gradients(model)
             self._restore()
@@ -161,7 +165,7 @@ class MTLTrainerMixin(TaskBookkeepingMixin, TaskEvaluationMixin, TaskDataMixin, 
         values = self._as_array(losses)
         self._task_losses = values if self._task_losses is None else self._task_losses + values
         if self.accelerator.sync_gradients:
-            self._finish(model, inputs, combine=self._splits or not is_plain)
+            self._finish(model, source, combine=self._splits or not is_plain)
         divisor = int(self._window.present.sum()) if self.aggregator.reduction == "mean" else 1
         # So that the micro-batches' add up, even if the last shows that a task is absent.
         loss = float(self._task_losses.sum()) / max(1, divisor) - self._returned
@@ -176,7 +180,7 @@ class MTLTrainerMixin(TaskBookkeepingMixin, TaskEvaluationMixin, TaskDataMixin, 
     def _is_due(self, every: int) -> bool:
         return every > 0 and (self.state.global_step + 1) % every == 0
 
-    def _finish(self, model: nn.Module, inputs: Any, combine: bool) -> None:
+    def _finish(self, model: nn.Module, source: Source | None, combine: bool) -> None:
         """Combine the window's gradients into `.grad`, and record what they were."""
         assert self._window is not None and self._gradients is not None and self._task_losses is not None
         gradients, expected = self._gradients, int(self._window.present.sum())
@@ -204,7 +208,7 @@ class MTLTrainerMixin(TaskBookkeepingMixin, TaskEvaluationMixin, TaskDataMixin, 
         if not finite:
             self._skip_step(with_scaler=scaler is not None)
             return
-        floor = self._noise_floor(model, inputs) if self._is_due(self.args.noise_floor_steps) else None
+        floor = self._noise_floor(model, source) if self._is_due(self.args.noise_floor_steps) else None
         weights = gradients.write(self.aggregator, Step(gramian, present, losses), factor)
         gradients.clear()
         if self._is_due(self.args.conflict_logging_steps) or floor is not None:
@@ -251,6 +255,10 @@ class MTLTrainer(MTLTrainerMixin, Trainer):
     Losses come from, in this order: `compute_task_losses_func`; one task per sample, if the training set is a dict of
     data sets or has the column `task_ids`; the model's output `task_losses`.
 
+    Where every sample has one task, `data_collator` is called on the samples of each task. A collated batch is never
+    cut, since its rows need not be samples: images, patches, videos and padding-free rows stay with their samples.
+    Data loaders of your own collate with `trainer.task_collator()`.
+
     Args:
         model, args, train_dataset, ...: as for `Trainer`, with an [`MTLConfig`]. `train_dataset` may be a dict of one
             data set per task.
@@ -263,8 +271,8 @@ class MTLTrainer(MTLTrainerMixin, Trainer):
             A method of your own, in place of `mtl_method`.
 
     Raises:
-        `ValueError`: with DeepSpeed, `nn.DataParallel`, FSDP 1, optimisers that step during the backward pass, or
-            packed batches to be taken apart by task.
+        `ValueError`: with DeepSpeed, `nn.DataParallel`, FSDP 1, optimisers that step during the backward pass, rows
+            packed of several tasks' samples, or a batch that was collated with several tasks in it.
 
     Example:
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from peft_ext.mtl import MTLTrainer
-from peft_ext.mtl.losses import count_labels_of_tasks, labels_of_tasks
+from peft_ext.mtl.losses import count_labels, count_labels_by_id, count_labels_of_tasks, labels_of_tasks
 from tests.mtl._models import TASKS, TwoLayers, assert_same_weights, config, samples, task_losses, trainer
 
 
@@ -78,8 +78,29 @@ def test_labels_find_their_tasks_in_any_order():
     for names in (["labels_depth", "labels_normal_depth"], ["labels_normal_depth", "labels_depth"]):
         assert labels_of_tasks(names, tasks) == ["labels_depth", "labels_normal_depth"]
     assert labels_of_tasks(["y1", "y2"], tasks) == ["y1", "y2"]
-    labels = torch.tensor([[1, -100], [0, -100], [2, 4]])
-    assert count_labels_of_tasks({"labels": labels}, ["labels"], tasks).tolist() == [3.0, 1.0]
+    assert labels_of_tasks(["labels_depth", "y"], ["other", "depth"]) == ["y", "labels_depth"]
+
+
+@pytest.mark.parametrize("kind", [torch.long, torch.float32, torch.bfloat16], ids=str)
+def test_missing_labels_are_not_counted_whatever_their_dtype(kind):
+    nothing = -100 if kind is torch.long else float("nan")
+    labels = torch.tensor([[1, -100], [0, nothing], [2, 4]], dtype=kind)
+    assert count_labels(labels) == 4.0
+    assert count_labels_of_tasks({"labels": labels}, ["labels"], ["a", "b"]).tolist() == [3.0, 1.0]
+    ids = torch.tensor([0, 1, 0])
+    assert count_labels_by_id({"labels": labels}, ["labels"], ids, 2).tolist() == [3.0, 1.0]
+    with pytest.raises(ValueError, match=r"'labels' has shape \(3, 2\), not one row for each of 4 samples"):
+        count_labels_by_id({"labels": labels}, ["labels"], torch.tensor([0, 1, 0, 1]), 2)
+
+
+def test_labels_of_tokens_are_not_taken_for_those_of_tasks():
+    batch = {"pixel_values": torch.zeros(5, 3), "input_ids": torch.zeros(4, 2), "labels": torch.zeros(4, 2)}
+    assert count_labels_of_tasks(batch, ["labels"], ["a", "b"]) is None
+    columns = {**batch, "input_ids": torch.zeros(4, 7)}
+    assert count_labels_of_tasks(columns, ["labels"], ["a", "b"]).tolist() == [4.0, 4.0]
+    assert count_labels_of_tasks({**batch, "labels": [{}] * 4}, ["labels"], ["a", "b"], 4).tolist() == [4.0, 4.0]
+    with pytest.raises(ValueError, match="number of samples"):
+        count_labels_of_tasks({**batch, "labels": [{}] * 4}, ["labels"], ["a", "b"])
 
 
 def test_evaluation_with_a_batch_without_labels(tmp_path):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, default_data_collator
 
 from peft_ext.mtl import ConflictRecorder, GradientConflictCallback, conflict_incidence, log_gradient_conflicts
 from peft_ext.mtl.conflicts import cosines_of, pair_cosines
@@ -84,9 +84,15 @@ def plain(folder, callbacks=(), **options):
     return Trainer(model=Noisy(), args=TrainingArguments(**known), train_dataset=samples(), callbacks=list(callbacks))
 
 
-def probe_batch():
-    data = samples(12, seed=9)
-    return {key: torch.stack([sample[key] for sample in data]) for key in data[0]}
+def probe_batch(data=None):
+    return default_data_collator(samples(12, seed=9) if data is None else data)
+
+
+WITH_FLOOR = {"noise_floor": True, "data_collator": default_data_collator}
+
+
+def probe_of(options):
+    return samples(12, seed=9) if "noise_floor" in options else probe_batch()
 
 
 def probe_losses(model, batch):
@@ -94,11 +100,11 @@ def probe_losses(model, batch):
     return task_losses(outputs, {name: batch[name] for name in LABELS})
 
 
-@pytest.mark.parametrize("options", [{}, {"noise_floor": True, "layerwise": True}], ids=["plain", "everything"])
+@pytest.mark.parametrize("options", [{}, {**WITH_FLOOR, "layerwise": True}], ids=["plain", "everything"])
 def test_watching_changes_no_bit_of_the_training(tmp_path, options):
     alone = plain(tmp_path / "alone")
     alone.train()
-    callback = GradientConflictCallback(probe_batch(), probe_losses, every_n_steps=2, **options)
+    callback = GradientConflictCallback(probe_of(options), probe_losses, every_n_steps=2, **options)
     watched = plain(tmp_path / "watched", [callback])
     watched.train()
     assert_identical_weights(watched.model, alone.model)
@@ -124,17 +130,32 @@ def test_measured_cosines_are_those_of_autograd(tmp_path):
 
 
 def test_one_batch_per_task_uses_the_models_own_loss(tmp_path):
-    batches = {}
-    for task in ("a", "b"):
-        batch = probe_batch()
-        for name in LABELS:
-            if not name.endswith(task):
-                batch[name] = batch["labels_c"]
-        batches[task] = batch
-    callback = GradientConflictCallback(batches, every_n_steps=3, noise_floor=True)
+    batches = {
+        task: [
+            {name: row[name] if name in ("x", f"labels_{task}") else row["labels_c"] for name in row}
+            for row in samples(12, seed=9)
+        ]
+        for task in ("a", "b")
+    }
+    callback = GradientConflictCallback(batches, every_n_steps=3, **WITH_FLOOR)
     plain(tmp_path, [callback]).train()
     assert callback.recorder.pairs == ["a__b"]
     assert len(callback.recorder.noise) == 2 * 2
+
+
+def test_the_noise_floor_compares_every_other_sample_with_the_rest(tmp_path):
+    model, data, run = WithMeanLoss(), samples(12, seed=9), plain(tmp_path)
+    callback = GradientConflictCallback(data, probe_losses, **WITH_FLOOR)
+    callback.measure(model, run.args, run.state)
+    trunk, cosines = list(model.trunk.parameters()), []
+    for task in TASKS:
+        rows = [
+            torch.cat([g.flatten() for g in torch.autograd.grad(probe_losses(model, probe_batch(half))[task], trunk)])
+            for half in (data[::2], data[1::2])
+        ]
+        cosines.append(pair_cosines(gramian(torch.stack(rows)))[0])
+    line = json.loads((tmp_path / "gradient_conflicts.jsonl").read_text())
+    assert line["noise_cos"] == pytest.approx(cosines, abs=1e-6)
 
 
 def test_reporters_get_the_numbers(tmp_path):
@@ -160,9 +181,8 @@ def test_reporters_get_the_numbers(tmp_path):
 
 def test_a_resumed_training_continues_the_file(tmp_path):
     def watched(checkpoint=None):
-        callback = GradientConflictCallback(
-            probe_batch(), probe_losses, every_n_steps=1, noise_floor=True, layerwise=True
-        )
+        data = samples(12, seed=9)
+        callback = GradientConflictCallback(data, probe_losses, every_n_steps=1, layerwise=True, **WITH_FLOOR)
         run = plain(tmp_path, [callback], save_strategy="steps", save_steps=3)
         run.train(resume_from_checkpoint=checkpoint)
         return callback.recorder
@@ -199,11 +219,12 @@ def test_a_model_with_a_part_called_module_is_watched_whole(tmp_path):
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="every_n_steps=0"):
         GradientConflictCallback({"a": {}}, every_n_steps=0)
-    with pytest.raises(ValueError, match="probe must be a dict"):
-        GradientConflictCallback({"x": torch.zeros(2)})
-    for probe in (None, {}, [1]):
+    for probe in (None, {}, [1], {"x": torch.zeros(2)}, {"a": [{"x": torch.zeros(2)}]}):
         with pytest.raises(ValueError, match="probe must be a batch"):
             GradientConflictCallback(probe)
+    for probe, losses in (({"a": {"x": torch.zeros(2)}}, None), (probe_batch(), probe_losses)):
+        with pytest.raises(ValueError, match="rows of a collated batch need not be samples"):
+            GradientConflictCallback(probe, losses, **WITH_FLOOR)
     args, state = SimpleNamespace(output_dir=".", should_save=False), SimpleNamespace(global_step=0, epoch=0.0)
     with pytest.raises(ValueError, match=r"no loss for probe\['a'\]"):
         GradientConflictCallback({"a": {"x": torch.zeros(2, 6)}}).measure(TwoLayers(), args, state)

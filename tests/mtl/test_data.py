@@ -1,5 +1,7 @@
 """Samples of one task each: how they are drawn, and training on them."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch.nn import functional
 from transformers import AutoModelForSequenceClassification
 
 from peft_ext.mtl import MTLTrainer
-from peft_ext.mtl.data import SAMPLINGS, TaskSampler, concatenate_tasks, rows_of, task_ids_of
+from peft_ext.mtl.data import SAMPLINGS, TaskSampler, concatenate_tasks, task_ids_of
 from tests.mtl._models import assert_same_weights, config
 
 
@@ -178,56 +180,25 @@ def test_task_numbers_may_be_labels_of_one_pass(tmp_path):
         return {task: part.mean() for task, part in found.items() if len(part)}
 
     def train(names, function):
-        options = {"task_names": None, "mtl_method": "cagrad", "task_sampling": "proportional"}
+        options = {"task_names": None, "mtl_method": "cagrad", "task_sampling": "mixed", "noise_floor_steps": 2}
         result = MTLTrainer(
             model=Plain(),
-            args=config(tmp_path, label_names=names, per_device_train_batch_size=4, **options),
+            args=config(tmp_path, label_names=names, per_device_train_batch_size=5, **options),
             train_dataset={"one": Numbers(1, 48, 1), "two": Numbers(2, 48, 2)},
             compute_task_losses_func=function,
         )
         result.args.gradient_accumulation_steps = 2
         result.train()
-        return result.model
+        lines = (tmp_path / "gradient_conflicts.jsonl").read_text().splitlines()
+        return result.model, [json.loads(line)["noise_cos"] for line in lines if "noise_cos" in line]
 
-    assert_same_weights(train(["labels", "task_ids"], losses), train(["labels"], None), 1e-6)
+    (in_one, noise), (apart, noise_apart) = train(["labels", "task_ids"], losses), train(["labels"], None)
+    assert_same_weights(in_one, apart, 1e-6)
+    assert len(noise) == 3
+    for found, expected in zip(noise, noise_apart, strict=True):
+        assert found == pytest.approx(expected, abs=1e-4)
     with pytest.raises(ValueError, match="add 'task_ids' to label_names"):
         train(["labels"], losses)
-
-
-def test_packed_rows_of_one_task_train_where_micro_batches_have_one(tmp_path):
-    class Words(nn.Module):
-        accepts_loss_kwargs = False
-
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.net = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 20))
-
-        def forward(self, input_ids, labels):
-            logits = self.net(input_ids)
-            return {"loss": functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
-
-    def pack(rows):
-        ids = torch.cat([row["input_ids"] for row in rows])[None]
-        return {"input_ids": ids, "labels": ids}
-
-    def train(sampling):
-        options = {"label_names": ["labels"], "task_names": None, "mtl_method": "pcgrad", "task_sampling": sampling}
-        result = MTLTrainer(
-            model=Words(),
-            args=config(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, **options),
-            train_dataset={
-                name: [{"input_ids": torch.arange(start, start + 3 + i % 3)} for i in range(24)]
-                for start, name in enumerate(("a", "b"))
-            },
-            data_collator=pack,
-        )
-        result.train()
-        return result
-
-    assert not any(cosines.isnan() for cosines in map(torch.tensor, train("homogeneous").conflicts.cosines))
-    with pytest.raises(ValueError, match="cannot be taken apart by task"):
-        train("mixed")
 
 
 def test_a_list_of_samples_with_task_numbers_is_enough(tmp_path):
@@ -250,8 +221,6 @@ def test_mistakes_are_named(tmp_path):
         concatenate_tasks({"one": iter([])}, "task_ids")
     with pytest.raises(ValueError, match="task 1 of 2 has no samples"):
         TaskSampler(torch.zeros(4, dtype=torch.long), 2, "mixed", 2)
-    with pytest.raises(ValueError, match="'x' has shape"):
-        rows_of({"x": torch.zeros(1, 9)}, torch.tensor([0]), 3)
     with pytest.raises(ValueError, match="differ from the training sets' names"):
         run(tmp_path, task_names=["x", "y"])
     with pytest.raises(ValueError, match="set gradient_accumulation_steps to a multiple of 2, not 1"):

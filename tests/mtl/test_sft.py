@@ -1,82 +1,35 @@
 """TRL's trainer with sparse adapters on two text tasks."""
 
-import pytest
-import torch
+import copy
 
-from peft_ext import NeuroAdaConfig
+import pytest
+from PIL import Image
+
 from tests.mtl._models import assert_same_weights
+from tests.mtl._visual import Watching, assert_same, make, results
 
 
 trl = pytest.importorskip("trl", reason="trl is not installed: pip install 'peft-ext[trl]'")
 datasets = pytest.importorskip("datasets")
 
-WORDS = ["the", "a", "cat", "dog", "bird", "sees", "hears", "likes", "small", "big", "house", "tree", "and"]
+from peft_ext.mtl import MTLSFTConfig, MTLSFTTrainer  # noqa: E402
+from tests.mtl._sft import in_one, run, texts  # noqa: E402
 
 
-@pytest.fixture
-def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-
-
-def texts(seed, count=24):
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(3, 9, (count,), generator=generator).tolist()
-    picks = [torch.randint(len(WORDS), (n,), generator=generator).tolist() for n in lengths]
-    return datasets.Dataset.from_list([{"text": " ".join(WORDS[i] for i in row)} for row in picks])
-
-
-def run(folder, model, tokenizer, train=True, **options):
-    from peft_ext.mtl import MTLSFTConfig, MTLSFTTrainer
-
-    defaults = {
-        "per_device_train_batch_size": 12,
-        "max_steps": 4,
-        "learning_rate": 3e-2,
-        "max_length": 16,
-        "logging_steps": 1,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        "shuffle_dataset": False,
-    }
-    peft_config = NeuroAdaConfig(task_type="CAUSAL_LM", k=2)
-    result = MTLSFTTrainer(
-        model=model,
-        args=MTLSFTConfig(output_dir=str(folder), **{**defaults, **options}),
-        train_dataset={"short": texts(1), "long": texts(2)},
-        eval_dataset={"short": texts(3, 6), "long": texts(4, 6)},
-        processing_class=tokenizer,
-        peft_config=peft_config,
-    )
-    if train:
-        result.train()
-    return result
+class WatchedSFT(Watching, MTLSFTTrainer):
+    arguments = MTLSFTConfig
 
 
 @pytest.mark.parametrize("method", ["joint", "pcgrad"])
-def test_neuroada_accumulates_exactly(tiny, tokenizer, tmp_path, method):
-    whole = run(tmp_path, tiny("llama"), tokenizer, mtl_method=method)
+def test_neuroada_accumulates_exactly(tmp_path, method):
+    whole = run(tmp_path, mtl_method=method)
     pieces = run(
         tmp_path,
-        tiny("llama"),
-        tokenizer,
         mtl_method=method,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=3,
     )
     assert_same_weights(pieces.model, whole.model, 2e-6)
-    values = [p for n, p in whole.model.named_parameters() if p.requires_grad]
-    assert sum(p.numel() for p in values) == sum(len(r) * 0 + g.numel() for g in values for r in [g])
     assert all(whole._gradients.shared)
     logs = whole.state.log_history[0]
     assert {"task_loss/short", "task_loss/long", "gradient_conflict/cos/short__long", "mean_token_accuracy"} <= set(
@@ -84,19 +37,60 @@ def test_neuroada_accumulates_exactly(tiny, tokenizer, tmp_path, method):
     )
 
 
-def test_evaluation_reports_every_task(tiny, tokenizer, tmp_path):
-    metrics = run(tmp_path, tiny("llama"), tokenizer).evaluate()
+def test_evaluation_reports_every_task(tmp_path):
+    metrics = run(tmp_path).evaluate()
     assert {"eval_short_loss", "eval_long_loss"} <= set(metrics)
 
 
-def test_famo_trains_and_counts_tokens_once(tiny, tokenizer, tmp_path):
-    joint = run(tmp_path, tiny("llama"), tokenizer)
-    famo = run(tmp_path, tiny("llama"), tokenizer, mtl_method="famo", noise_floor_steps=2)
+def test_famo_trains_and_counts_tokens_once(tmp_path):
+    joint = run(tmp_path)
+    famo = run(tmp_path, mtl_method="famo", noise_floor_steps=2)
     tokens = [[entry["num_tokens"] for entry in r.state.log_history if "num_tokens" in entry] for r in (joint, famo)]
     assert tokens[0] == tokens[1]
 
 
-@pytest.mark.parametrize("option", ["packing", "padding_free"])
-def test_packed_batches_are_refused(tiny, tokenizer, tmp_path, option):
-    with pytest.raises(ValueError, match="into one row"):
-        run(tmp_path, tiny("llama"), tokenizer, train=False, mtl_method="pcgrad", **{option: True})
+def test_padding_free_rows_are_made_of_each_tasks_samples(tmp_path):
+    padded = run(tmp_path, mtl_method="pcgrad")
+    free = run(tmp_path, mtl_method="pcgrad", padding_free=True, max_length=None)
+    assert_same_weights(free.model, padded.model, 2e-6)
+    for task in ("short", "long"):
+        losses = [r.state.log_history[0][f"task_loss/{task}"] for r in (padded, free)]
+        assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("data", [None, in_one(short=texts(1), long=texts(2))], ids=["dict", "column"])
+def test_rows_packed_of_several_tasks_are_refused(tmp_path, data):
+    with pytest.raises(ValueError, match="packing=True puts samples of several tasks into one row"):
+        run(tmp_path, train=False, train_dataset=data, mtl_method="pcgrad", packing=True)
+    with pytest.raises(ValueError, match="eval_packing=True puts samples of several tasks into one row"):
+        run(tmp_path, train=False, eval_dataset=in_one(short=texts(3), long=texts(4)), eval_packing=True)
+
+
+def test_a_data_set_of_several_tasks_is_evaluated_label_by_label(tmp_path):
+    """Every batch has both tasks; their losses are those of each task's data set in one batch."""
+    data = {"short": texts(3, 5), "long": texts(4, 7)}
+    options = {"task_names": ["short", "long"], "train": False}
+    mixed = in_one(**data).shuffle(seed=0)
+    metrics = run(tmp_path, eval_dataset=mixed, per_device_eval_batch_size=5, **options).evaluate()
+    alone = run(tmp_path, eval_dataset=data, **options).evaluate()
+    for task in data:
+        assert metrics[f"eval_{task}_loss"] == pytest.approx(alone[f"eval_{task}_loss"], abs=1e-5)
+
+
+def test_images_stay_with_their_samples_in_trls_collator(tmp_path):
+    processors = pytest.importorskip("tests.knockout._processors")
+    rows = [
+        {
+            "task_ids": task,
+            "images": [Image.effect_noise((32, 32), 60.0).convert("RGB") for _ in range(images)],
+            "prompt": "<image>" * images + text,
+            "completion": " Red or green",
+        }
+        for task, images, text in [(0, 2, "USER: Is it red?"), (0, 0, "the picture"), (1, 1, "Is the mirror left?")]
+    ]
+    processor = processors.llava()
+    model = processors.local_model(processor)
+    alone = copy.deepcopy(model)
+    data = datasets.Dataset.from_list(rows)
+    made = make(tmp_path, "llava", data, model, kind=WatchedSFT, collator=None, processing_class=processor)
+    assert_same(results(made), "llava", rows, model=alone, collate=made.data_collator)
