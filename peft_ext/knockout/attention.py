@@ -16,6 +16,7 @@ from .edges import check_pairs
 from .implementation import editable_attention
 from .masks import Span, allowed_edges, encode, open_one, repeat_rows, span_of_call
 from .position import PromptPosition
+from .threads import own_thread
 
 
 class AttentionKnockout:
@@ -25,8 +26,8 @@ class AttentionKnockout:
     The model's own mask (causal, padding, sliding window) stays as it is; edges are only taken away. The blocked
     weights are exactly 0 and the rest of each row sums to 1. A row that loses all its edges adds nothing to the
     residual stream, in every implementation. Several knockouts can be active at once. On exit, also after an
-    exception, nothing is left behind. With flash or flex attention the decoder runs sdpa meanwhile (or eager, where
-    it has no sdpa).
+    exception, nothing is left behind. Only calls of the thread that entered are knocked out, so run the model in it.
+    With flash or flex attention the decoder runs sdpa meanwhile (or eager, where it has no sdpa), in all threads.
 
     Args:
         model (`torch.nn.Module`): a decoder of transformers, with or without vision or PEFT adapters.
@@ -81,8 +82,9 @@ class AttentionKnockout:
         with ExitStack() as stack:
             self._implementation = stack.enter_context(editable_attention(self.architecture))
             for index, attention in self.attentions.items():
-                stack.enter_context(attention.register_forward_pre_hook(self._before(index), with_kwargs=True))
-                stack.enter_context(attention.register_forward_hook(self._after(index), prepend=True))
+                before, after = own_thread(self._before(index)), own_thread(self._after(index))
+                stack.enter_context(attention.register_forward_pre_hook(before, with_kwargs=True))
+                stack.enter_context(attention.register_forward_hook(after, prepend=True))
             self._stack = stack.pop_all()
         return self
 
@@ -91,8 +93,8 @@ class AttentionKnockout:
     ) -> None:
         if kind is None and not self.position.called:
             warnings.warn(
-                f"{type(self).__name__} ended without a call to its layers: run the model inside, and not as compiled "
-                "code, which passes over knockouts.",
+                f"{type(self).__name__} ended without a call to its layers: run the model inside, in the same thread, "
+                "and not as compiled code, which passes over knockouts.",
                 stacklevel=2,
             )
         stack, self._stack, self._emptied = self._stack, None, {}

@@ -14,6 +14,7 @@ from transformers import Cache, DynamicCache
 from ..tuners.mores import MoReSLayer
 from .architecture import Architecture, bind
 from .masks import Span, allowed_edges, cache_name
+from .threads import own_thread
 
 
 class NotReusable(ValueError):
@@ -150,13 +151,14 @@ class _Recorder:
         self._stack = ExitStack()
 
     def __enter__(self) -> None:
+        before, after, mask = own_thread(self._before), own_thread(self._after), own_thread(self._mask)
         with ExitStack() as stack:
             for layer in self.architecture.layers:
                 if layer.attention is None:
                     raise NotReusable(f"layer {layer.index} {layer.problem}")
-                stack.enter_context(layer.module.register_forward_pre_hook(self._before, with_kwargs=True))
-                stack.enter_context(layer.module.register_forward_hook(self._after))
-                stack.enter_context(layer.attention.register_forward_pre_hook(self._mask, with_kwargs=True))
+                stack.enter_context(layer.module.register_forward_pre_hook(before, with_kwargs=True))
+                stack.enter_context(layer.module.register_forward_hook(after))
+                stack.enter_context(layer.attention.register_forward_pre_hook(mask, with_kwargs=True))
             self._stack = stack.pop_all()
 
     def __exit__(self, *_: Any) -> None:

@@ -19,6 +19,7 @@ from .modules import MODULES, ModuleKnockout
 from .records import Record
 from .replay import Knock, replay
 from .samples import last_positions
+from .threads import own_thread
 from .windows import windows
 
 
@@ -184,7 +185,7 @@ def _whole(
         def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             seen.append(output[0] if isinstance(output, tuple) else output)
 
-        with architecture.layers[-1].module.register_forward_hook(see):
+        with architecture.layers[-1].module.register_forward_hook(own_thread(see)):
             if knock is None:
                 model(**inputs, use_cache=False)
             else:

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from .architecture import bind, inspect_model
 from .records import Record
 from .samples import last_positions
+from .threads import own_thread
 
 
 @torch.no_grad()
@@ -47,9 +48,9 @@ def residual_stream(model: nn.Module, inputs: Mapping[str, Any], positions: Tens
 
     with ExitStack() as stack:
         first = architecture.layers[0].module
-        stack.enter_context(first.register_forward_pre_hook(before, with_kwargs=True))
+        stack.enter_context(first.register_forward_pre_hook(own_thread(before), with_kwargs=True))
         for layer in architecture.layers:
-            stack.enter_context(layer.module.register_forward_hook(after))
+            stack.enter_context(layer.module.register_forward_hook(own_thread(after)))
         model(**inputs, use_cache=False)
     return torch.stack(states)
 

@@ -15,6 +15,7 @@ from .attention import zero_output
 from .edges import GENERATED, check_mask, extend, is_last
 from .masks import repeat_rows, span_of_call
 from .position import PromptPosition
+from .threads import own_thread
 
 
 MODULES = ("attention", "mlp")
@@ -25,7 +26,7 @@ class ModuleKnockout:
     Context manager: inside, the attention or the MLP of the given layers adds nothing at the given positions.
 
     Several can be active at once, with [`AttentionKnockout`] too. On exit, also after an exception, nothing is left
-    behind.
+    behind. Only calls of the thread that entered are knocked out, so run the model in it.
 
     Args:
         model (`torch.nn.Module`): a decoder of transformers, with or without vision or PEFT adapters.
@@ -73,9 +74,9 @@ class ModuleKnockout:
         with ExitStack() as stack:
             for index, target in self.targets.items():
                 layer = self.architecture.layers[index].module
-                stack.enter_context(layer.register_forward_pre_hook(self._before(index), with_kwargs=True))
+                stack.enter_context(layer.register_forward_pre_hook(own_thread(self._before(index)), with_kwargs=True))
                 # Before the hooks with which transformers collects attentions and states, so that they see the zeros.
-                stack.enter_context(target.register_forward_hook(self._after(index), prepend=True))
+                stack.enter_context(target.register_forward_hook(own_thread(self._after(index)), prepend=True))
             self._stack = stack.pop_all()
         return self
 
@@ -84,8 +85,8 @@ class ModuleKnockout:
     ) -> None:
         if kind is None and not self.position.called:
             warnings.warn(
-                f"{type(self).__name__} ended without a call to its layers: run the model inside, and not as compiled "
-                "code, which passes over knockouts.",
+                f"{type(self).__name__} ended without a call to its layers: run the model inside, in the same thread, "
+                "and not as compiled code, which passes over knockouts.",
                 stacklevel=2,
             )
         stack, self._stack, self._rows = self._stack, None, {}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .architecture import inspect_model
 from .edges import check_mask
+from .threads import own_thread
 
 
 _CONNECTORS = ("multi_modal_projector", "connector", "merger")
@@ -60,7 +61,7 @@ def image_token_norms(model: nn.Module, inputs: Mapping[str, Any], image_tokens:
         first = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
         seen.append(first.detach().float().norm(dim=-1))
 
-    with place.register_forward_pre_hook(see, with_kwargs=True):
+    with place.register_forward_pre_hook(own_thread(see), with_kwargs=True):
         model(**inputs)
     norms = torch.zeros(image_tokens.shape)
     group = image_tokens.cpu()

@@ -20,6 +20,7 @@ from .clean_run import CleanRun, LayerRun
 from .edges import Edges
 from .masks import encode
 from .prefix_cache import InPlace, Prefix
+from .threads import own_thread
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ class PackedPasses:
             for name, zero in rows.items():
                 target = self.architecture.attention(index) if name == "attention" else self.architecture.mlp(index)
                 hook = partial(_zero, zero)
-                stack.enter_context(target.register_forward_hook(hook, prepend=True))
+                stack.enter_context(target.register_forward_hook(own_thread(hook), prepend=True))
             yield
 
 
