@@ -11,6 +11,10 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d
 
 
+# Processors of models whose image tokens are learned queries, each of which looks at the whole image.
+_QUERIES = ("Aria", "Blip2", "Granite4Vision", "Idefics2", "InstructBlip", "Kosmos2")
+
+
 class Coverage(NamedTuple):
     """
     Per image token of a prompt, in their order.
@@ -102,6 +106,11 @@ def box_coverage(
     Raises:
         `ValueError`: for processors whose order of patches is not known here.
     """
+    if type(processor).__name__.startswith(_QUERIES):
+        raise ValueError(
+            f"boxes: the image tokens of {type(processor).__name__}'s model are learned queries, not patches, so none "
+            "of them belongs to a place in the image: leave boxes out."
+        )
     white = torch.zeros(size[1], size[0], 3, dtype=torch.uint8)
     for left, top, right, bottom in boxes:
         white[top:bottom, left:right] = 255
@@ -127,12 +136,16 @@ def box_coverage(
             f"boxes: {type(image_processor).__name__} cut the image into {len(pixels)} tiles, whose order among the "
             "image tokens is not known here; switch splitting off (do_image_splitting=False, do_pan_and_scan=False)."
         )
-    side = math.isqrt(tokens)
-    # vision_feature_select_strategy="full" keeps the class token in front
-    front = tokens - side * side if tokens - side * side in (0, 1) else -1
-    if front < 0:
-        raise ValueError(f"boxes: {tokens} image tokens do not form a square of patches, as one image has.")
-    return _with_front(_grid(pixels[:, :1], side), front)
+    height, width = pixels.shape[-2:]
+    for front in (0, 1):  # vision_feature_select_strategy="full" keeps the class token in front
+        rows = math.isqrt((tokens - front) * height // width)
+        columns = (tokens - front) // max(rows, 1)
+        if rows * columns == tokens - front > 0 and rows * width == columns * height:
+            return _with_front(_grid(pixels[:, :1], (rows, columns)), front)
+    raise ValueError(
+        f"boxes: {tokens} image tokens do not form a grid of square patches of the image, which is {height} x {width} "
+        "pixels for the model."
+    )
 
 
 def newline_tokens(processor: Any, height: int, width: int, tokens: int) -> Tensor | None:
@@ -157,9 +170,9 @@ def _without_first(mask: Tensor) -> Tensor:
     return mask
 
 
-def _grid(pixels: Tensor, side: int) -> Coverage:
-    """`[tiles, 1, height, width]` to `[tiles·side²]`."""
-    share, peak = adaptive_avg_pool2d(pixels, side), adaptive_max_pool2d(pixels, side)
+def _grid(pixels: Tensor, shape: int | tuple[int, int]) -> Coverage:
+    """`[tiles, 1, height, width]` to `[tiles·rows·columns]`; one number is both."""
+    share, peak = adaptive_avg_pool2d(pixels, shape), adaptive_max_pool2d(pixels, shape)
     return Coverage(share.flatten(), peak.flatten(), torch.ones(share.numel(), dtype=torch.bool))
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .patches import box_coverage, check_boxes, image_size, newline_tokens
-from .spans import OCCURRENCES, Segment, segments
+from .phrases import locate
+from .spans import OCCURRENCES, segments
 
 
 # What the function can find, besides the names of the user's own spans.
@@ -28,8 +29,6 @@ GROUPS = (
     "related_patches",
     "other_patches",
 )
-# Parts of the question; other names are looked for in all of the text.
-IN_QUESTION = ("options", "true_option", "false_option", "objects")
 
 
 def find_token_groups(
@@ -54,15 +53,18 @@ def find_token_groups(
         inputs (`dict`): its output, with `input_ids` `[batch, sequence]`, padded on either side.
         image (*optional*): the image, or a list with one per row: PIL, array, or `(width, height)`. With `boxes`.
         spans (`dict[str, str | list[str]]`, *optional*): phrases by the name of their group, or a list with one such
-            dict per row. `question` comes after the image; `true_option`, `false_option`, `options` and `objects` are
-            looked for inside the question, other names everywhere.
+            dict per row. `true_option`, `false_option`, `options` and `objects` are looked for inside the question,
+            other names everywhere. Words are matched whole: as they are written if they are there so, otherwise in
+            another case, otherwise in a compatible spelling or as a plural in -s or -es. Of equal matches those after
+            the image come first. A part of the question avoids longer ones: in "Is it light blue or blue?" the option
+            `blue` is the second one.
         boxes (`list`, *optional*): boxes of the related objects, four numbers each in the image's pixels, or a list
             with one such list per row.
         box_format (`str`, *optional*, defaults to `"xywh"`): left, top, width, height; or `"xyxy"`.
         threshold (`float`, *optional*): a patch is related if the boxes cover more than this share of it. By default
             one covered pixel is enough.
         occurrence (`str`, *optional*, defaults to `"first"`): of a phrase that comes several times take the `"first"`,
-            as the thesis's code does, or `"all"`.
+            as the thesis's code does, or `"all"` that match as well as the best one.
         norms (`torch.Tensor`, *optional*): float `[batch, sequence]`, see [`image_token_norms`]. Patches above
             `max_norm` are then left out of the related and the other patches (appendix E.10).
         max_norm (`float`, *optional*, defaults to 57): the thesis's threshold for LLaVA-1.5.
@@ -77,7 +79,7 @@ def find_token_groups(
 
     Raises:
         `ValueError`: naming the argument, the value and the remedy, if something is malformed, a phrase or a box is
-            not there, or the processor's cropping leaves nothing of it.
+            not there, two phrases come out as the same tokens, or the processor's cropping leaves nothing of a box.
     """
     tokens = inputs.get("input_ids") if hasattr(inputs, "get") else None
     if not isinstance(tokens, Tensor) or tokens.dim() != 2 or 0 in tokens.shape:
@@ -134,7 +136,9 @@ def _visual(processor: Any, tokenizer: Any, tokens: Tensor) -> Tensor:
         numbers = [number]
     name = getattr(processor, "image_token", None)
     if not numbers and isinstance(name, str):
-        numbers = [tokenizer.convert_tokens_to_ids(name)]
+        number = tokenizer.convert_tokens_to_ids(name)
+        # A tokenizer that has no such token gives the one for unknown words.
+        numbers = [number] if tokenizer.convert_ids_to_tokens(number) == name else []
     return torch.isin(tokens, torch.tensor(numbers, dtype=tokens.dtype, device=tokens.device))
 
 
@@ -184,15 +188,10 @@ def _span_groups(
     for number, row in enumerate(rows):
         text = segments(tokenizer, tokens[number].tolist(), (attended & ~visual)[number].tolist())
         after = int(visual[number].nonzero()[-1]) if visual[number].any() else -1
-        # after the image first, since a template before it may hold the same words
+        # Of equal matches the one after the image, since a template before it may hold the same words.
         text.sort(key=lambda segment: segment.owners[0][0] < after)
-        question: set[int] | None = None
-        for name in sorted(names, key=lambda name: name != "question"):
-            within = question if name in IN_QUESTION else None
-            where = _locate(text, row[name], f"spans[{name!r}]", number, within, occurrence)
+        for name, where in locate(text, row, number, occurrence).items():
             found[name][number, where] = True
-            if name == "question":
-                question = set(where)
     options = [found[name] for name in ("true_option", "false_option") if name in found]
     if options and "options" not in found:
         found["options"] = torch.stack(options).any(0)
@@ -200,27 +199,6 @@ def _span_groups(
         rest = found["question"] & ~found[part] if "question" in found and part in found else None
         if rest is not None and bool(rest.any(1).all()):
             found[f"question_without_{part}"] = rest
-    return found
-
-
-def _locate(
-    text: Sequence[Segment], phrases: Any, name: str, row: int, within: set[int] | None, occurrence: str
-) -> list[int]:
-    phrases = [phrases] if isinstance(phrases, str) else phrases
-    if not isinstance(phrases, Sequence) or not phrases or not all(isinstance(phrase, str) for phrase in phrases):
-        raise ValueError(f"{name} must be a phrase or a list of phrases, but is {phrases!r}.")
-    found: list[int] = []
-    for phrase in phrases:
-        if not phrase.strip():
-            raise ValueError(f"{name} holds the empty phrase {phrase!r}: leave it out.")
-        hits = [tokens for segment in text for tokens in segment.find(phrase, within)]
-        if not hits:
-            whole = " … ".join(segment.text for segment in text)
-            place = "the question" if within is not None else "the prompt"
-            raise ValueError(
-                f"{name}: {phrase!r} is not in {place} of row {row} as whole words; the text is {whole[:300]!r}."
-            )
-        found += [token for tokens in (hits if occurrence == "all" else hits[:1]) for token in tokens]
     return found
 
 

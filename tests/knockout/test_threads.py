@@ -117,7 +117,7 @@ def test_a_sweep_is_not_disturbed_by_another_thread(engine, monkeypatch):
 
 def test_states_are_those_of_the_own_call():
     model = build("llama")
-    batch, groups = inputs("llama", texts=((3, 7),))
+    batch, _ = inputs("llama", texts=((3, 7),))
     expected = residual_stream(model, batch)
     owner = threading.get_ident()
 

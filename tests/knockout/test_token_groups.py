@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import PreTrainedTokenizerFast
 
 from peft_ext.knockout import find_token_groups, image_token_norms
 
@@ -155,6 +156,42 @@ def test_related_patches_are_the_tokens_that_see_the_box(name, box):
     assert rest.sum() == (1 if name == "class token" else 0)
     same = find_token_groups(processor, inputs, image=picture(width, height), boxes=[box], box_format="xyxy")
     assert torch.equal(same["related_patches"], groups["related_patches"])
+
+
+@pytest.mark.parametrize("size", [(64, 16), (16, 64), (32, 32), (96, 24)], ids=str)
+def test_patches_of_oblong_images_are_where_they_are(size):
+    """Of 4 x 16 patches the number is a square too, but their grid is none."""
+    processor, (width, height) = make.llava(), size
+    processor.image_processor.do_center_crop = False
+    processor.image_processor.size = {"height": height, "width": width}
+    image = picture(width, height)
+    inputs = prepare(processor, ["red?"], [image])
+    groups = find_token_groups(processor, inputs, image=image, boxes=[(4, 8, 8, 4)])
+    expected = torch.zeros(height // 4, width // 4, dtype=torch.bool)
+    expected[2, 1:3] = True
+    assert torch.equal(groups["related_patches"][groups["image"]], expected.flatten())
+
+
+def test_image_tokens_that_are_no_patches_have_no_boxes():
+    class Idefics2Processor(type(make.llava())):
+        """As the original, by its name."""
+
+    processor, image = make.llava(), picture(32, 32)
+    inputs = prepare(processor, ["red?"], [image])
+    processor.__class__ = Idefics2Processor
+    with pytest.raises(ValueError, match="Idefics2Processor's model are learned queries, not patches"):
+        find_token_groups(processor, inputs, image=image, boxes=[(8, 8, 16, 16)])
+
+
+def test_unknown_words_are_no_image():
+    """A tokenizer without the placeholder gives the token for unknown words in its stead."""
+
+    class Processor:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=make.tokenizer().backend_tokenizer, unk_token="<unk>")
+        image_token = "<no such token>"
+
+    inputs = {"input_ids": torch.tensor([[4, Processor.tokenizer.unk_token_id, 5]])}
+    assert "image" not in find_token_groups(Processor, inputs)
 
 
 def test_gemma_3_s_image_is_its_features_not_the_mark_before_them():
