@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .lens import answer_tokens
-from .questions import Question, open_image
+from .phrases import quoted
+from .questions import Question
 from .samples import FlowSample
 from .token_groups import GROUPS, find_token_groups
 
@@ -41,6 +43,7 @@ class Asker:
         image_options (`dict`, *optional*): for the processor, such as `do_pad=True`.
         only_correct (`bool`): leave out questions that the model does not answer as it should, as the thesis does.
         max_new_tokens (`int`): of an answer.
+        answer_token (`str` or `int`): of [`layer_sweep`]; leave out questions whose answer has no such token.
 
     Raises:
         `ValueError`: if there is no prompt to ask with, or no group of such a name.
@@ -56,6 +59,7 @@ class Asker:
         image_options: dict[str, Any] | None = None,
         only_correct: bool = True,
         max_new_tokens: int = 16,
+        answer_token: str | int = "first",
     ) -> None:
         if prompt is not None and "{question}" not in prompt:
             raise ValueError(
@@ -69,27 +73,37 @@ class Asker:
         check_groups(groups)
         self.model, self.processor, self.groups = model, processor, set(groups)
         self.prompt, self.suffix, self.image_options = prompt, suffix, image_options or {}
-        self.only_correct, self.max_new_tokens = only_correct, max_new_tokens
+        self.only_correct, self.max_new_tokens, self.answer_token = only_correct, max_new_tokens, answer_token
         self.skipped: list[tuple[str, str]] = []
 
     def sample(self, question: Question) -> FlowSample | None:
-        """The sample, or `None`, with the reason in `skipped`."""
+        """The sample, or `None`, with the reason in `skipped`, whatever is wrong with the question or its image."""
         try:
-            image = open_image(question.image)
-            inputs = self.inputs(question, image)
-            groups = self.find(question, inputs, image)
-        except (ValueError, OSError) as error:
-            self.skipped.append((question.name, str(error)))
+            return self._sample(question)
+        except (ValueError, torch.OutOfMemoryError, MemoryError) as error:
+            self.skipped.append((question.name, str(error) or type(error).__name__))
             return None
+
+    def _sample(self, question: Question) -> FlowSample:
+        inputs, groups = self.ready(question)
         spoken, text = self.answer(inputs)
         if not spoken:
-            self.skipped.append((question.name, "the model says nothing"))
-            return None
+            raise ValueError("the model says nothing")
         if self.only_correct and _plain(text) != _plain(question.answer):
-            self.skipped.append((question.name, f"the model answers {text!r} instead of {question.answer!r}"))
-            return None
-        info = {"answer": text, **question.info}
-        return FlowSample(inputs, groups, [spoken], [question.name], info)
+            raise ValueError(f"the model answers {quoted(text)} instead of {quoted(question.answer)}")
+        if isinstance(self.answer_token, int) and self.answer_token >= len(spoken):
+            raise ValueError(f"the answer {quoted(text)} has no token {self.answer_token}, counted from 0")
+        return FlowSample(inputs, groups, [spoken], [question.name], {"answer": text, **question.info})
+
+    def ready(self, question: Question) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What the model is called with for a question, and its token groups. Raises `ValueError` with the reason."""
+        image = question.open_image()
+        try:
+            inputs = self.inputs(question, image)
+        except Exception as error:  # processors raise various things for images of odd shapes
+            kind = type(self.processor).__name__
+            raise ValueError(f"{kind} does not take it: {type(error).__name__}: {error}") from error
+        return inputs, self.find(question, inputs, image)
 
     def inputs(self, question: Question, image: Any) -> dict[str, Any]:
         """What the model is called with for a question about an image."""
@@ -138,6 +152,8 @@ class Asker:
         boxes = question.boxes if self.groups & set(_PATCHES) else None
         if boxes is not None and not boxes:
             raise ValueError("the question has no boxes")
+        if boxes and question.size not in (None, image.size):
+            raise ValueError(f"its boxes are for an image of {question.size} pixels, but the image has {image.size}")
         groups = find_token_groups(
             self.processor, inputs, image=image, spans=spans, boxes=boxes, image_options=self.image_options
         )
@@ -150,4 +166,15 @@ class Asker:
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
+    """An answer without case and punctuation, of numbers all but point and minus; as it is if that is all of it."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    kept = [
+        character
+        for before, character, after in zip(" " + text, text, text[1:] + " ", strict=False)
+        if not _is_punctuation(character) or (character in ".-" and after.isdigit() and not before.isalpha())
+    ]
+    return " ".join("".join(kept).split()) or text.strip()
+
+
+def _is_punctuation(character: str) -> bool:
+    return character in string.punctuation or unicodedata.category(character).startswith("P")

@@ -19,7 +19,7 @@ from .jaccard import topk_jaccard
 from .lens import answer_probability_by_layer
 from .plots import plot_answer_probability, plot_jaccard, plot_sweep
 from .processes import this_process
-from .questions import Question, open_image, read_csv, read_dataset
+from .questions import Question, read_csv, read_dataset
 from .records import Record
 from .samples import LazySample, parse_pairs
 from .sweep import layer_sweep
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
     pairs = parse_pairs(options.pairs)
     check_groups(dict.fromkeys(group for pair in pairs for group in pair))
     questions = _questions(options)
-    which = int(options.answer_token) if options.answer_token.isdigit() else options.answer_token
+    which = int(options.answer_token) if options.answer_token.isdecimal() else options.answer_token
     _check_same_run(options)
     model, processor = _load(options)
     asker = Asker(
@@ -104,6 +104,7 @@ def run(options: argparse.Namespace) -> int:
         image_options={"do_pad": True} if options.pad else None,
         only_correct=not options.all_answers,
         max_new_tokens=options.max_new_tokens,
+        answer_token=which,
     )
     lazy = [LazySample(question.name, lambda question=question: asker.sample(question)) for question in questions]  # type: ignore[misc]
     if this_process().is_main_process:
@@ -166,7 +167,10 @@ def _check_same_run(options: argparse.Namespace) -> None:
     results, file = options.out / "sweep.jsonl", options.out / "settings.json"
     if not (file.exists() and results.exists() and results.stat().st_size):
         return
-    before = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        before = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} holds no settings of a sweep ({error}): give another folder.") from None
     for name in _OF_ONE_RUN:
         now = getattr(options, name)
         if before.get(name) != now:
@@ -198,25 +202,34 @@ def _report(
     rows = plot_sweep(records, options.out / "flow.png", title=title)
     print(table(rows))
     used = {record["sample"] for record in records}
-    print(f"\n{len(used)} of {len(questions)} questions used. Results, numbers and figures: {options.out}/")
+    why = f" ({options.out / 'skipped.jsonl'} says why not the others)" if len(used) < len(questions) else ""
+    print(f"\n{len(used)} of {len(questions)} questions used{why}. Results, numbers and figures: {options.out}/")
     if options.answer_by_layer or options.jaccard:
-        _readouts(options, asker, [question for question in questions if question.name in used], records)
+        lost = _readouts(options, asker, [question for question in questions if question.name in used], records)
+        _write_lines(options.out / "skipped.jsonl", reasons + lost)
 
 
-def _readouts(options: argparse.Namespace, asker: Asker, questions: list[Question], records: list[Record]) -> None:
-    first = {record["sample"]: record["answer_id"] for record in records}
+def _readouts(
+    options: argparse.Namespace, asker: Asker, questions: list[Question], records: list[Record]
+) -> list[dict[str, str]]:
+    """Write the readouts of the questions that were used; returns those that are gone since, with the reasons."""
+    read = {record["sample"]: record["answer_id"] for record in records}
     answers: list[Record] = []
     jaccard: list[Record] = []
+    lost: list[dict[str, str]] = []
     for question in tqdm(questions, desc="readouts"):
-        image = open_image(question.image)
-        inputs = asker.inputs(question, image)
+        try:
+            inputs, groups = asker.ready(question)
+        except ValueError as reason:
+            lost.append({"sample": question.name, "reason": f"no readouts: {reason}"})
+            continue
         if options.answer_by_layer:
-            words = asker.words(question, first[question.name])
+            first = read[question.name] if options.answer_token in ("first", "0") else asker.answer(inputs)[0][0]
+            words = asker.words(question, first)
             answers += answer_probability_by_layer(
                 asker.model, inputs, words, norm=not options.no_final_norm, names=[question.name]
             )
         if options.jaccard:
-            groups = asker.find(question, inputs, image)
             jaccard += topk_jaccard(
                 asker.model, inputs, groups["question"], window=options.window, names=[question.name]
             )
@@ -226,6 +239,7 @@ def _readouts(options: argparse.Namespace, asker: Asker, questions: list[Questio
     if jaccard:
         _write_lines(options.out / "jaccard.jsonl", jaccard)
         plot_jaccard(jaccard, options.out / "jaccard.png")
+    return lost
 
 
 def table(rows: Sequence[dict[str, Any]], by: str = "pair") -> str:

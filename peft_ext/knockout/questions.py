@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from .images import open_image
 
 
 # Long captions stand in one field.
@@ -23,11 +28,13 @@ class Question:
     Attributes:
         name (`str`): unique in the data set.
         text (`str`), answer (`str`): the question and the right answer.
-        image (`Any`): a PIL image, or the path of one.
+        image (`Any`): a PIL image, the path of one, or `{"bytes": …, "path": …}`.
         true_option, false_option (`str`): what a choice offers; empty if it offers nothing.
         objects (`list[str]`): what the question is about.
-        boxes (`list`): left, top, width and height of these objects, in pixels of the image.
+        boxes (`list`): left, top, width and height of these objects, in pixels of the image as it is shown.
         info (`dict`): more columns for the results.
+        size (`tuple[int, int]`, *optional*): width and height of the image that the boxes were drawn on.
+        problem (`str`): why it cannot be asked; empty if it can.
     """
 
     name: str
@@ -39,6 +46,19 @@ class Question:
     objects: list[str] = field(default_factory=list)
     boxes: list[tuple[float, float, float, float]] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
+    size: tuple[int, int] | None = None
+    problem: str = ""
+
+    def open_image(self) -> Any:
+        """
+        The image, see [`open_image`].
+
+        Raises:
+            `ValueError`: with the reason, if it cannot be had.
+        """
+        if self.problem:
+            raise ValueError(self.problem)
+        return open_image(self.image)
 
 
 def read_csv(path: str | os.PathLike[str], images: str | os.PathLike[str], limit: int | None = None) -> list[Question]:
@@ -46,23 +66,48 @@ def read_csv(path: str | os.PathLike[str], images: str | os.PathLike[str], limit
     Questions of a CSV file.
 
     Args:
-        path (`str`): with the columns `question`, `answer` and `image` (a file name) or `img_id` (a file name without
-            its ending), and optionally `question_id`, `true option`, `false option`, and for `central object`,
-            `object1` and `object2`: `… name`, `… x`, `… y`, `… w`, `… h`.
-        images (`str`): the folder of the images.
+        path (`str`): with the columns `question`, `answer` and `image` (a file's path in the folder) or `img_id` (the
+            same without its ending), and optionally `question_id` (otherwise rows are counted), `true option`,
+            `false option`, `image_w` and `image_h` (the image's size), and for `central object`, `object1` and
+            `object2`: `… name`, `… x`, `… y`, `… w`, `… h`.
+        images (`str`): the folder of the images. A question whose image is not there has that as its `problem`.
         limit (`int`, *optional*): how many rows to read.
 
     Raises:
-        `ValueError`: naming the file, the line and what is missing.
+        `ValueError`: naming the file, the line and what is missing or malformed; or if none of the images is there.
         `FileNotFoundError`: if the file or the folder is not there.
     """
     path, folder = Path(path), Path(images)
     if not folder.is_dir():
         raise FileNotFoundError(f"images: {folder} is not a folder.")
-    files = {file.name: file for file in folder.iterdir()}
-    stems = {file.stem: file for file in sorted(files.values()) if file.suffix.lower() in _SUFFIXES}
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
+    find = _finder(folder)
+    questions: list[Question] = []
+    for place, row in islice(_rows(path), limit):
+        name = next((row[column].strip() for column in ("image", "img_id") if _given(row.get(column))), "")
+        try:
+            question = _question(row, len(questions), find(name), place)
+        except (LookupError, OSError) as reason:
+            question = _question(row, len(questions), None, place)
+            question.problem = f"{place}: the image {name!r} {reason}"
+        questions.append(question)
+    if questions and all(question.problem for question in questions):
+        raise ValueError(f"none of the {len(questions)} images is there; {questions[0].problem}.")
+    return _checked(questions, str(path))
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """The rows of a CSV file, each with its place for errors."""
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}, line {line}: byte {error.object[error.start]:#x} is not UTF-8. Save the file as UTF-8, or "
+            "convert it: iconv -f ENCODING -t UTF-8, where ENCODING is often cp1252 or utf-16."
+        ) from None
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
         columns = reader.fieldnames or []
         missing = [name for name in ("question", "answer") if name not in columns]
         if "image" not in columns and "img_id" not in columns:
@@ -71,14 +116,45 @@ def read_csv(path: str | os.PathLike[str], images: str | os.PathLike[str], limit
             raise ValueError(
                 f"{path} lacks the column(s) {', '.join(missing)}; it has {', '.join(columns) or 'none'}."
             )
-        questions: list[Question] = []
-        for row in islice(reader, limit):
-            name = row.get("image") or row.get("img_id") or ""
-            found = files.get(name) or stems.get(name)
-            if found is None:
-                raise ValueError(f"{path}, line {reader.line_num}: the image {name!r} is not in {folder}.")
-            questions.append(_question(row, len(questions), found, f"{path}, line {reader.line_num}"))
-    return _checked(questions, str(path))
+        twice = [name for name, count in Counter(columns).items() if name and count > 1]
+        if twice:
+            raise ValueError(f"{path} has the column(s) {', '.join(twice)} twice: rename one.")
+        for row in reader:
+            place = f"{path}, line {reader.line_num}"
+            if None in row:
+                raise ValueError(
+                    f"{place} has more fields than there are columns: put quotes around text with commas."
+                )
+            yield place, row
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}.") from None
+
+
+def _finder(folder: Path) -> Callable[[str], Path]:
+    """A function from an image's name to its file, which raises `LookupError` with the reason."""
+
+    @cache
+    def stems(parent: Path) -> dict[str, list[Path]]:
+        found: dict[str, list[Path]] = {}
+        for file in sorted(parent.iterdir()) if parent.is_dir() else ():
+            if file.suffix.lower() in _SUFFIXES:
+                found.setdefault(file.stem, []).append(file)
+        return found
+
+    def find(name: str) -> Path:
+        path = Path(os.path.abspath(folder / name))
+        if not name or not path.is_relative_to(os.path.abspath(folder)):
+            raise LookupError(f"is not in {folder}")
+        if os.path.isfile(path):
+            return path
+        files = stems(path.parent).get(path.name, [])
+        if len(files) > 1:
+            raise LookupError(f"could be {', '.join(file.name for file in files)} in {path.parent}: write its ending")
+        if not files:
+            raise LookupError(f"is not in {folder}")
+        return files[0]
+
+    return find
 
 
 def read_dataset(path: str, split: str, limit: int | None = None) -> list[Question]:
@@ -105,6 +181,10 @@ def read_dataset(path: str, split: str, limit: int | None = None) -> list[Questi
     if missing:
         have = ", ".join(loaded.column_names)
         raise ValueError(f"{path} lacks the column(s) {', '.join(missing)}; it has {have}.")
+    loaded = loaded.with_format(None)
+    if isinstance(loaded.features["image"], datasets.Image):
+        # As it is in the file, so that an image that cannot be read is the fault of one question only.
+        loaded = loaded.cast_column("image", datasets.Image(decode=False))
     rows = enumerate(islice(loaded, limit))
     return _checked([_question(row, at, row["image"], f"{path}, row {at}") for at, row in rows], path)
 
@@ -118,7 +198,7 @@ def _question(row: Mapping[str, Any], number: int, image: Any, place: str) -> Qu
         if not isinstance(row[name], str) or not row[name].strip():
             raise ValueError(f"{place}: {name} is {row[name]!r}: must be text.")
     found = Question(
-        name=str(row.get("question_id") or row.get("id") or number),
+        name=_name(row, number, place),
         text=row["question"].strip(),
         answer=row["answer"].strip(),
         image=image,
@@ -127,25 +207,48 @@ def _question(row: Mapping[str, Any], number: int, image: Any, place: str) -> Qu
     )
     if "type_detailed" in row:
         found.info["type"] = row["type_detailed"]
-    found.objects = [str(thing) for thing in row.get("objects") or []]
-    found.boxes = [_numbers(box, place) for box in row.get("boxes") or []]
+    objects = row.get("objects")
+    if objects is not None and not (_is_list(objects) and all(isinstance(thing, str) for thing in objects)):
+        raise ValueError(
+            f"{place}: objects is {objects!r}: must be a list of names (in a CSV file: object1 name, object2 name)."
+        )
+    boxes = row.get("boxes")
+    if boxes is not None and not _is_list(boxes):
+        raise ValueError(f"{place}: boxes is {boxes!r}: must be a list of boxes.")
+    found.objects = list(objects or [])
+    found.boxes = [_numbers(box, place) for box in boxes or []]
     for thing in _OBJECTS:
         label = _text(row, f"{thing} name")
         if label:
             found.objects.append(label)
             box = [row.get(f"{thing} {side}") for side in "xywh"]
-            if all(_given(number) for number in box):
+            if any(_given(number) for number in box):
                 found.boxes.append(_numbers(box, place))
+    if found.boxes and _given(row.get("image_w")) and _given(row.get("image_h")):
+        width, height = _numbers([row["image_w"], row["image_h"], 0, 0], place)[:2]
+        found.size = int(width), int(height)
     return found
 
 
+def _name(row: Mapping[str, Any], number: int, place: str) -> str:
+    column = next((column for column in ("question_id", "id") if column in row), None)
+    if column is None:
+        return str(number)
+    if not _given(row[column]):
+        raise ValueError(f"{place}: {column} is {row[column]!r}: give each row one, or leave the column out.")
+    return str(row[column]).strip()
+
+
 def _text(row: Mapping[str, Any], *columns: str) -> str:
-    value = next((row[column] for column in columns if row.get(column)), "")
-    return str(value).strip() if _given(value) else ""
+    return next((str(row[column]).strip() for column in columns if _given(row.get(column))), "")
 
 
 def _given(value: Any) -> bool:
     return value is not None and str(value).strip() not in ("", "-", "nan")
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _numbers(box: Any, place: str) -> tuple[float, float, float, float]:
@@ -165,13 +268,3 @@ def _checked(questions: list[Question], place: str) -> list[Question]:
             raise ValueError(f"{place}: the question id {question.name!r} comes twice.")
         seen.add(question.name)
     return questions
-
-
-def open_image(image: Any) -> Any:
-    """A PIL image in RGB."""
-    from PIL import Image
-
-    if isinstance(image, (str, os.PathLike)):
-        with Image.open(image) as file:
-            return file.convert("RGB")
-    return image.convert("RGB")

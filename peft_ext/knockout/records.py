@@ -126,7 +126,10 @@ def _files(path: Path) -> list[Path]:
 
 def _read(file: Path) -> list[Record]:
     records = []
-    lines = file.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} holds no records of a sweep ({error}); move the file away.") from None
     for number, line in enumerate(lines, 1):
         if not line:
             continue

@@ -131,10 +131,13 @@ def layer_sweep(
 
 
 def _numbered(samples: Iterable[Any]) -> Iterator[tuple[int, FlowSample | LazySample]]:
+    number = -1
     for number, sample in enumerate(samples):
         if not isinstance(sample, (FlowSample, LazySample)):
             raise ValueError(f"samples[{number}] is a {type(sample).__name__}: make it a FlowSample.")
         yield number, sample
+    if number < 0:
+        raise ValueError("samples is empty, as a generator is that has been read before: give at least one.")
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -177,6 +180,12 @@ class _Sweep:
             engine = "full"
             passes = self._with(engine, prompt, spans)
         base = passes.clean.double()  # [batch]
+        lost = ~base.isfinite() | torch.stack(list(passes.knocked.values())).isnan().any(0)
+        if lost.any():
+            raise ValueError(
+                f"sample {prompt.names[int(lost.int().argmax())]}: the model's logits are not finite, or its answer "
+                "has no probability at all, so that no change of it can be told; load the model in bf16 or fp32."
+            )
         records = []
         for row, name in enumerate(prompt.names):
             for pair in self.pairs:

@@ -171,6 +171,9 @@ def test_results_of_something_else_are_not_continued(gqa, capsys, monkeypatch, l
     assert "holds results with --all-answers False, not True" in capsys.readouterr().err
     assert flow(gqa, "--window", "3", "--limit", "2") == 0
     assert (gqa[2] / "sweep.jsonl").read_bytes().startswith(before)
+    (gqa[2] / "settings.json").write_text("")
+    assert flow(gqa, "--window", "3", "--limit", "2") == 1
+    assert "settings.json holds no settings of a sweep" in capsys.readouterr().err
 
 
 def test_images_beyond_the_limit_need_not_be_there(gqa, monkeypatch, loaded):
@@ -179,10 +182,24 @@ def test_images_beyond_the_limit_need_not_be_there(gqa, monkeypatch, loaded):
     assert flow(gqa, "--window", "3", "--limit", "2") == 0
 
 
+def test_bad_images_are_skipped_with_the_reason(gqa, capsys, monkeypatch, loaded):
+    monkeypatch.setattr(flow_cli, "_load", lambda options: loaded)
+    (gqa[1] / "1001.png").write_bytes(b"404")
+    (gqa[1] / "1003.png").unlink()
+    assert flow(gqa, "--window", "3", "--all-answers") == 0
+    assert "3 of 5 questions used" in capsys.readouterr().out
+    skipped = [json.loads(line) for line in (gqa[2] / "skipped.jsonl").read_text().splitlines()]
+    assert [entry["sample"] for entry in skipped] == ["01", "03"]
+    assert "cannot identify image" in skipped[0]["reason"] and "line 5: the image '1003'" in skipped[1]["reason"]
+    # one that was used, and is gone when the sweep is continued
+    (gqa[1] / "1000.png").unlink()
+    assert flow(gqa, "--window", "3", "--all-answers", "--jaccard") == 0
+    skipped = [json.loads(line) for line in (gqa[2] / "skipped.jsonl").read_text().splitlines()]
+    assert skipped[-1]["sample"] == "00" and "no readouts: " in skipped[-1]["reason"]
+
+
 def test_missing_files_and_columns_are_named(gqa, capsys, tmp_path):
-    path, folder, _ = gqa
-    (folder / "1003.png").unlink()
-    assert flow(gqa) == 1 and "line 5: the image '1003' is not in" in capsys.readouterr().err
+    path, _, _ = gqa
     path.write_text("question,img_id\nwhat,1\n")
     assert flow(gqa) == 1 and "lacks the column(s) answer" in capsys.readouterr().err
     assert flow((path, tmp_path / "nowhere", gqa[2])) == 1 and "is not a folder" in capsys.readouterr().err

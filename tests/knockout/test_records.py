@@ -144,12 +144,16 @@ def test_names_and_columns_are_not_taken_twice():
         layer_sweep(build(), twice[:1], PAIRS, **OPTIONS)
 
 
-def test_another_file_is_not_overwritten(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"my notes\nand more\n", "line 1 is not a record"), (b"\xff\n", "notes.jsonl holds no records")],
+)
+def test_another_file_is_not_overwritten(tmp_path, content, message):
     path = tmp_path / "notes.jsonl"
-    path.write_text("my notes\nand more\n")
-    with pytest.raises(ValueError, match="line 1 is not a record"):
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
         layer_sweep(build(), samples(), PAIRS, output=path, **OPTIONS)
-    assert path.read_text() == "my notes\nand more\n"
+    assert path.read_bytes() == content
 
 
 # One process that divides itself, since most of the time goes into imports.
