@@ -50,6 +50,14 @@ def grid(centre: float, trials: int) -> list[float]:
     return [float(f"{centre * SPACING ** (step - trials // 2):.2g}") for step in range(trials)]
 
 
+def beyond(search: Search) -> float | None:
+    """The learning rate that continues the grid past its best one, if that one is at an edge."""
+    if search.edge is None:
+        return None
+    factor = SPACING if search.edge == "upper" else 1 / SPACING
+    return float(f"{search.best.learning_rate * factor:.2g}")
+
+
 def search(centre: float, trials: int, run: Callable[[float], Trial]) -> Search:
     """Run every learning rate of the grid once."""
     return Search([run(learning_rate) for learning_rate in grid(centre, trials)])

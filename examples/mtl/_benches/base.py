@@ -83,7 +83,9 @@ def classification_losses(
 def outputs_of(model: nn.Module, data: Table, batch_size: int = 256) -> dict[str, Tensor]:
     """The model's outputs on all of `data`, in evaluation mode."""
     model.eval()
-    parts = [model(pixel_values=part) for part in data.columns["pixel_values"].split(batch_size)]
+    inputs = {name: column for name, column in data.columns.items() if not name.startswith("labels_")}
+    starts = range(0, len(data), batch_size)
+    parts = [model(**{name: column[at : at + batch_size] for name, column in inputs.items()}) for at in starts]
     return {task: torch.cat([part[task] for part in parts]) for task in parts[0]}
 
 

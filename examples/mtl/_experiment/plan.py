@@ -58,8 +58,11 @@ class Plan:
 
     def search(self) -> list[Run]:
         """Every cell with every rate, on the search's seed."""
-        epochs = self.search_epochs
-        return [self._run(cell, rate, self.search_seed, epochs) for cell in self.cells for rate in self.rates]
+        return [self.trial(cell, rate) for cell in self.cells for rate in self.rates]
+
+    def trial(self, cell: Cell, rate: float) -> Run:
+        """A cell with one rate, on the search's seed."""
+        return self._run(cell, rate, self.search_seed, self.search_epochs)
 
     def final(self, rates: dict[Cell, float]) -> list[Run]:
         """Every cell with its rate, seed by seed, so that an unfinished experiment has whole seeds."""
@@ -67,20 +70,32 @@ class Plan:
 
 
 class Ledger:
-    """Finished runs, a line of JSON each, in a file that grows."""
+    """
+    Finished runs, a line of JSON each, in a file that grows.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path (`Path`): the file; a last line that was cut off is dropped.
+        run_type (`type`, *optional*): dataclass of the settings by which a run is found.
+    """
+
+    def __init__(self, path: Path, run_type: Any = Run) -> None:
         self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.records: list[Record] = [json.loads(line) for line in lines]
+        self.names = list(run_type.__dataclass_fields__)
+        text = path.read_text() if path.exists() else ""
+        if text and not text.endswith("\n"):
+            text = text[: text.rfind("\n") + 1]
+            path.write_text(text)
+        self.records: list[Record] = [json.loads(line) for line in text.splitlines()]
         self._found = {self._key(record): record for record in self.records}
 
-    @staticmethod
-    def _key(settings: Record) -> str:
-        return json.dumps([settings[name] for name in Run.__dataclass_fields__])
+    def _key(self, settings: Record) -> str:
+        return json.dumps([settings[name] for name in self.names])
 
-    def find(self, run: Run) -> Record | None:
+    def find(self, run: Any) -> Record | None:
         return self._found.get(self._key(asdict(run)))
+
+    def __getitem__(self, run: Any) -> Record:
+        return self._found[self._key(asdict(run))]
 
     def add(self, record: Record) -> None:
         with self.path.open("a") as file:

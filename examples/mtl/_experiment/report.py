@@ -54,6 +54,14 @@ def markdown(report: dict[str, Any]) -> str:
         "test data against single-task training of all weights with the same budget and seed; lower is better. "
         "Mean ± standard deviation over seeds.",
         "",
+        *body(report),
+    ]
+    return "\n".join(text) + "\n"
+
+
+def body(report: dict[str, Any]) -> list[str]:
+    """The tables of `report`'s `summaries`, `benches`, `rows` and `differences`."""
+    text = [
         "## Over all methods",
         "",
         "Sparse minus all weights, with the same seed, data and order of samples: mean over methods, ± over seeds; in "
@@ -89,13 +97,13 @@ def markdown(report: dict[str, Any]) -> str:
             if one["bench"] == bench
         ]
         text += _table(head, lines)
-    return "\n".join(text) + "\n"
+    return text
 
 
 def _description(settings: Record) -> str:
     rates = ", ".join(f"{rate:g}" for rate in settings["rates"])
     return (
-        f"T = {len(settings['tasks'])} ({', '.join(settings['tasks'])}); {settings['images']} training images, "
+        f"T = {len(settings['tasks'])} ({', '.join(settings['tasks'])}); {settings['images']} training samples, "
         f"{settings['epochs']} epochs of batches of {settings['batch_size']}, Adam; sparse masks train "
         f"{100 * settings['density']:.0f} % of each neuron's inputs in the encoder, and the heads whole. Learning "
         f"rate: the best of {rates} on validation data of seed {settings['search_seed']}, for every method and mask "

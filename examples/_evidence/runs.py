@@ -1,0 +1,102 @@
+"""One training, what determines it, and the file that finished ones are kept in."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import methods, problems
+from .problems import Part, Problem
+from .training import EVALUATION_BATCH, Recipe, evaluate, train
+
+
+SEARCH_SEED = 1000  # of the search of learning rates; none of the seeds that are reported
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    Attributes:
+        model, data, image_size, pooling: see `problems.load`.
+        method: see `methods`.
+        size: training samples.
+        steps, batch_size: of training.
+        learning_rate, seed: the seed decides the head, the order of the samples and random entries.
+        validation, test: samples to evaluate on; the test part is left alone under `SEARCH_SEED`.
+    """
+
+    model: str
+    data: str
+    method: str
+    size: int
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+    validation: int
+    test: int
+    image_size: int | None = None
+    pooling: str | None = None
+
+    @property
+    def problem(self) -> Problem:
+        return problems.load(self.model, self.data, self.image_size, self.pooling)
+
+
+class Probe(nn.Module):
+    """A head alone, on features as inputs."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+        logits = self.head(pixel_values)
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return problems.SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+@lru_cache(maxsize=32)
+def frozen_features(model: str, source: str, part: str, image_size: int | None, pooling: str | None) -> Part:
+    """A part's features of the pretrained encoder, which a probe leaves as they are; rows in the part's order."""
+    problem = problems.load(model, source, image_size, pooling)
+    samples: Part = getattr(problem, part)
+    order = sorted(range(len(samples)), key=samples.length)
+    features = torch.empty(len(samples), problem.width)
+    with torch.no_grad():
+        for start in range(0, len(order), EVALUATION_BATCH):
+            rows = order[start : start + EVALUATION_BATCH]
+            batch = samples.batch(rows)
+            del batch["labels"]
+            features[torch.tensor(rows)] = problem.base.features(**batch)
+    return Part(features, samples.labels)
+
+
+def execute(run: Run) -> dict[str, Any]:
+    """Train and evaluate; the run's settings and what came out."""
+    begin = time.process_time()
+    method = methods.Method.parse(run.method)
+    problem = run.problem
+    model = methods.adapt(problem.base, method, problem.train.first(run.size), run.seed)
+    adapter, head = methods.trained_parameters(model, method)
+    parts = {name: getattr(problem, name) for name in ("train", "validation", "test")}
+    if method.kind == "probe":
+        where = (run.image_size, run.pooling)
+        parts = {name: frozen_features(run.model, run.data, name, *where) for name in parts}
+        model = Probe(model.head)  # type: ignore[arg-type]
+    recipe = Recipe(run.steps, run.batch_size)
+    record = {
+        **asdict(run),
+        "adapter_parameters": adapter,
+        "head_parameters": head,
+        **train(model, parts["train"].first(run.size), recipe, run.learning_rate, run.seed),
+        "validation_result": evaluate(model, parts["validation"].first(run.validation)),
+    }
+    if run.seed != SEARCH_SEED:
+        record["test_result"] = evaluate(model, parts["test"].first(run.test))
+    return {**record, "cpu_seconds": round(time.process_time() - begin, 2)}
