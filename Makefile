@@ -15,7 +15,7 @@ export MYPY_CACHE_DIR := $(CACHE)/mypy
 export RUFF_CACHE_DIR := $(CACHE)/ruff
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-peft lint format types bench clean
+.PHONY: help setup quickstart evidence test test-peft lint format types bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -33,6 +33,11 @@ $(STAMP): pyproject.toml constraints.txt
 
 quickstart: $(STAMP) ## the main job: NeuroAda beside six other methods, one table
 	$(BIN)/python examples/quickstart.py $(ARGS)
+
+evidence: $(STAMP) ## every comparison on pretrained models: some three and a half hours of two cores; ARGS=--quick
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[pretrained]"
+	$(BIN)/python examples/pretrained/packages.py
+	$(BIN)/python examples/evidence.py $(ARGS)
 
 test: $(STAMP) ## peft_ext's tests
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -o cache_dir=$(CACHE)/pytest $(ARGS)

@@ -32,9 +32,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path.append(str(Path(__file__).parent / "mtl"))
 
 from _benches.runs import Run as TasksRun
-from _evidence import cost, merging, runs, tables, tasks, unmerging
+from _evidence import cost, merging, problems, runs, tables, tasks, unmerging
 from _evidence.experiments import Plan, quick, with_stand_ins
 from _evidence.merging import MergeRun
+from _evidence.methods import Method, refusal
 from _evidence.protocol import Comparison, conduct
 from _evidence.runs import Run
 from _evidence.unmerging import UnmergeRun
@@ -77,11 +78,15 @@ class Evidence:
 
     def compare(self, comparison: Comparison) -> None:
         """Search, train and tabulate."""
+        base = problems.load(comparison.model, comparison.data[0], comparison.image_size, comparison.pooling).base
+        reasons = {name: refusal(base, Method.parse(name)) for name in comparison.methods}
+        refused = {name: reason for name, reason in reasons.items() if reason is not None}
+        comparison = replace(comparison, methods=tuple(name for name in comparison.methods if name not in refused))
         ledger = self.ledger("comparisons", Run)
         searches = conduct(comparison, ledger, self.trainer(runs.execute, ledger, comparison.name))
         found = tables.rows(comparison, searches, ledger)
-        self.content[comparison.name] = {"settings": vars(comparison), "rows": found}
-        self.text += tables.comparison_table(comparison, found)
+        self.content[comparison.name] = {"settings": vars(comparison), "refused": refused, "rows": found}
+        self.text += tables.comparison_table(comparison, found, refused)
 
     def rates(self, methods: Sequence[str]) -> tuple[Comparison, dict[str, float]]:
         """The largest training set of the first comparison, and the learning rates that its search finds there."""
@@ -147,7 +152,7 @@ class Evidence:
         """Time and memory of a step; nothing else should run meanwhile."""
         comparison = self.plan.comparisons[0]
         rounds = 20 if max(comparison.steps.values()) > 10 else 2
-        methods = list(dict.fromkeys([*comparison.known_methods, REFERENCE]))
+        methods = list(dict.fromkeys([*comparison.methods, REFERENCE]))
         found = cost.measure(comparison, methods, REFERENCE, rounds)
         self.content["cost"] = found
         self.text += tables.cost_table(found, REFERENCE)

@@ -10,7 +10,7 @@ from .stand_ins import PREFIX
 
 DOMAINS = ("movies", "editorials", "tweets", "products")
 SEARCHED = ("movies", "tweets")  # domains that learning rates are chosen on
-STEPS = {200: 60, 1000: 100}  # per number of training sentences
+STEPS = {200: 50, 1000: 80}  # per number of training sentences
 CRITERIA = ("magnitude", "gradient", "activation", "random", "reverse")
 
 
@@ -144,7 +144,7 @@ class TasksSize:
     """Sizes of the multi-task experiment: rows have a sentence of every domain."""
 
     model: str = "minilm"
-    rows: int = 320
+    rows: int = 240
     rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     methods: tuple[str, ...] = ("joint", "pcgrad", "cagrad", "mgda", "imtl_g", "nash_mtl", "famo")

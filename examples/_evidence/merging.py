@@ -113,6 +113,11 @@ class Domains:
         self.model.add_weighted_adapter(names, [weight] * len(names), "merged", combination_type=kind, **options)
         self.model.set_adapter("merged")
 
+    def drop(self) -> None:
+        """Delete the adapter `merged`."""
+        self.model.set_adapter(self.run.data[0])
+        self.model.delete_adapter("merged")
+
 
 def execute(run: MergeRun) -> dict[str, Any]:
     """
@@ -139,10 +144,10 @@ def execute(run: MergeRun) -> dict[str, Any]:
         for weight in WEIGHTS:
             domains.combine(form, weight)
             scores[weight] = fmean(domains.accuracy(name, domains.heads, "validation") for name in names)
-            domains.model.delete_adapter("merged")
+            domains.drop()
         best = max(scores, key=lambda weight: scores[weight])
         domains.combine(form, best)
         result["weights"][form] = best
         result["merged"][form] = {name: domains.accuracy(name, domains.heads, "test") for name in names}
-        domains.model.delete_adapter("merged")
+        domains.drop()
     return {**result, "cpu_seconds": round(time.process_time() - begin, 2)}

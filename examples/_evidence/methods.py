@@ -72,12 +72,6 @@ class Method:
         return cls(name, match["kind"], int(match["size"] or 0), options)
 
     @property
-    def is_known(self) -> bool:
-        """Whether this version of peft_ext has the options."""
-        known = {field.name for field in fields(OURS[self.kind])} | {"scores"} if self.kind in OURS else set()
-        return set(self.options) <= known
-
-    @property
     def centre(self) -> float:
         return CENTRES[self.kind] * (0.3 if self.kind in OURS and self.size >= 8 else 1.0)
 
@@ -198,6 +192,22 @@ def moved(images: Tensor, generator: torch.Generator) -> Tensor:
     shifts = torch.randint(-reach, reach + 1, (len(images), 2), generator=generator).tolist()
     contrast = 0.8 + 0.4 * torch.rand(len(images), 1, 1, 1, generator=generator)
     return torch.stack([image.roll(shift, (1, 2)) for image, shift in zip(images, shifts, strict=True)]) * contrast
+
+
+def refusal(base: Classifier, method: Method) -> str | None:
+    """Why this version of peft_ext can't train the model so: an option that it has not, or layers; `None` if it can."""
+    if method.kind not in OURS:
+        return None
+    config = OURS[method.kind]
+    missing = set(method.options) - {field.name for field in fields(config)} - {"scores"}
+    if missing:
+        return f"{config.__name__} has no option {', '.join(sorted(missing))}"
+    names = linears(base) if method.kind == "neuroada" else neurons(base)
+    try:
+        get_peft_model(copy.deepcopy(base), config(selection="magnitude", target_modules=names, modules_to_save=[]))
+    except ValueError as error:
+        return str(error).partition(". ")[0]
+    return None
 
 
 def trained_parameters(model: nn.Module, method: Method) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from . import stand_ins
 SPLIT_SEED = 0
 MAX_TOKENS = 32  # longer sentences are left out: nothing is truncated, and a step stays short
 POOL = 1000  # samples kept for training; training sets of n are the first n of them
-VALIDATION, TEST = 300, 800
+VALIDATION, TEST = 300, 600
 SCALING_SAMPLES = 64
 
 
@@ -92,21 +92,30 @@ class Part:
     Attributes:
         inputs: token ids per sentence, or images `[count, channels, height, width]`.
         labels: `[count]`.
+        lengths: tokens per sentence, 0 for images; batches are made of neighbours in length.
         padding: token id.
     """
 
     inputs: list[list[int]] | Tensor
     labels: Tensor
+    lengths: list[int]
     padding: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def first(self, count: int) -> Part:
-        return Part(self.inputs[:count], self.labels[:count], self.padding)
+        return Part(self.inputs[:count], self.labels[:count], self.lengths[:count], self.padding)
 
-    def length(self, index: int) -> int:
-        return 0 if isinstance(self.inputs, Tensor) else len(self.inputs[index])
+    def chosen(self, indices: Sequence[int]) -> Part:
+        rows = torch.tensor(indices)
+        inputs: Any = self.inputs
+        inputs = inputs[rows] if isinstance(inputs, Tensor) else [inputs[index] for index in indices]
+        return Part(inputs, self.labels[rows], [self.lengths[index] for index in indices], self.padding)
+
+    def by_length(self) -> list[int]:
+        """Indices of all samples, the shortest first."""
+        return sorted(range(len(self)), key=self.lengths.__getitem__)
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """The model's arguments; sentences are padded to the longest of the batch."""
@@ -127,7 +136,7 @@ class Part:
         chunk = 8 * batch_size
         batches = []
         for start in range(0, len(order), chunk):
-            near = sorted(order[start : start + chunk], key=self.length)
+            near = sorted(order[start : start + chunk], key=self.lengths.__getitem__)
             batches += [near[place : place + batch_size] for place in range(0, len(near), batch_size)]
         return [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
 
@@ -148,13 +157,13 @@ def encoded(samples: Labelled, encoder: Encoder, image_size: int | None) -> Part
     if encoder.is_text:
         ids = encoder.tokenizer(samples.inputs)["input_ids"]
         kept = [index for index, sentence in enumerate(ids) if 0 < len(sentence) <= MAX_TOKENS]
-        labels = samples.labels[torch.tensor(kept)]
-        return Part([ids[index] for index in kept], labels, encoder.tokenizer.pad_token_id)
+        whole = Part(ids, samples.labels, [len(sentence) for sentence in ids], encoder.tokenizer.pad_token_id)
+        return whole.chosen(kept)
     images: Any = samples.inputs.float() / 255  # type: ignore[union-attr]
     if image_size:
         images = nn.functional.interpolate(images, (image_size, image_size), mode="bilinear", antialias=True)
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (encoder.mean, encoder.std))
-    return Part((images.expand(-1, 3, -1, -1) - mean) / std, samples.labels)
+    return Part((images.expand(-1, 3, -1, -1) - mean) / std, samples.labels, [0] * len(images))
 
 
 @lru_cache(maxsize=4)
@@ -175,13 +184,7 @@ def load(model: str, source: str, image_size: int | None = None, pooling: str | 
     if pool < 1:
         raise ValueError(f"{source} has {len(part)} usable samples; {held_out} are held out for validation and test")
     bounds = [0, pool, pool + VALIDATION, pool + held_out]
-    train, validation, test = (_chosen(part, order[a:b]) for a, b in pairwise(bounds))
+    train, validation, test = (part.chosen(order[a:b]) for a, b in pairwise(bounds))
     base = Classifier(encoder, samples.classes).eval()
     base.set_scale(train.batch(range(min(SCALING_SAMPLES, len(train)))))
     return Problem(base, train, validation, test, encoder.width)
-
-
-def _chosen(part: Part, indices: list[int]) -> Part:
-    inputs: Any = part.inputs
-    chosen = inputs[torch.tensor(indices)] if isinstance(inputs, Tensor) else [inputs[index] for index in indices]
-    return Part(chosen, part.labels[torch.tensor(indices)], part.padding)

@@ -57,18 +57,17 @@ class Comparison:
     trials: int = 5
     widenings: int = 3
     validation: int = 300
-    test: int = 800
+    test: int = 600
     image_size: int | None = None
     pooling: str | None = None
 
     @property
-    def known_methods(self) -> list[str]:
-        """Those whose options this version of peft_ext has."""
-        return [name for name in self.methods if Method.parse(name).is_known]
+    def most_trials(self) -> int:
+        return self.trials + self.widenings
 
     @property
     def cells(self) -> list[Cell]:
-        return [(method, size) for size in self.steps for method in self.known_methods]
+        return [(method, size) for size in self.steps for method in self.methods]
 
     def run(self, cell: Cell, data: str, learning_rate: float, seed: int) -> Run:
         method, size = cell
@@ -118,7 +117,8 @@ def conduct(comparison: Comparison, ledger: Ledger, train: Conduct) -> dict[Cell
     train([run for cell in cells for rate in grids[cell] for run in comparison.trial_runs(cell, rate)])
     searches = {cell: comparison.search(cell, ledger) for cell in cells}
     for _ in range(comparison.widenings):
-        wider = {cell: rate for cell, found in searches.items() if (rate := beyond(found)) is not None}
+        narrow = {cell: found for cell, found in searches.items() if len(found.trials) < comparison.most_trials}
+        wider = {cell: rate for cell, found in narrow.items() if (rate := beyond(found)) is not None}
         train([run for cell, rate in wider.items() for run in comparison.trial_runs(cell, rate)])
         searches |= {cell: comparison.search(cell, ledger) for cell in wider}
     train(final_runs(comparison, searches))

@@ -66,7 +66,7 @@ def frozen_features(model: str, source: str, part: str, image_size: int | None, 
     """A part's features of the pretrained encoder, which a probe leaves as they are; rows in the part's order."""
     problem = problems.load(model, source, image_size, pooling)
     samples: Part = getattr(problem, part)
-    order = sorted(range(len(samples)), key=samples.length)
+    order = samples.by_length()
     features = torch.empty(len(samples), problem.width)
     with torch.no_grad():
         for start in range(0, len(order), EVALUATION_BATCH):
@@ -74,7 +74,7 @@ def frozen_features(model: str, source: str, part: str, image_size: int | None, 
             batch = samples.batch(rows)
             del batch["labels"]
             features[torch.tensor(rows)] = problem.base.features(**batch)
-    return Part(features, samples.labels)
+    return Part(features, samples.labels, samples.lengths)
 
 
 def execute(run: Run) -> dict[str, Any]:

@@ -63,8 +63,10 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *lines)]
 
 
-def comparison_table(comparison: Comparison, found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The rows of a comparison, one table per number of training samples."""
+def comparison_table(
+    comparison: Comparison, found: Sequence[Mapping[str, Any]], refused: Mapping[str, str]
+) -> list[str]:
+    """The rows of a comparison, one table per number of training samples, and why methods are missing."""
     text = [f"## {comparison.title}", ""]
     reference = comparison.methods[0]
     for size, steps in comparison.steps.items():
@@ -78,9 +80,7 @@ def comparison_table(comparison: Comparison, found: Sequence[Mapping[str, Any]])
         text += [*table(head, [_line(row, comparison) for row in found if row["size"] == size]), ""]
     if any(row["edge"] for row in found):
         text += ["\\* best learning rate at the edge of its grid even after widening", ""]
-    missing = [method for method in comparison.methods if method not in comparison.known_methods]
-    if missing:
-        text += [f"Not in this version of peft_ext: {', '.join(missing)}.", ""]
+    text += [f"Not trained: {name} ({reason})" for name, reason in refused.items()]
     return text
 
 

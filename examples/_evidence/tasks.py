@@ -83,7 +83,7 @@ def tables(model: str, images: int) -> tuple[Table, Table, Table]:
 def _table(parts: Sequence[Part], size: int) -> Table:
     """As many rows as asked for and all domains have, of their first sentences that are short enough."""
     columns: dict[str, Tensor] = {}
-    chosen = [[row for row in range(len(part)) if part.length(row) <= MAX_TOKENS][:size] for part in parts]
+    chosen = [[row for row in range(len(part)) if part.lengths[row] <= MAX_TOKENS][:size] for part in parts]
     rows = min(map(len, chosen))
     shape = (rows, len(parts), MAX_TOKENS)
     ids, masks = torch.full(shape, parts[0].padding), torch.zeros(shape, dtype=torch.long)

@@ -96,7 +96,7 @@ def finite(value: float) -> float | None:
 def logits_of(model: nn.Module, part: Part) -> Tensor:
     """`[samples, classes]`, in evaluation mode."""
     model.eval()
-    order = sorted(range(len(part)), key=part.length)
+    order = part.by_length()
     result: Tensor | None = None
     for start in range(0, len(order), EVALUATION_BATCH):
         chosen = order[start : start + EVALUATION_BATCH]
