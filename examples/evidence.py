@@ -143,7 +143,7 @@ class Evidence:
         """Four domains as four tasks."""
         plan = tasks.plan(self.plan.tasks)
         ledger = self.ledger("tasks", TasksRun)
-        chosen = tasks.conduct(plan, ledger, self.trainer(tasks.execute, ledger, "tasks"))
+        chosen = tasks.conduct(plan, self.plan.tasks.widenings, ledger, self.trainer(tasks.execute, ledger, "tasks"))
         found = tasks.report(plan, ledger, chosen)
         self.content["tasks"] = found
         self.text += [*body(found), *tasks.loss_table(found["runs"])]

@@ -146,6 +146,7 @@ class TasksSize:
     model: str = "minilm"
     rows: int = 240
     rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+    widenings: int = 3
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     methods: tuple[str, ...] = ("joint", "pcgrad", "cagrad", "mgda", "imtl_g", "nash_mtl", "famo")
 
@@ -165,7 +166,7 @@ class MergingSize:
 class UnmergingSize:
     """Sizes of the unmerging experiment; learning rates as in [`MergingSize`]."""
 
-    methods: tuple[str, ...] = ("neuroada-k1", "neuroada-k4", "shira-k4", "lora-r8")
+    methods: tuple[str, ...] = ("neuroada-k1", "shira-k4", "neuroada-k4", "lora-r8")
     cycles: tuple[int, ...] = (1, 10, 100, 1000)
 
 
@@ -206,7 +207,7 @@ def quick(plan: Plan) -> Plan:
     )
     return Plan(
         comparisons,
-        replace(plan.tasks, rows=16, seeds=(0, 1), methods=("joint",), rates=plan.tasks.rates[::2]),
+        replace(plan.tasks, rows=16, seeds=(0, 1), methods=("joint",), rates=(1e-3,), widenings=1),
         replace(
             plan.merging, methods=plan.merging.methods[-2:], data=DOMAINS[:2], seeds=(0, 1), validation=20, test=30
         ),

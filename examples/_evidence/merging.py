@@ -82,7 +82,7 @@ class Domains:
         inner = self.model.get_base_model()
         inner.head = copy.deepcopy(problem.base.head)
         inner.scale.copy_(problem.base.scale)
-        methods.new_head(inner, run.seed)
+        inner.reset_head(run.seed)
         inner.head.requires_grad_(True)
         recipe = Recipe(run.steps, run.batch_size)
         train(self.model, problem.train.first(run.size), recipe, run.learning_rate, run.seed)
@@ -90,7 +90,7 @@ class Domains:
 
     def _probe(self, name: str) -> nn.Module:
         run, base = self.run, copy.deepcopy(self.problems[name].base)
-        methods.new_head(base, run.seed)
+        base.reset_head(run.seed)
         probe = Probe(base.head)
         features = frozen_features(run.model, name, "train", None, None).first(run.size)
         train(probe, features, Recipe(run.steps, run.batch_size), Method.parse("probe").centre, run.seed)

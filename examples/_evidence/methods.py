@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from benchmarks._common import methods as benched
@@ -49,6 +50,10 @@ CENTRES = {
     "probe": 1e-2,
     "full": 1e-4,
 }
+
+
+# Scores do not depend on the learning rate or the seed of a run: computed once per pretrained model and training set.
+_scores: WeakKeyDictionary[Classifier, dict[Any, Any]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -112,10 +117,10 @@ def adapt(base: Classifier, method: Method, part: Part, seed: int) -> nn.Module:
         base (`Classifier`): stays as it is.
         method (`Method`): what to train.
         part (`Part`): training samples, for methods that score by them.
-        seed (`int`): of the head and of random choices.
+        seed (`int`): of the head and of random entries; what scores choose does not depend on it.
     """
     model = copy.deepcopy(base).requires_grad_(False)
-    new_head(model, seed)
+    model.reset_head(seed)
     adapted: nn.Module = model
     if method.kind == "full":
         model.requires_grad_(True)
@@ -125,18 +130,9 @@ def adapt(base: Classifier, method: Method, part: Part, seed: int) -> nn.Module:
     elif method.kind == "masked":
         benched.mask_gradients(model, [name.rpartition(".")[2] for name in linears(model)], method.size)
     elif method.kind != "probe":
-        adapted = get_peft_model(model, configuration(model, method, part, seed))
+        adapted = get_peft_model(model, configuration(base, method, part, seed))
     model.head.requires_grad_(True)
     return adapted
-
-
-def new_head(model: Classifier, seed: int) -> None:
-    """Small random weights, no bias: logits begin near 0."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        model.head.weight.copy_(0.004 * torch.randn(model.head.weight.shape, generator=generator))
-        model.head.bias.zero_()
-    model.head.float()  # also on an encoder of 16 bits
 
 
 def configuration(model: Classifier, method: Method, part: Part, seed: int) -> Any:
@@ -154,27 +150,30 @@ def theirs(model: Classifier, method: Method) -> Any:
     return benched.peft_config(benched.Method(method.name, method.kind, method.size), layers, targets)
 
 
-def ours(model: Classifier, method: Method, part: Part, seed: int) -> Any:
+def ours(base: Classifier, method: Method, part: Part, seed: int) -> Any:
     """Configuration of NeuroAda, for linear layers, or of GPS, for convolutions too, with the scores they rank by."""
     options = dict(method.options)
-    by_cross_entropy = options.pop("scores", None) == "cross_entropy"
-    targets = linears(model) if method.kind == "neuroada" else neurons(model)
+    loss = "model" if options.pop("scores", None) == "cross_entropy" else None
+    targets = linears(base) if method.kind == "neuroada" else neurons(base)
     config: Any = OURS[method.kind](k=method.size, target_modules=targets, modules_to_save=[], seed=seed, **options)
     criterion = config.selection.partition("_")[0]
-    batches = list(scoring_batches(part, seed, two_views=criterion == "gradient" and not by_cross_entropy))
-    if criterion == "gradient":
-        loss: Any = "model" if by_cross_entropy else None
-        config.with_scores(
-            gradient_scores(model, batches, loss, features=None if loss else "pooling", config=config, progress=False)
-        )
-    elif criterion == "activation":
-        config.with_scores(activation_scores(model, batches, config=config, progress=False))
-    return config
+    if criterion not in ("gradient", "activation"):
+        return config
+    known = _scores.setdefault(base, {})
+    key = (criterion, loss, len(part), len(targets))
+    if key not in known:
+        batches = list(scoring_batches(part, two_views=criterion == "gradient" and loss is None))
+        if criterion == "gradient":
+            features = "pooling" if loss is None else None
+            known[key] = gradient_scores(base, batches, loss, features=features, config=config, progress=False)
+        else:
+            known[key] = activation_scores(base, batches, config=config, progress=False)
+    return config.with_scores(known[key])
 
 
-def scoring_batches(part: Part, seed: int, two_views: bool) -> Iterator[dict[str, Tensor]]:
+def scoring_batches(part: Part, two_views: bool) -> Iterator[dict[str, Tensor]]:
     """Training samples; images twice where asked for, moved and brightened at random. Sentences are what they are."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     for indices in part.first(SCORING_SAMPLES).epoch(SCORING_BATCH, generator):
         batch = part.batch(indices)
         if two_views and "pixel_values" in batch:
@@ -195,7 +194,7 @@ def moved(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def refusal(base: Classifier, method: Method) -> str | None:
-    """Why this version of peft_ext can't train the model so: an option that it has not, or layers; `None` if it can."""
+    """Why this version of peft_ext can't train the model so, an option or layers; `None` if it can."""
     if method.kind not in OURS:
         return None
     config = OURS[method.kind]

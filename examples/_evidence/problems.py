@@ -72,6 +72,14 @@ class Classifier(nn.Module):
         return self.scale * self.pooling(self.encoder(**inputs).last_hidden_state, attention_mask)  # [batch, width]
 
     @torch.no_grad()
+    def reset_head(self, seed: int) -> None:
+        """Small random weights, no bias: logits begin near 0."""
+        generator = torch.Generator().manual_seed(seed)
+        self.head.weight.copy_(0.004 * torch.randn(self.head.weight.shape, generator=generator))
+        self.head.bias.zero_()
+        self.head.float()  # also on an encoder of 16 bits
+
+    @torch.no_grad()
     def set_scale(self, samples: dict[str, Tensor]) -> None:
         """Scale by what the encoder makes of these samples."""
         inputs = {name: value for name, value in samples.items() if name != "labels"}
@@ -186,5 +194,6 @@ def load(model: str, source: str, image_size: int | None = None, pooling: str | 
     bounds = [0, pool, pool + VALIDATION, pool + held_out]
     train, validation, test = (part.chosen(order[a:b]) for a, b in pairwise(bounds))
     base = Classifier(encoder, samples.classes).eval()
+    base.reset_head(0)
     base.set_scale(train.batch(range(min(SCALING_SAMPLES, len(train)))))
     return Problem(base, train, validation, test, encoder.width)

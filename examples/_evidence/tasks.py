@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from . import problems
 from .experiments import TasksSize
-from .methods import new_head
 from .problems import Classifier, Part
 from .runs import SEARCH_SEED
 from .stand_ins import PREFIX
@@ -31,9 +30,8 @@ from .tables import table
 
 
 DOMAINS = ("movies", "editorials", "tweets", "products")
-WIDENINGS = 3
-MAX_TOKENS = 24  # four sentences a row: shorter ones than in the other experiments
 VALIDATION, TEST = 150, 300
+MAX_TOKENS = 24  # four sentences a row: shorter ones than in the other experiments
 HEAD_SPEED = 10.0  # the trainer has one learning rate: larger features let the new heads learn faster than the encoder
 NOISE_FLOOR_STEPS = 4
 DENSITY = 0.3
@@ -55,7 +53,7 @@ class DomainTasks(nn.Module):
         heads = {}
         for number, task in enumerate(tasks):
             part = copy.deepcopy(base)
-            new_head(part, 100 * seed + number)
+            part.reset_head(100 * seed + number)
             heads[task] = part.head
         self.heads = nn.ModuleDict(heads)
 
@@ -76,7 +74,7 @@ def tables(model: str, images: int) -> tuple[Table, Table, Table]:
     """Training, validation and test rows."""
     prefix = PREFIX if model.startswith(PREFIX) else ""
     found = [problems.load(model, f"{prefix}{domain}") for domain in DOMAINS]
-    sizes = {"train": images, "validation": VALIDATION, "test": TEST}
+    sizes = {"train": images, "validation": min(VALIDATION, images), "test": min(TEST, images)}
     return tuple(_table([getattr(one, part) for one in found], size) for part, size in sizes.items())  # type: ignore[return-value]
 
 
@@ -142,11 +140,11 @@ def plan(size: TasksSize) -> Plan:
     return Plan(problem, *lists, SEARCH_SEED, DENSITY, problem.epochs, size.rows, problem.epochs)
 
 
-def conduct(plan: Plan, ledger: Ledger, train: Callable[[Sequence[Run]], None]) -> dict[Cell, float]:
+def conduct(plan: Plan, widenings: int, ledger: Ledger, train: Callable[[Sequence[Run]], None]) -> dict[Cell, float]:
     """Search with widening at the edges, then the seeds; every cell's learning rate."""
     runs = plan.search()
     train(runs)
-    for _ in range(WIDENINGS):
+    for _ in range(widenings):
         chosen = choose_rates(plan.bench, map(ledger.__getitem__, runs))
         wider = [plan.trial(cell, rate) for cell, best in chosen.items() if (rate := _beyond(cell, best, runs))]
         if not wider:

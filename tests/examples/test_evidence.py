@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def test_every_method_has_the_same_search_and_the_same_seeds(folder):
             tried = sorted(r["learning_rate"] for r in mine if r["seed"] == runs.SEARCH_SEED)
             final = [r for r in mine if r["seed"] != runs.SEARCH_SEED]
             assert comparison.trials <= len(tried) <= comparison.trials + comparison.widenings
-            assert all(b / a == pytest.approx(SPACING, rel=0.05) for a, b in zip(tried, tried[1:], strict=False))
+            assert all(b / a == pytest.approx(SPACING, rel=0.05) for a, b in pairwise(tried))
             assert [r["seed"] for r in final] == list(comparison.seeds)
             assert len({r["learning_rate"] for r in final}) == 1
             settings = {(r["steps"], r["batch_size"], r["size"], r["validation"], r["test"]) for r in mine}
