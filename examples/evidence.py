@@ -31,8 +31,9 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path.append(str(Path(__file__).parent / "mtl"))
 
+import torch
 from _benches.runs import Run as TasksRun
-from _evidence import cost, merging, problems, runs, tables, tasks, unmerging
+from _evidence import cost, merging, runs, tables, tasks, unmerging
 from _evidence.experiments import Plan, quick, with_stand_ins
 from _evidence.merging import MergeRun
 from _evidence.methods import Method, refusal
@@ -78,7 +79,7 @@ class Evidence:
 
     def compare(self, comparison: Comparison) -> None:
         """Search, train and tabulate."""
-        base = problems.load(comparison.model, comparison.data[0], comparison.image_size, comparison.pooling).base
+        base = comparison.run(comparison.cells[0], comparison.data[0], 0.0, 0).problem.base
         reasons = {name: refusal(base, Method.parse(name)) for name in comparison.methods}
         refused = {name: reason for name, reason in reasons.items() if reason is not None}
         comparison = replace(comparison, methods=tuple(name for name in comparison.methods if name not in refused))
@@ -164,7 +165,8 @@ def parser() -> argparse.ArgumentParser:
         description=description, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("--out", type=Path, default=Path("evidence_output"), help="folder for results [%(default)s]")
-    options.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes of one thread [%(default)s]")
+    jobs = 1 if torch.cuda.is_available() else os.cpu_count() or 1
+    options.add_argument("--jobs", type=int, default=jobs, help="processes of one thread [cores; with a GPU 1]")
     options.add_argument(
         "--experiments", nargs="+", choices=Plan().names, metavar="NAME", help=", ".join(Plan().names)
     )
@@ -179,6 +181,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--batch-size", type=int, default=16, help="[%(default)s]")
     own.add_argument("--image-size", type=int, help="height and width that images are scaled to")
     own.add_argument("--pooling", choices=("mean", "first", "last"), help="of positions into one vector [the model's]")
+    own.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base [%(default)s]")
     return options
 
 
@@ -195,6 +198,7 @@ def own_comparison(options: argparse.Namespace) -> Comparison:
         batch_size=options.batch_size,
         image_size=options.image_size,
         pooling=options.pooling,
+        dtype=options.dtype,
     )
 
 

@@ -9,9 +9,10 @@ from typing import Any
 from _quickstart.memory import peak_bytes
 from _quickstart.timing import interleaved, relative, training_step
 
-from . import methods, problems
+from . import methods
 from .methods import Method
 from .protocol import Comparison
+from .training import inputs_of
 
 
 def measure(comparison: Comparison, names: Sequence[str], reference: str, rounds: int) -> dict[str, Any]:
@@ -20,9 +21,10 @@ def measure(comparison: Comparison, names: Sequence[str], reference: str, rounds
         `dict`: per method median seconds, the median of its ratios to `reference` within a round, and the peak of the
         bytes that a step needs beyond the weights. A probe's features are not cached here.
     """
-    problem = problems.load(comparison.model, comparison.data[0], comparison.image_size, comparison.pooling)
+    problem = comparison.run(comparison.cells[0], comparison.data[0], 0.0, 0).problem
     part = problem.train.first(max(comparison.steps))
-    batch = part.batch(range(comparison.batch_size))
+    batch = inputs_of(problem.base, part, range(comparison.batch_size), with_labels=True)
+    device = str(next(problem.base.parameters()).device)
 
     def step(name: str) -> Any:
         method = Method.parse(name)
@@ -34,7 +36,7 @@ def measure(comparison: Comparison, names: Sequence[str], reference: str, rounds
         name: {
             "seconds": statistics.median(seconds[name]),
             "ratio": ratios[name],
-            "peak_bytes": peak_bytes(lambda name=name: step(name)),  # type: ignore[misc]
+            "peak_bytes": peak_bytes(lambda name=name: step(name), device=device),  # type: ignore[misc]
         }
         for name in names
     }

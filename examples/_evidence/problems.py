@@ -74,15 +74,15 @@ class Classifier(nn.Module):
     @torch.no_grad()
     def reset_head(self, seed: int) -> None:
         """Small random weights, no bias: logits begin near 0."""
-        generator = torch.Generator().manual_seed(seed)
-        self.head.weight.copy_(0.004 * torch.randn(self.head.weight.shape, generator=generator))
+        drawn = torch.randn(self.head.weight.shape, generator=torch.Generator().manual_seed(seed))
+        self.head.weight.copy_(0.004 * drawn)
         self.head.bias.zero_()
         self.head.float()  # also on an encoder of 16 bits
 
     @torch.no_grad()
     def set_scale(self, samples: dict[str, Tensor]) -> None:
         """Scale by what the encoder makes of these samples."""
-        inputs = {name: value for name, value in samples.items() if name != "labels"}
+        inputs = {name: value.to(self.scale.device) for name, value in samples.items() if name != "labels"}
         self.scale.fill_(1.0)
         self.scale.copy_(self.features(**inputs).square().mean().rsqrt())
 
@@ -175,15 +175,18 @@ def encoded(samples: Labelled, encoder: Encoder, image_size: int | None) -> Part
 
 
 @lru_cache(maxsize=4)
-def load(model: str, source: str, image_size: int | None = None, pooling: str | None = None) -> Problem:
+def load(
+    model: str, source: str, image_size: int | None = None, pooling: str | None = None, dtype: str = "float32"
+) -> Problem:
     """
     Args:
         model (`str`): see `pretrained.encoders.load`.
         source (`str`): see `pretrained.data.load`.
         image_size (`int`, *optional*): height and width that images are scaled to.
-        pooling (`str`, *optional*): if not the encoder's own.
+        pooling (`str`, *optional*), dtype (`str`, *optional*, defaults to `"float32"`): of a model that is not ours.
     """
-    encoder = stand_ins.encoder(model) if model in stand_ins.ENCODERS else encoders.load(model, pooling)
+    is_made = model in stand_ins.ENCODERS
+    encoder = stand_ins.encoder(model) if is_made else encoders.load(model, pooling, getattr(torch, dtype))
     samples = stand_ins.data(source) if source.startswith(stand_ins.PREFIX) else data.load(source)
     part = encoded(samples, encoder, image_size)
     order = torch.randperm(len(part), generator=torch.Generator().manual_seed(SPLIT_SEED)).tolist()
@@ -193,7 +196,7 @@ def load(model: str, source: str, image_size: int | None = None, pooling: str | 
         raise ValueError(f"{source} has {len(part)} usable samples; {held_out} are held out for validation and test")
     bounds = [0, pool, pool + VALIDATION, pool + held_out]
     train, validation, test = (part.chosen(order[a:b]) for a, b in pairwise(bounds))
-    base = Classifier(encoder, samples.classes).eval()
+    base = Classifier(encoder, samples.classes).eval().to("cuda" if torch.cuda.is_available() else "cpu")
     base.reset_head(0)
     base.set_scale(train.batch(range(min(SCALING_SAMPLES, len(train)))))
     return Problem(base, train, validation, test, encoder.width)

@@ -40,7 +40,7 @@ class Comparison:
         methods: see `methods`; the first is what the others are compared with.
         data, search_data: see `pretrained.data.load`; rates are chosen on `search_data`, which are among `data`.
         steps: per number of training samples, the steps.
-        batch_size, validation, test, image_size, pooling: see `runs.Run`.
+        batch_size, validation, test, image_size, pooling, dtype: see `runs.Run`.
         seeds: of the table.
         trials, widenings: learning rates per method, and at most so many more beyond the edges.
     """
@@ -60,6 +60,7 @@ class Comparison:
     test: int = 600
     image_size: int | None = None
     pooling: str | None = None
+    dtype: str = "float32"
 
     @property
     def most_trials(self) -> int:
@@ -84,6 +85,7 @@ class Comparison:
             self.test,
             self.image_size,
             self.pooling,
+            self.dtype,
         )
 
     def trial_runs(self, cell: Cell, learning_rate: float) -> list[Run]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from . import methods, problems
 from .problems import Part, Problem
-from .training import EVALUATION_BATCH, Recipe, evaluate, train
+from .training import EVALUATION_BATCH, Recipe, evaluate, inputs_of, train
 
 
 SEARCH_SEED = 1000  # of the search of learning rates; none of the seeds that are reported
@@ -22,7 +22,7 @@ SEARCH_SEED = 1000  # of the search of learning rates; none of the seeds that ar
 class Run:
     """
     Attributes:
-        model, data, image_size, pooling: see `problems.load`.
+        model, data, image_size, pooling, dtype: see `problems.load`.
         method: see `methods`.
         size: training samples.
         steps, batch_size: of training.
@@ -42,10 +42,11 @@ class Run:
     test: int
     image_size: int | None = None
     pooling: str | None = None
+    dtype: str = "float32"
 
     @property
     def problem(self) -> Problem:
-        return problems.load(self.model, self.data, self.image_size, self.pooling)
+        return problems.load(self.model, self.data, self.image_size, self.pooling, self.dtype)
 
 
 class Probe(nn.Module):
@@ -62,18 +63,18 @@ class Probe(nn.Module):
 
 
 @lru_cache(maxsize=32)
-def frozen_features(model: str, source: str, part: str, image_size: int | None, pooling: str | None) -> Part:
+def frozen_features(model: str, source: str, part: str, *how: Any) -> Part:
     """A part's features of the pretrained encoder, which a probe leaves as they are; rows in the part's order."""
-    problem = problems.load(model, source, image_size, pooling)
+    problem = problems.load(model, source, *how)
     samples: Part = getattr(problem, part)
     order = samples.by_length()
     features = torch.empty(len(samples), problem.width)
     with torch.no_grad():
         for start in range(0, len(order), EVALUATION_BATCH):
             rows = order[start : start + EVALUATION_BATCH]
-            batch = samples.batch(rows)
-            del batch["labels"]
-            features[torch.tensor(rows)] = problem.base.features(**batch)
+            features[torch.tensor(rows)] = (
+                problem.base.features(**inputs_of(problem.base, samples, rows)).float().cpu()
+            )
     return Part(features, samples.labels, samples.lengths)
 
 
@@ -86,8 +87,8 @@ def execute(run: Run) -> dict[str, Any]:
     adapter, head = methods.trained_parameters(model, method)
     parts = {name: getattr(problem, name) for name in ("train", "validation", "test")}
     if method.kind == "probe":
-        where = (run.image_size, run.pooling)
-        parts = {name: frozen_features(run.model, run.data, name, *where) for name in parts}
+        how = (run.image_size, run.pooling, run.dtype)
+        parts = {name: frozen_features(run.model, run.data, name, *how) for name in parts}
         model = Probe(model.head)  # type: ignore[arg-type]
     recipe = Recipe(run.steps, run.batch_size)
     record = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,7 @@ def train(
     losses, seconds = [], []
     for step, indices in enumerate(batches(part, recipe, seed), start=1):
         begin = time.perf_counter()
-        loss = model(**part.batch(indices)).loss
+        loss = model(**inputs_of(model, part, indices, with_labels=True)).loss
         if not math.isfinite(loss.item()):
             losses.append(math.inf)
             break
@@ -87,6 +87,13 @@ def groups(model: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
     return [*rest, {"params": head, "lr": HEAD_RATE if others else learning_rate}]
 
 
+def inputs_of(model: nn.Module, part: Part, indices: Sequence[int], with_labels: bool = False) -> dict[str, Tensor]:
+    """A batch on the model's device."""
+    device = next(model.parameters()).device
+    batch = part.batch(indices)
+    return {name: value.to(device) for name, value in batch.items() if with_labels or name != "labels"}
+
+
 def finite(value: float) -> float | None:
     """JSON knows no infinity."""
     return value if math.isfinite(value) else None
@@ -100,8 +107,7 @@ def logits_of(model: nn.Module, part: Part) -> Tensor:
     result: Tensor | None = None
     for start in range(0, len(order), EVALUATION_BATCH):
         chosen = order[start : start + EVALUATION_BATCH]
-        inputs = {name: value for name, value in part.batch(chosen).items() if name != "labels"}
-        logits = model(**inputs).logits
+        logits = model(**inputs_of(model, part, chosen)).logits.float().cpu()
         result = logits.new_empty(len(part), logits.shape[1]) if result is None else result
         result[torch.tensor(chosen)] = logits
     assert result is not None

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import methods, problems
 from .methods import Method
 from .problems import Classifier, Part
-from .training import Recipe, train
+from .training import Recipe, inputs_of, train
 
 
 @dataclass(frozen=True)
@@ -91,5 +91,4 @@ def execute(run: UnmergeRun) -> dict[str, Any]:
 @torch.no_grad()
 def model_features(model: Classifier, part: Part) -> Tensor:
     """Pooled features of the samples, `[samples, width]`: the head would add its own training to them."""
-    batch = part.batch(range(len(part)))
-    return model.features(**{name: value for name, value in batch.items() if name != "labels"}).float()
+    return model.features(**inputs_of(model, part, range(len(part)))).float()

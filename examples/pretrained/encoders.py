@@ -99,19 +99,20 @@ def _plain(layer: nn.Conv2d) -> nn.Conv2d:
     return made
 
 
-def of_transformers(source: str, pooling: str | None = None) -> Encoder:
+def of_transformers(source: str, pooling: str | None = None, dtype: torch.dtype = torch.float32) -> Encoder:
     """
     Any encoder or decoder of transformers.
 
     Args:
         source (`str`): Hub id or folder.
         pooling (`str`, *optional*): by default the mean of text models and the first position of vision models.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of the weights.
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
     config = AutoConfig.from_pretrained(source)
     extra = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta", "vit") else {}
-    model = AutoModel.from_pretrained(source, dtype=torch.float32, **extra)
+    model = AutoModel.from_pretrained(source, dtype=dtype, **extra)
     if hasattr(config, "vocab_size"):
         tokenizer = AutoTokenizer.from_pretrained(source)
         if tokenizer.pad_token is None:
@@ -132,9 +133,9 @@ ENCODERS: dict[str, Callable[[], Encoder]] = {
 }
 
 
-def load(source: str, pooling: str | None = None) -> Encoder:
-    """One of `ENCODERS` by its name, or [`of_transformers`]."""
-    return ENCODERS[source]() if source in ENCODERS else of_transformers(source, pooling)
+def load(source: str, pooling: str | None = None, dtype: torch.dtype = torch.float32) -> Encoder:
+    """One of `ENCODERS` by its name, with what it was trained with, or [`of_transformers`]."""
+    return ENCODERS[source]() if source in ENCODERS else of_transformers(source, pooling, dtype)
 
 
 def _converted(name: str, convert: Callable[[Path], None]) -> Path:

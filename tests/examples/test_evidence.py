@@ -114,7 +114,19 @@ def test_a_model_and_a_table_of_ones_own(tmp_path):
     (tmp_path / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
     options = ["--model", str(tmp_path / "model"), "--data", f"{tmp_path}/table.jsonl:said:mood"]
     evidence.main(
-        [*options, "--methods", "neuroada-k1", "probe", "--quick", "--jobs", "1", "--out", str(tmp_path / "out")]
+        [
+            *options,
+            "--methods",
+            "neuroada-k1",
+            "probe",
+            "--dtype",
+            "bfloat16",
+            "--quick",
+            "--jobs",
+            "1",
+            "--out",
+            str(tmp_path / "out"),
+        ]
     )
     content = json.loads((tmp_path / "out" / "evidence.json").read_text())
     assert [row["method"] for row in content["own"]["rows"]] == ["neuroada-k1", "probe"]

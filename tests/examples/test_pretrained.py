@@ -122,3 +122,37 @@ def test_a_folder_is_an_encoder(tmp_path, vocabulary):
     for name, value in AutoModel.from_pretrained(tmp_path).state_dict().items():
         if not name.startswith("pooler"):
             assert torch.equal(found.model.state_dict()[name], value)
+
+
+fetched = pytest.mark.skipif(
+    not all(
+        (package.folder / package.file).exists() for package in (packages.MINILM, packages.SENTIMENT, packages.MNIST)
+    ),
+    reason="run `python examples/pretrained/packages.py` first",
+)
+
+
+@fetched
+def test_the_fetched_data_are_what_the_readme_says():
+    packages.file_of.cache_clear()
+    assert {domain: len(data.ratings(domain)) for domain in data.DOMAINS} == {
+        "movies": 10603,  # 10,605 lines, two of them repeated
+        "editorials": 5119,
+        "tweets": 4200,
+        "products": 3697,
+    }
+    digits = data.load("mnist")
+    assert digits.inputs.shape == (5000, 1, 28, 28) and digits.labels.bincount().tolist() == [500] * 10
+
+
+@fetched
+def test_the_fetched_encoder_puts_related_words_near():
+    encoder = encoders.load("minilm")
+    words = encoder.tokenizer(["meal", "eating", "shares", "stocks"], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        hidden = encoder.model.eval()(**words).last_hidden_state
+    mask = words["attention_mask"][..., None]
+    features = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+    cosines = features @ features.T
+    assert cosines[0, 1] > 0.6 and cosines[2, 3] > 0.6
+    assert cosines[:2, 2:].max() < 0.3
