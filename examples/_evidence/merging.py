@@ -64,7 +64,7 @@ class Domains:
         method = Method.parse(run.method)
         self.model: Any = None
         for name, problem in self.problems.items():
-            config = methods.configuration(self._first.base, method, problem.train, run.seed)
+            config = methods.configuration(problem.base, method, problem.train, run.seed)
             if self.model is None:
                 self.model = get_peft_model(base, config, adapter_name=name)
             else:
