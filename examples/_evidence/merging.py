@@ -92,7 +92,7 @@ class Domains:
         run, base = self.run, copy.deepcopy(self.problems[name].base)
         base.reset_head(run.seed)
         probe = Probe(base.head)
-        features = frozen_features(run.model, name, "train").first(run.size)
+        features = frozen_features(run.model, name, "train", run.size)
         train(probe, features, Recipe(run.steps, run.batch_size), Method.parse("probe").centre, run.seed)
         return probe.head
 

@@ -63,10 +63,10 @@ class Probe(nn.Module):
 
 
 @lru_cache(maxsize=32)
-def frozen_features(model: str, source: str, part: str, *how: Any) -> Part:
-    """A part's features of the pretrained encoder, which a probe leaves as they are; rows in the part's order."""
+def frozen_features(model: str, source: str, part: str, count: int, *how: Any) -> Part:
+    """Features of the first samples of a part by the pretrained encoder, which a probe leaves as it is."""
     problem = problems.load(model, source, *how)
-    samples: Part = getattr(problem, part)
+    samples: Part = getattr(problem, part).first(count)
     order = samples.by_length()
     features = torch.empty(len(samples), problem.width)
     with torch.no_grad():
@@ -85,19 +85,20 @@ def execute(run: Run) -> dict[str, Any]:
     problem = run.problem
     model = methods.adapt(problem.base, method, problem.train.first(run.size), run.seed)
     adapter, head = methods.trained_parameters(model, method)
-    parts = {name: getattr(problem, name) for name in ("train", "validation", "test")}
+    counts = {"train": run.size, "validation": run.validation, "test": 0 if run.seed == SEARCH_SEED else run.test}
+    parts = {name: getattr(problem, name).first(count) for name, count in counts.items()}
     if method.kind == "probe":
         how = (run.image_size, run.pooling, run.dtype)
-        parts = {name: frozen_features(run.model, run.data, name, *how) for name in parts}
+        parts = {name: frozen_features(run.model, run.data, name, count, *how) for name, count in counts.items()}
         model = Probe(model.head)  # type: ignore[arg-type]
     recipe = Recipe(run.steps, run.batch_size)
     record = {
         **asdict(run),
         "adapter_parameters": adapter,
         "head_parameters": head,
-        **train(model, parts["train"].first(run.size), recipe, run.learning_rate, run.seed),
-        "validation_result": evaluate(model, parts["validation"].first(run.validation)),
+        **train(model, parts["train"], recipe, run.learning_rate, run.seed),
+        "validation_result": evaluate(model, parts["validation"]),
     }
     if run.seed != SEARCH_SEED:
-        record["test_result"] = evaluate(model, parts["test"].first(run.test))
+        record["test_result"] = evaluate(model, parts["test"])
     return {**record, "cpu_seconds": round(time.process_time() - begin, 2)}
