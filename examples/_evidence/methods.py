@@ -204,7 +204,7 @@ def refusal(base: Classifier, method: Method) -> str | None:
     names = linears(base) if method.kind == "neuroada" else neurons(base)
     try:
         get_peft_model(copy.deepcopy(base), config(selection="magnitude", target_modules=names, modules_to_save=[]))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         return str(error).partition(". ")[0]
     return None
 

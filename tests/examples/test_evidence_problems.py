@@ -141,9 +141,10 @@ def test_what_peft_ext_has_not_is_named(problem):
     assert reason == "GPSConfig has no option no_such_option"
 
 
-def test_a_refused_layer_is_a_reason(problem, monkeypatch):
+@pytest.mark.parametrize("kind", [TypeError, ValueError])
+def test_a_refused_layer_is_a_reason(problem, monkeypatch, kind):
     def refuse(model, config):
-        raise ValueError("The layer 'stem' pads by itself. Replace it.")
+        raise kind("The layer 'stem' pads by itself. Replace it.")
 
     monkeypatch.setattr(methods, "get_peft_model", refuse)
     assert refusal(problem.base, Method.parse("gps-k1")) == "The layer 'stem' pads by itself"
