@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import tempfile
@@ -160,9 +161,20 @@ def _convert_smollm2(folder: Path) -> None:
     path = file_of(SMOLLM2)
     where = {"gguf_file": path.name}
     model = AutoModel.from_pretrained(str(path.parent), dtype=torch.float32, **where)
-    del model.config.quantization_config  # the weights are dense now
-    model.save_pretrained(folder)
+    save_dense(model, folder)
     AutoTokenizer.from_pretrained(str(path.parent), **where).save_pretrained(folder)
+
+
+def save_dense(model: nn.Module, folder: Path) -> None:
+    """Save a model whose weights were made dense; `save_pretrained` refuses it as long as it counts as quantised."""
+    from safetensors.torch import save_file
+
+    config: Any = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _convert_dinov2(folder: Path) -> None:

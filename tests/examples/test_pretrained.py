@@ -98,6 +98,20 @@ def test_plain_convolutions_equal_the_padding_ones():
     assert torch.equal(plain(x), layer(x))
 
 
+def test_a_model_that_was_made_dense_is_saved_as_what_it_is(tmp_path):
+    from transformers import AutoModel, LlamaConfig, LlamaModel
+
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = LlamaModel(LlamaConfig(vocab_size=5, **size))
+    model.config.quantization_config = {"quant_method": "gguf"}
+    encoders.save_dense(model, tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    assert type(again) is LlamaModel and not hasattr(again.config, "quantization_config")
+    assert {n: v.tolist() for n, v in again.state_dict().items()} == {
+        n: v.tolist() for n, v in model.state_dict().items()
+    }
+
+
 @pytest.mark.parametrize("vocabulary", [True, False])
 def test_a_folder_is_an_encoder(tmp_path, vocabulary):
     from transformers import AutoModel, ViTConfig, ViTModel
