@@ -7,22 +7,28 @@ out again. Adapters of other methods pass through.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-from torch import nn
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from ._peft_internals import AuxiliaryTrainingWrapper
+from ._peft_internals import AuxiliaryTrainingWrapper, mapping
+from .adapter_state import naming
 from .files import check_weights
 from .saved_config import SavedConfig
 from .snapshot import Snapshot
 from .sparse.layers import SparseLayer, SparseMultiheadAttention
 from .sparse.projection import Projection
-from .tuners.mores.checkpoint import check_arrived
 from .tuners.mores.model import take_out as take_out_steering
 
 
@@ -47,7 +53,8 @@ def all_or_nothing(load_adapter: Callable[..., Any], path_argument: str) -> Call
             if path is not None:
                 subfolder = {**(given.get("adapter_kwargs") or {}), **given.get("kwargs", {})}.get("subfolder") or ""
                 check_weights(os.path.join(path, subfolder))
-            result = load_adapter(self, *args, **kwargs)
+            with naming(path), _checked_by_transformers(self, name):
+                result = load_adapter(self, *args, **kwargs)
             config = self.peft_config[name]
             if isinstance(config, SavedConfig):
                 _check_arrived(self, name, result)
@@ -68,33 +75,67 @@ def all_or_nothing(load_adapter: Callable[..., Any], path_argument: str) -> Call
     return load
 
 
+@contextmanager
+def _checked_by_transformers(model: Any, adapter_name: str) -> Iterator[None]:
+    """
+    Have an adapter of ours checked between its injection and the loading of its tensors where transformers loads it,
+    which asks no method, casts what does not fit, and only logs what is missing. PEFT asks the method itself.
+    """
+    if not isinstance(model, PreTrainedModel):
+        yield
+        return
+    load = model._load_pretrained_model
+
+    def checked(**arguments: Any) -> Any:
+        config = model.peft_config[adapter_name]
+        if isinstance(config, SavedConfig):
+            method = mapping.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+            named, may_differ = _named_as_loaded(**arguments), arguments["load_config"].ignore_mismatched_sizes
+            method.check_state(model, config, adapter_name, named, whole_may_differ=may_differ)
+        return load(**arguments)
+
+    model._load_pretrained_model = checked
+    try:
+        yield
+    finally:
+        del model._load_pretrained_model
+
+
+def _named_as_loaded(
+    model: Any, state_dict: dict[str, Tensor] | None, checkpoint_files: list[str] | None, load_config: Any, **_: Any
+) -> dict[str, Tensor]:
+    """The tensors that transformers is about to load, by the names in the model that it gives them."""
+    tensors = dict(state_dict or {})
+    for file in checkpoint_files or () if state_dict is None else ():
+        safe = file.endswith(".safetensors")
+        tensors.update(load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True))
+    rules = copy.deepcopy(load_config.weight_mapping or [])  # which note that they were used
+    renamings, converters = ([r for r in rules if isinstance(r, kind)] for kind in (WeightRenaming, WeightConverter))
+    state = model.state_dict()
+    named = {}
+    for key, tensor in tensors.items():
+        name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if name not in state and key in state:
+            name, _ = rename_source_key(key, [], [], model.base_model_prefix, state)
+        named[name] = tensor
+    return named
+
+
 def _check_arrived(model: nn.Module, adapter_name: str, result: Any) -> None:
+    """What was checked before is where it belongs."""
     missing = [
         key
         for key in getattr(result, "missing_keys", ())
-        if re.search(rf"\.(\w+_delta|mores_steering|modules_to_save)\.{re.escape(adapter_name)}\.", key)
-        or key.endswith(f".trainable_tokens_delta.{adapter_name}")
+        if re.search(rf"\.(\w+_delta|mores_steering)\.{re.escape(adapter_name)}\.", key)
     ]
-    if missing and any("_checkpoint_wrapped_module" in name for name, _ in model.named_modules()):
-        raise ValueError(
-            f"Adapter '{adapter_name}' can't be loaded into layers that torch's checkpoint wrapper holds, where PEFT "
-            "does not look for its tensors. Load the adapter first, and wrap the layers afterwards."
-        )
     if missing:
         raise ValueError(
-            f"The checkpoint lacks '{min(missing)}', so it is only a part of adapter '{adapter_name}' or was made "
-            "with other options. Save the whole adapter again."
-        )
-    unknown = sorted(key for key in getattr(result, "unexpected_keys", ()) if ".mores_steering." in key)
-    if unknown:
-        raise ValueError(
-            f"The checkpoint has '{unknown[0]}', which has no place in this model; use the config and base model it "
-            "was saved with."
+            f"Adapter '{adapter_name}' can't be loaded: '{min(missing)}' was not found in the file, as happens in "
+            "layers that torch's checkpoint wrapper holds. Load the adapter first, and wrap the layers afterwards."
         )
     for layer in model.modules():
         if isinstance(layer, SparseLayer) and adapter_name in layer.deltas:
             layer._ready(adapter_name)
-    check_arrived(model, adapter_name)
 
 
 def take_out(model: Any, adapter_name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -9,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..adapter_state import MalformedAdapter, check_state, without_wrappers
 from .layers import SparseLayer, attention_biases
-from .sharded import with_wrapped, without_wrappers
-from .support import Support, narrowest_index_dtype
+from .sharded import with_wrapped
+from .support import Support, is_unknown, narrowest_index_dtype
 
 
 if TYPE_CHECKING:
@@ -70,8 +72,10 @@ class CheckpointMixin:
                         selected[f"{prefix}.{name}"] = selected[f"{prefix}.{name}"].clone()
             seen.add(id(layer.deltas[adapter_name]))
             if key in selected:
-                fan_in = layer.deltas[adapter_name].fan_in
-                selected[key] = selected[key].to(narrowest_index_dtype(fan_in))
+                selected[key] = selected[key].to(narrowest_index_dtype(delta.fan_in))
+                fingerprint = selected[f"{prefix}.fingerprint"]
+                if not fingerprint.is_meta and is_unknown(fingerprint):  # said, not left at zeros
+                    selected[f"{prefix}.fingerprint"] = delta.support.unknown_fingerprint()
         return selected
 
     @classmethod
@@ -88,38 +92,72 @@ class CheckpointMixin:
         cls, model: nn.Module, config: SparseConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """
-        As PEFT maps it, after checking that the checkpoint is whole and belongs to this base model.
-
-        Raises:
-            `ValueError`: if tensors are missing, have no place, do not fit, or were made for another base weight.
-                Nothing has been loaded then.
+        As PEFT maps it, after [`check_state`].
         """
         mapped = super()._remap_adapter_state_dict_for_load(  # type: ignore[misc]
             model, config, adapter_name, state_dict
         )
-        known = set()
-        first: dict[int, str] = {}
-        for prefix, layer in cls._layers_with(model, adapter_name):
-            _check_entry(prefix, layer, adapter_name, mapped)
-            _check_shared(
-                first.setdefault(id(layer.deltas[adapter_name]), prefix), prefix, layer, adapter_name, mapped
-            )
-            known |= {f"{prefix}.{name}" for name in layer.deltas[adapter_name].state_dict()}
-        biases = cls._get_learnable_bias_state_dict(model, model.state_dict(), config)
-        lacking = sorted(biases.keys() - mapped.keys())
-        if lacking:
-            raise ValueError(
-                f"The checkpoint lacks '{lacking[0]}', which bias={config.bias!r} trains. Nothing was loaded; save "
-                "the whole adapter again."
-            )
-        container = f".{cls.tuner_layer_cls.adapter_layer_names[0]}."
-        unknown = sorted(key for key in mapped if container in key and key not in known)
-        if unknown:
-            raise ValueError(
-                f"The checkpoint has '{unknown[0]}', which has no place in this model. Nothing was loaded; use the "
-                "config and base model it was saved with."
-            )
+        # PEFT copies what fits before it refuses the rest; only a new adapter is taken out again then.
+        cls.check_state(model, config, adapter_name, mapped, whole_may_differ=config.awaits_weights)
         return mapped
+
+    @classmethod
+    def check_state(
+        cls,
+        model: nn.Module,
+        config: SparseConfig,
+        adapter_name: str,
+        tensors: dict[str, Tensor],
+        whole_may_differ: bool = False,
+    ) -> None:
+        """
+        Compare tensors that are about to be loaded with the adapter that awaits them.
+
+        Args:
+            model (`torch.nn.Module`): the model with the adapter's layers.
+            config ([`SparseConfig`]): the adapter's options.
+            adapter_name (`str`): the adapter.
+            tensors (`dict[str, torch.Tensor]`): by their names in the model; they are not changed.
+            whole_may_differ (`bool`): see `peft_ext.adapter_state.check_state`.
+
+        Raises:
+            [`MalformedAdapter`]: if they are not the whole adapter and nothing else, if values are not finite or
+                indices not in range, or if they were made for another base weight.
+        """
+        layers = dict(cls._layers_with(model, adapter_name))
+        own = {
+            f"{prefix}.{name}": tensor
+            for prefix, layer in layers.items()
+            for name, tensor in layer.deltas[adapter_name].state_dict().items()
+        }
+        container = cls.tuner_layer_cls.adapter_layer_names[0]
+        biases = cls._get_learnable_bias_state_dict(model, model.state_dict(), config)
+        check_state(
+            model,
+            adapter_name,
+            tensors,
+            own,
+            container,
+            biases=[key for key in biases if f".{container}." not in key],
+            whole_may_differ=whole_may_differ,
+        )
+        first: dict[int, str] = {}
+        of_unknown_base = []
+        for prefix, layer in layers.items():
+            delta = layer.deltas[adapter_name]
+            parts = {name: tensors[f"{prefix}.{name}"] for name in delta.names}
+            if any(part.is_meta for part in parts.values()):
+                continue
+            _check_shared(first.setdefault(id(delta), prefix), prefix, parts, tensors)
+            _check_entries(prefix, layer, adapter_name, parts)
+            if is_unknown(parts["fingerprint"]):
+                of_unknown_base.append(prefix)
+        if of_unknown_base:
+            warnings.warn(
+                f"The checkpoint does not say which weights '{of_unknown_base[0]}' ({len(of_unknown_base)} modules in "
+                f"all) was made for, so nobody can tell whether adapter '{adapter_name}' fits this base model.",
+                stacklevel=2,
+            )
 
     @classmethod
     def _layers_with(cls, model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseLayer]]:
@@ -135,42 +173,30 @@ def _is_first_process() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
-def _check_shared(first: str, prefix: str, layer: SparseLayer, adapter_name: str, mapped: dict[str, Tensor]) -> None:
+def _check_shared(first: str, prefix: str, parts: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
     """Layers with one weight have one set of values, so a checkpoint must not have two."""
-    for name in layer.deltas[adapter_name].state_dict():
-        if not torch.equal(mapped[f"{first}.{name}"], mapped[f"{prefix}.{name}"]):
-            raise ValueError(
+    for name, part in parts.items():
+        if not torch.equal(tensors[f"{first}.{name}"], part):
+            raise MalformedAdapter(
                 f"'{first}' and '{prefix}' share one weight in this model, but differ in the checkpoint, which was "
                 "trained with a weight for each. Nothing was loaded; untie the weights first."
             )
 
 
-def _check_entry(prefix: str, layer: SparseLayer, adapter_name: str, mapped: dict[str, Tensor]) -> None:
-    delta = layer.deltas[adapter_name]
-    for name, here in delta.state_dict().items():
-        key = f"{prefix}.{name}"
-        if key not in mapped:
-            raise ValueError(
-                f"The checkpoint lacks '{key}', so it is only a part of adapter '{adapter_name}' or was made with "
-                "other options. Nothing was loaded; save the whole adapter again."
-            )
-        if mapped[key].shape != here.shape:
-            raise ValueError(
-                f"'{key}' has shape {tuple(mapped[key].shape)} in the checkpoint, but the config and the base model "
-                f"lead to {tuple(here.shape)}. Nothing was loaded; use the config and base model it was saved with."
-            )
-    for name in ("indices", "offsets"):
-        key = f"{prefix}.{name}"
-        if key in mapped:
-            mapped[key] = mapped[key].to(torch.int32)
-    support = Support(mapped[f"{prefix}.indices"], delta.fan_in, mapped.get(f"{prefix}.offsets"))
+def _check_entries(prefix: str, layer: SparseLayer, adapter_name: str, parts: dict[str, Tensor]) -> None:
+    """The entries lie in the layer's weight, and it is the one that they were chosen in."""
+    name = "indices"
     try:
-        support.check()
+        support = Support.of_integers(parts["indices"], layer.deltas[adapter_name].fan_in, parts.get("offsets"))
+        name = "fingerprint"
+        support.check_fingerprint(parts["fingerprint"])
     except ValueError as error:
-        raise ValueError(f"'{prefix}.indices' is corrupted: {error}. Nothing was loaded.") from error
-    reason = layer.base_mismatch(support, mapped[f"{prefix}.fingerprint"])
+        raise MalformedAdapter(
+            f"'{prefix}.{name}' is corrupted: {error}. Nothing was loaded; save the whole adapter again."
+        ) from error
+    reason = layer.base_mismatch(support, parts["fingerprint"])
     if reason is not None:
-        raise ValueError(
+        raise MalformedAdapter(
             f"Adapter '{adapter_name}' was made for another base model: the base weight under '{prefix}' has "
             f"{reason}. Nothing was loaded; use the base model it was trained on."
         )

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .._peft_internals import load_peft_weights, mapping
+from ..adapter_state import naming
 from .model import SparseModel
 
 
@@ -65,15 +66,16 @@ def hotswap_adapter(
         if adapter_name in layer.merged_adapters:
             raise ValueError(f"Adapter {adapter_name!r} is merged into the base; unmerge it before swapping.")
     weights = load_peft_weights(model_name_or_path, device=torch_device or "cpu", **kwargs)
-    mapped = tuner_cls._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
+    with naming(model_name_or_path):
+        mapped = tuner_cls._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
     places = {
         f"{prefix}.{name}": (layer, name)
         for prefix, layer in tuner_cls._layers_with(model, adapter_name)
         for name in layer.deltas[adapter_name].state_dict()
     }
-    unknown = sorted(set(mapped) - set(places))
-    if unknown:
-        raise ValueError(f"The new adapter has '{unknown[0]}', which the loaded one lacks; use load_adapter.")
+    embeddings = sorted(mapped.keys() & model.state_dict().keys() - places.keys())
+    if embeddings:
+        raise ValueError(f"The new adapter has '{embeddings[0]}', which can't be swapped in place; use load_adapter.")
     for key, (layer, name) in places.items():
         getattr(layer.deltas[adapter_name], name).copy_(mapped[key])
     for _, layer in tuner_cls._layers_with(model, adapter_name):

@@ -1,5 +1,5 @@
 """Base weights that processes hold in pieces: FSDP2's `DTensor`s, DeepSpeed ZeRO-3's emptied parameters, and the flat
-pieces of FSDP1, which can't be put together from outside; and the names that its wrappers give to modules."""
+pieces of FSDP1, which can't be put together from outside."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .._peft_internals import adapter_key_prefixes, filter_by_key_prefixes
+from ..adapter_state import without_wrappers
 
 
 def is_sharded(weight: Tensor) -> bool:
@@ -48,11 +49,6 @@ def check_gatherable(name: str, weight: Tensor, rows: int, fan_in: int) -> None:
             f"The weight of '{name}' has {weight.numel()} of its {rows} x {fan_in} numbers in this process: FSDP1 has "
             "sharded it. Adapt the model first, and shard it then (accelerator.prepare, Trainer.train)."
         )
-
-
-def without_wrappers(name: str) -> str:
-    """A module's name as the keys of a state dict have it: without FSDP1's and activation checkpointing's wrappers."""
-    return name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def with_wrapped(model: nn.Module, state_dict: dict[str, Tensor], selected: dict[str, Tensor]) -> dict[str, Tensor]:

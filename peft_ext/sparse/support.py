@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 # Fingerprint layout, int64[6]: rows, fan_in, dtype code, checksum of the bits, and the raw bits of two float64 sums
-# with pseudo-random signs.
+# with pseudo-random signs. Of a weight that could not be read, dtype code, checksum and sums are zero.
 FINGERPRINT_LENGTH = 6
 _DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
 _BITS = {
@@ -42,6 +42,17 @@ class Support:
     indices: Tensor
     fan_in: int
     offsets: Tensor | None = None
+
+    @classmethod
+    def of_integers(cls, indices: Tensor, fan_in: int, offsets: Tensor | None = None) -> Support:
+        """
+        The support that whole numbers of any type describe, as files have them; made int32 once they are known to fit.
+
+        Raises:
+            `ValueError`: see `check`.
+        """
+        cls(indices.long(), fan_in, None if offsets is None else offsets.long()).check()
+        return cls(indices.to(torch.int32), fan_in, None if offsets is None else offsets.to(torch.int32))
 
     @property
     def is_table(self) -> bool:
@@ -134,6 +145,25 @@ class Support:
         head = torch.tensor([self.rows, self.fan_in, _DTYPE_CODES[values.dtype], int(checksum)], dtype=torch.int64)
         return torch.cat([head, sums])
 
+    def unknown_fingerprint(self) -> Tensor:
+        """What stands for the fingerprint of a base weight that could not be read."""
+        return torch.tensor([self.rows, self.fan_in, *[0] * (FINGERPRINT_LENGTH - 2)], dtype=torch.int64)
+
+    def check_fingerprint(self, fingerprint: Tensor) -> None:
+        """
+        Raises:
+            `ValueError`: if no weight of this shape has such a fingerprint.
+        """
+        if fingerprint.dtype != torch.int64:
+            raise ValueError(f"it is {fingerprint.dtype} instead of torch.int64")
+        rows, fan_in, code, *rest = fingerprint.tolist()
+        if (rows, fan_in) != (self.rows, self.fan_in):
+            raise ValueError(f"it is that of a {rows}x{fan_in} weight instead of {self.rows}x{self.fan_in}")
+        if code not in _DTYPE_CODES.values() and (code, *rest) != (0,) * (FINGERPRINT_LENGTH - 2):
+            raise ValueError(f"it has {code} for the weight's dtype")
+        if not bool(torch.isfinite(fingerprint[4:].view(torch.float64)).all()):
+            raise ValueError("its sums of weights are not finite")
+
     def mismatch(self, fingerprint: Tensor, matrix: Tensor, quantised: bool = False) -> str | None:
         """
         Compare a stored fingerprint with a base weight.
@@ -145,7 +175,7 @@ class Support:
             `str` or `None`: what differs, or `None` if the weight is the one that the support was chosen for.
         """
         stored = fingerprint.cpu()
-        if int(stored[2]) == 0:  # chosen on a weight without data (meta device): nothing to compare with
+        if is_unknown(stored):  # nothing to compare with
             return None
         if (int(stored[0]), int(stored[1])) != (self.rows, self.fan_in):
             return f"shape {int(stored[0])}x{int(stored[1])} instead of {self.rows}x{self.fan_in}"
@@ -155,9 +185,14 @@ class Support:
         tolerance = QUANTISED_TOLERANCE if quantised else CAST_TOLERANCE
         norm = float(self.gather(matrix.detach()).double().norm())
         moved = (stored[4:].view(torch.float64) - here[4:].view(torch.float64)).abs().max()
-        if float(moved) > tolerance * norm:
+        if not float(moved) <= tolerance * norm:
             return "other values at the adapter's entries, by more than a change of dtype explains"
         return None
+
+
+def is_unknown(fingerprint: Tensor) -> bool:
+    """Whether a fingerprint says nothing: the base weight could not be read when the entries were chosen."""
+    return int(fingerprint[2]) == 0
 
 
 def _signs(position: Tensor) -> Tensor:

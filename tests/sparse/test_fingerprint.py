@@ -150,6 +150,45 @@ def test_a_fingerprint_of_zeros_matches_anything():
     assert support.mismatch(torch.zeros(FINGERPRINT_LENGTH, dtype=torch.int64), weight) is None
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@ALL_FORMS
+def test_every_fingerprint_is_plausible(support, dtype):
+    support.check_fingerprint(support.fingerprint(torch.randn(support.rows, support.fan_in).to(dtype)))
+    support.check_fingerprint(support.unknown_fingerprint())
+
+
+@pytest.mark.parametrize(
+    ("place", "number", "message"),
+    [
+        (0, 15, "15x32"),
+        (1, 33, "16x33"),
+        (2, 99, "99"),
+        (2, 0, "has 0 for"),
+        (4, 0x7FF0 << 48, "not finite"),
+        (5, 0x7FF8 << 48, "not finite"),
+    ],
+)
+def test_an_implausible_fingerprint_is_refused(place, number, message):
+    support, weight = _chosen("magnitude", 16, 32, 2, 0)
+    fingerprint = support.fingerprint(weight)
+    fingerprint[place] = number
+    with pytest.raises(ValueError, match=message):
+        support.check_fingerprint(fingerprint)
+
+
+def test_a_fingerprint_of_another_type_is_refused():
+    support, weight = _chosen("magnitude", 16, 32, 2, 0)
+    with pytest.raises(ValueError, match="int32"):
+        support.check_fingerprint(support.fingerprint(weight).to(torch.int32))
+
+
+def test_sums_that_are_not_finite_match_no_cast():
+    support, weight = _chosen("magnitude", 16, 32, 2, 0)
+    fingerprint = support.fingerprint(weight)
+    fingerprint[4] = 0x7FF8 << 48  # NaN
+    assert support.mismatch(fingerprint, weight.bfloat16()) is not None
+
+
 def test_the_fingerprint_of_an_empty_support_matches_by_shape():
     support = random_support(4, 6, (0, 0, 0, 0), torch.Generator())
     fingerprint = support.fingerprint(torch.randn(4, 6))

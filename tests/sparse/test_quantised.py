@@ -1,5 +1,6 @@
 """Quantised bases: bitsandbytes on the CPU, through transformers; and backends that only compute."""
 
+import copy
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftModel, get_model_status, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -334,6 +336,25 @@ def test_entries_chosen_elsewhere_work_on_a_sealed_base(sealed, selection, tmp_p
     model.save_pretrained(tmp_path / "again")
     again = PeftModel.from_pretrained(sealed.quantised, tmp_path / "again", adapter_name="again")
     torch.testing.assert_close(again(x), trained(x))
+
+
+def test_a_combination_on_a_sealed_base_is_saved_as_made_for_an_unknown_one(sealed, tmp_path):
+    """Its entries are new, and the weights at them can't be read."""
+    config = NeuroAdaConfig(k=2, target_modules=["0", "2"], init_weights=False)
+    get_peft_model(copy.deepcopy(sealed.plain), config).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(sealed.quantised, tmp_path)
+    model.load_adapter(tmp_path, "other")
+    model.add_weighted_adapter(["default", "other"], [1.0, 0.5], "both")
+    model.set_adapter("both")
+    model.save_pretrained(tmp_path / "again", selected_adapters=["both"])
+    fingerprints = [v for k, v in load_file(tmp_path / "again/both/adapter_model.safetensors").items() if "fing" in k]
+    assert sorted(map(torch.Tensor.tolist, fingerprints)) == [[3, 6, 0, 0, 0, 0], [6, 8, 0, 0, 0, 0]]
+    with pytest.warns(
+        UserWarning, match=r"does not say which weights '.*0.neuroada_delta.default' \(2 modules in all\)"
+    ):
+        loaded = PeftModel.from_pretrained(sealed.plain, tmp_path / "again/both")
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(loaded(x), model(x))
 
 
 def test_torchao(model_dir, ids, tmp_path):

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..._peft_internals import BaseTunerLayer
+from ...adapter_state import without_wrappers
 from ..projection import PROJECTIONS, Projection
-from ..sharded import without_wrappers
 from .attention_inputs import check_attention_inputs
 from .base_attributes import BaseAttributes
 from .linear import SparseLinear

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...sparse.sharded import without_wrappers
+from ...adapter_state import MalformedAdapter, check_state, without_wrappers
 from .layer import MoReSLayer
 
 
-def check_checkpoint(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> None:
+def check_checkpoint(
+    model: nn.Module, adapter_name: str, tensors: dict[str, Tensor], whole_may_differ: bool = False
+) -> None:
     """
     Compare tensors that are about to be loaded with the adapter that awaits them.
 
@@ -17,41 +19,22 @@ def check_checkpoint(model: nn.Module, adapter_name: str, tensors: dict[str, Ten
         model (`torch.nn.Module`): the model with the adapter's layers.
         adapter_name (`str`): the adapter.
         tensors (`dict[str, torch.Tensor]`): by their names in the model.
+        whole_may_differ (`bool`): see `peft_ext.adapter_state.check_state`.
 
     Raises:
-        `ValueError`: if tensors are missing, have no place, do not fit, or cannot be an adapter's. Nothing has been
-            loaded then.
+        [`MalformedAdapter`]: if they are not the whole adapter and nothing else, or cannot be an adapter's.
     """
-    expected = _tensors_of(model, adapter_name)
-    for key, here in expected.items():
-        if key not in tensors:
-            raise ValueError(
-                f"The checkpoint lacks '{key}', so it is only a part of adapter '{adapter_name}' or was made with "
-                "other options. Nothing was loaded; save the whole adapter again."
-            )
-        if tensors[key].shape != here.shape:
-            raise ValueError(
-                f"'{key}' has shape {tuple(tensors[key].shape)} in the checkpoint, but the config and the base model "
-                f"lead to {tuple(here.shape)}. Nothing was loaded; use the config and base model it was saved with."
-            )
-        _check_values(key, tensors[key])
-    unknown = sorted(key for key in tensors if ".mores_steering." in key and key not in expected)
-    if unknown:
-        raise ValueError(
-            f"The checkpoint has '{unknown[0]}', which has no place in this model. Nothing was loaded; use the config "
-            "and base model it was saved with."
-        )
-
-
-def check_arrived(model: nn.Module, adapter_name: str) -> None:
-    """
-    Check an adapter's values after they were loaded by a way that did not ask before.
-
-    Raises:
-        `ValueError`: if they cannot be an adapter's.
-    """
-    for key, tensor in _tensors_of(model, adapter_name).items():
-        _check_values(key, tensor)
+    own = _tensors_of(model, adapter_name)
+    check_state(model, adapter_name, tensors, own, "mores_steering", whole_may_differ=whole_may_differ)
+    for key in own:
+        if key.rpartition(".")[2].startswith("raw_") and not tensors[key].is_meta:
+            # Only its directions count, so compare with its own largest number: the scale may be anything.
+            singular = torch.linalg.svdvals(tensors[key].double())
+            if not singular[-1] > 1e-10 * singular[0]:
+                raise MalformedAdapter(
+                    f"'{key}' has linearly dependent columns, from which no orthonormal R follows. Nothing was "
+                    "loaded; save the adapter again."
+                )
 
 
 def _tensors_of(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
@@ -62,17 +45,3 @@ def _tensors_of(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
             for key, tensor in module.mores_steering[adapter_name].state_dict().items():
                 tensors[f"{name}.mores_steering.{adapter_name}.{key}"] = tensor
     return tensors
-
-
-def _check_values(key: str, tensor: Tensor) -> None:
-    if tensor.is_meta:
-        return
-    if not bool(torch.isfinite(tensor).all()):
-        raise ValueError(f"'{key}' has values that are not finite; save the adapter again.")
-    if key.rpartition(".")[2].startswith("raw_"):
-        # Only its directions count, so compare with its own largest number: the scale may be anything.
-        singular = torch.linalg.svdvals(tensor.double())
-        if not singular[-1] > 1e-10 * singular[0]:
-            raise ValueError(
-                f"'{key}' has linearly dependent columns, from which no orthonormal R follows; save the adapter again."
-            )

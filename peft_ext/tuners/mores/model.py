@@ -155,8 +155,20 @@ class MoReSModel(BaseTuner):
         cls, model: nn.Module, config: MoReSConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_checkpoint(model, adapter_name, mapped)
+        cls.check_state(model, config, adapter_name, mapped, whole_may_differ=config.awaits_weights)
         return mapped
+
+    @classmethod
+    def check_state(
+        cls,
+        model: nn.Module,
+        config: MoReSConfig,
+        adapter_name: str,
+        tensors: dict[str, Tensor],
+        whole_may_differ: bool = False,
+    ) -> None:
+        """Compare tensors that are about to be loaded with the adapter that awaits them; see [`check_checkpoint`]."""
+        check_checkpoint(model, adapter_name, tensors, whole_may_differ)
 
     # ------------------------------------------------------------------ calls
 

@@ -1,0 +1,205 @@
+"""A file may bring an adapter, what is trained with it, and nothing else, by every way of loading."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from peft_ext import NeuroAdaConfig, hotswap_adapter
+from tests.tuners.neuroada._common import Untouched, adapted, base_bits, logits
+
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def _edit(folder, change):
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+
+
+def _by_state_dict(base, folder):
+    config = NeuroAdaConfig.from_pretrained(folder)
+    model = inject_adapter_in_model(config, base).eval()
+    state = {key.removeprefix("base_model.model."): tensor for key, tensor in load_file(folder / WEIGHTS).items()}
+    set_peft_model_state_dict(model, state)
+    return model
+
+
+def _by_transformers(base, folder):
+    base.load_adapter(str(folder))
+    return base
+
+
+def _swapped(base, folder):
+    config = NeuroAdaConfig.from_pretrained(folder)
+    config.from_checkpoint = False
+    model = inject_adapter_in_model(config, base).eval()
+    hotswap_adapter(model, str(folder))
+    return model
+
+
+WAYS = {
+    "peft": PeftModel.from_pretrained,
+    "peft with little memory": lambda base, folder: PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True),
+    "transformers": _by_transformers,
+    "state dict": _by_state_dict,
+    "swapped": _swapped,
+}
+EVERY_WAY = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+NOT_SWAPPED = pytest.mark.parametrize(
+    "way", [way for name, way in WAYS.items() if name != "swapped"], ids=[name for name in WAYS if name != "swapped"]
+)
+
+
+@EVERY_WAY
+def test_half_an_adapter_is_refused(tiny, tmp_path, way):
+    """Its config names fewer modules than its file has."""
+    adapted(tiny("llama"), target_modules=["q_proj", "v_proj"]).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**content, "target_modules": ["q_proj"]}))
+    base = tiny("llama")
+    before = base_bits(base)
+    with pytest.raises(ValueError, match=r"v_proj.neuroada_delta.*no place in this model"):
+        way(base, tmp_path)
+    after = base_bits(base)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@EVERY_WAY
+def test_tensors_that_belong_to_nothing_are_named_and_ignored(tiny, ids, tmp_path, way):
+    expected = adapted(tiny("llama"), target_modules=["q_proj"])
+    expected.save_pretrained(tmp_path)
+    _edit(tmp_path, lambda tensors: tensors.update(foo=torch.ones(3), bar=torch.ones(3)))
+    with pytest.warns(UserWarning, match=r"belong to nothing in this model and are ignored: '.*bar', '.*foo'"):
+        model = way(tiny("llama"), tmp_path)
+    assert torch.equal(logits(model, ids), logits(expected, ids))
+
+
+@EVERY_WAY
+def test_an_adapter_alone_loads_without_a_word(tiny, ids, tmp_path, way, recwarn):
+    expected = adapted(tiny("llama"), target_modules=["q_proj", "lm_head"] if way is not _swapped else ["q_proj"])
+    expected.save_pretrained(tmp_path)  # with lm_head's frozen weight, as PEFT does for a targeted output layer
+    model = way(tiny("llama"), tmp_path)
+    assert torch.equal(logits(model, ids), logits(expected, ids))
+    assert not [warning for warning in recwarn if str(warning.message).startswith("The checkpoint")]
+
+
+@NOT_SWAPPED
+def test_embeddings_of_a_resized_vocabulary_are_loaded_and_named(tiny, ids, tmp_path, way):
+    """PEFT saves them with the adapter."""
+    model = tiny("llama")
+    model.resize_token_embeddings(70)
+    torch.nn.init.normal_(model.get_input_embeddings().weight)
+    expected = adapted(model, target_modules=["q_proj"])
+    expected.save_pretrained(tmp_path, save_embedding_layers=True)
+    base = tiny("llama")
+    base.resize_token_embeddings(70)
+    with pytest.warns(UserWarning, match=r"brings embeddings \(.*embed_tokens.weight.*replace the base model's"):
+        loaded = way(base, tmp_path)
+    assert torch.equal(logits(loaded, ids), logits(expected, ids))
+
+
+@NOT_SWAPPED
+def test_embeddings_of_another_size_are_refused(tiny, tmp_path, way):
+    model = tiny("llama")
+    model.resize_token_embeddings(70)
+    adapted(model, target_modules=["q_proj"]).save_pretrained(tmp_path, save_embedding_layers=True)
+    base = tiny("llama")
+    before = base_bits(base)
+    with pytest.raises(ValueError, match=r"lm_head.weight' has shape \(70, 32\).*\(64, 32\)"):
+        way(base, tmp_path)
+    after = base_bits(base)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_swap_brings_no_embeddings(tiny, tmp_path):
+    model = adapted(tiny("llama"), target_modules=["q_proj"])
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    with Untouched(model), pytest.raises(ValueError, match="lm_head.*can't be swapped in place"):
+        hotswap_adapter(model, str(tmp_path))
+
+
+@EVERY_WAY
+def test_biases_that_the_config_does_not_train_are_refused(tiny, tmp_path, way):
+    adapted(tiny("bert"), target_modules=["query"], bias="all").save_pretrained(tmp_path)
+    content = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**content, "bias": "none"}))
+    base = tiny("bert")
+    before = base_bits(base)
+    with pytest.raises(ValueError, match=r"bias', which is no part of the adapter"):
+        way(base, tmp_path)
+    after = base_bits(base)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("change", [lambda t: t.long() + 2**32, lambda t: t + 0.5, lambda t: t.flip(0)])
+@NOT_SWAPPED
+def test_offsets_of_uneven_rows_are_checked_before_they_are_narrowed(tiny, tmp_path, way, change):
+    adapted(tiny("llama"), target_modules=["q_proj"], selection="magnitude_layer").save_pretrained(tmp_path)
+    key = "base_model.model.model.layers.1.self_attn.q_proj.neuroada_delta.offsets"
+    _edit(tmp_path, lambda tensors: tensors.update({key: change(tensors[key])}))
+    with pytest.raises(ValueError, match=r"layers.1.self_attn.q_proj.*(offsets do not divide|whole numbers belong)"):
+        way(tiny("llama"), tmp_path)
+
+
+# ------------------------------------------------------------------ heads
+
+
+def _with_labels(model_dir, number):
+    return AutoModelForSequenceClassification.from_pretrained(
+        model_dir("bert"), num_labels=number, ignore_mismatched_sizes=True
+    ).eval()
+
+
+HEAD = {"target_modules": ["query"], "modules_to_save": ["classifier"]}
+
+
+@NOT_SWAPPED
+def test_another_number_of_labels_is_refused_and_leaves_the_model(tiny, model_dir, tmp_path, way):
+    adapted(tiny("bert"), **HEAD).save_pretrained(tmp_path)
+    base = _with_labels(model_dir, 5)
+    before = base_bits(base)
+    with pytest.raises((ValueError, RuntimeError), match=r"classifier"):
+        way(base, tmp_path)
+    after = {name.replace(".original_module", ""): tensor for name, tensor in base_bits(base).items()}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("number", [5, 3])
+def test_a_head_of_another_size_or_not_finite_leaves_a_loaded_adapter(tiny, model_dir, tmp_path, number):
+    for name, labels in (("good", 3), ("bad", number)):
+        model = adapted(_with_labels(model_dir, labels), **HEAD, seed=labels)
+        if name == "bad" and number == 3:
+            model.base_model.model.classifier.modules_to_save["default"].weight.data[0, 0] = torch.inf
+        model.save_pretrained(tmp_path / name)
+    model = PeftModel.from_pretrained(tiny("bert"), tmp_path / "good")
+    with Untouched(model), pytest.raises(ValueError, match="classifier.*(has shape|not finite)"):
+        model.load_adapter(tmp_path / "bad", "default")
+
+
+def test_a_head_of_another_size_may_be_ignored_as_in_peft(tiny, model_dir, tmp_path):
+    adapted(tiny("bert"), **HEAD).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="ignore_mismatched_sizes"):
+        PeftModel.from_pretrained(_with_labels(model_dir, 5), tmp_path, ignore_mismatched_sizes=True)
+
+
+def test_infinite_numbers_in_the_buffer_of_a_module_that_is_trained_whole(tiny, tmp_path):
+    base = tiny("llama")
+    for model in (base, copy := tiny("llama")):
+        model.lm_head.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    adapted(base, target_modules=["q_proj"], modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy, tmp_path)
+    assert loaded.base_model.model.lm_head.modules_to_save["default"].mask[1] == -torch.inf
+
+
+def test_from_pretrained_of_transformers_warns_too(tiny, model_dir, ids, tmp_path):
+    expected = adapted(AutoModelForCausalLM.from_pretrained(model_dir("llama")), target_modules=["q_proj"])
+    expected.save_pretrained(tmp_path)
+    _edit(tmp_path, lambda tensors: tensors.update(foo=torch.ones(3)))
+    with pytest.warns(UserWarning, match="belong to nothing.*'foo'"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(model, ids), logits(expected, ids))
