@@ -21,7 +21,7 @@ from peft.utils import (
     quantization_extra_repr,
     resolve_quantization_backend,
 )
-from peft.utils.merge_utils import prune, task_arithmetic, ties
+from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, prune
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.peft_types import PeftType, register_peft_method
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, QuantizationBackend
@@ -42,8 +42,10 @@ __all__ = [
     "PeftType",
     "QuantizationBackend",
     "adapter_key_prefixes",
+    "calculate_majority_sign_mask",
     "check_adapters_to_merge",
     "check_target_module_exists",
+    "disjoint_merge",
     "filter_by_key_prefixes",
     "get_quantization_kwargs",
     "in_out_features",
@@ -54,6 +56,4 @@ __all__ = [
     "register_peft_method",
     "resolve_all_linear",
     "resolve_quantization_backend",
-    "task_arithmetic",
-    "ties",
 ]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from .._peft_internals import ModulesToSaveWrapper, prune, task_arithmetic, ties
+from .._peft_internals import ModulesToSaveWrapper, calculate_majority_sign_mask, disjoint_merge, prune
 from .checks import check_share
 from .support import Support, union
 
@@ -76,10 +76,13 @@ class WeightedAdapterMixin:
                     for (d, _), p in zip(present, positions, strict=True)
                 ]
                 share = torch.stack([factor for _, factor in present]).to(aligned[0].device)
+                stacked = torch.stack(aligned)
+                weighted = stacked * share[:, None]
                 if combination_type in ("ties", "dare_ties"):
-                    values[name] = ties(aligned, share, 1.0, majority_sign_method)
+                    majority = calculate_majority_sign_mask(stacked, majority_sign_method)
+                    values[name] = disjoint_merge(weighted, majority)
                 else:
-                    values[name] = task_arithmetic(aligned, share)
+                    values[name] = weighted.sum(0)
                 added = [factor * delta.bias.float() for delta, factor in present if delta.bias is not None]
                 if added:
                     biases[name] = torch.stack(added).sum(0)
@@ -152,7 +155,7 @@ class WeightedAdapterMixin:
 def _aligned(values: Tensor, position: Tensor, entries: int, combination: str, density: float | None) -> Tensor:
     """An adapter's values, pruned, at their places in the union: fp32 `[entries]`."""
     flat = values.detach().reshape(-1).float()
-    if combination in _PRUNING:
+    if combination in _PRUNING and density != 1:
         flat = prune(flat, density, _PRUNING[combination], rescale=combination.startswith("dare"))
     return torch.zeros(entries, device=flat.device).index_copy_(0, position, flat)
 

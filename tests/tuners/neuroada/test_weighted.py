@@ -154,6 +154,24 @@ def test_dare_of_everything_is_the_combination_without_dropping(llama, combinati
         torch.testing.assert_close(dense(layer, "c"), expected)
 
 
+@pytest.mark.parametrize(
+    ("combination", "density"),
+    [
+        ("linear", None),
+        ("ties", 0.5),
+        ("dare_ties", 0.5),
+        ("magnitude_prune", 0.5),
+        ("ties", 1.0),
+        ("dare_linear", 1.0),
+    ],
+)
+def test_what_is_asked_for_is_done_without_a_warning(llama, recwarn, combination, density):
+    model = two(llama)
+    recwarn.clear()
+    model.add_weighted_adapter(["default", "b"], [0.7, 0.4], "c", combination, density=density)
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 # ------------------------------------------------------------------ the new adapter is one like the others
 
 
