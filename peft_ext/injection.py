@@ -9,10 +9,23 @@ from typing import Any
 from torch import nn
 
 
+def check_adapter_name(name: Any) -> None:
+    """
+    Raises:
+        `ValueError`: if torch's containers of modules, which PEFT keeps adapters in, can't have such a name.
+    """
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"adapter_name={name!r} must be a text that is not empty, has no dot and is no method of torch's "
+            "containers, such as 'keys'; choose another name."
+        )
+
+
 @contextmanager
 def clean_refusal(peft_config: dict[str, Any], model: nn.Module, adapter_name: str) -> Iterator[None]:
     """
-    Around the injection of an adapter: note what was trainable before, and on an error forget the adapter again.
+    Around the injection of an adapter: check its name, note what was trainable before, and on an error forget the
+    adapter again.
 
     Args:
         peft_config (`dict`): the tuner's table of configurations, which has the adapter's already.
@@ -23,6 +36,7 @@ def clean_refusal(peft_config: dict[str, Any], model: nn.Module, adapter_name: s
     config.awaits_weights = config.from_checkpoint
     config.trainable_before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
+        check_adapter_name(adapter_name)
         yield
     except BaseException:
         peft_config.pop(adapter_name, None)  # transformers shares this table with the adapters before

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .._peft_internals import BaseTunerLayer, load_peft_weights
+from ..injection import check_adapter_name
 from .peers import CONVERTIBLE, check_convertible
 from .unchanged import unchanged_on_error
 
@@ -81,8 +82,7 @@ def loaded(path: str, base_model: Any, options: Mapping[str, Any]) -> Iterator[P
             f"load_options has {', '.join(unknown)}, which convert does not know. Known are {', '.join(LOAD_OPTIONS)}."
         )
     name = options.get("adapter_name", "default")
-    if not isinstance(name, str) or not name or "." in name:
-        raise ValueError(f"adapter_name={name!r} must be a text that is not empty and has no dot.")
+    check_adapter_name(name)
     if not isinstance(base_model, nn.Module):
         raise ValueError(f"base_model={base_model!r} must be the model to load the adapter {path!r} onto.")
     if isinstance(base_model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in base_model.modules()):

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import get_peft_model, inject_adapter_in_model
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from peft_ext import NeuroAdaConfig
+from peft_ext import MoReSConfig, NeuroAdaConfig
 from tests.tuners.neuroada._common import HALF_TYPES, SEVEN, Untouched, fill, logits, wrapped
 
 
@@ -233,3 +233,34 @@ def test_refused_first_adapter_can_be_repeated_without_a_warning(llama, recwarn)
             get_peft_model(llama, NeuroAdaConfig(target_modules=["embed_tokens"]))
     get_peft_model(llama, NeuroAdaConfig())
     assert not [str(w.message) for w in recwarn if "second time" in str(w.message) or "multiple" in str(w.message)]
+
+
+# ------------------------------------------------------------------ names of adapters
+
+ROUTES = {
+    "get_peft_model": lambda model, name: get_peft_model(model, NeuroAdaConfig(), adapter_name=name),
+    "injected": lambda model, name: inject_adapter_in_model(NeuroAdaConfig(), model, adapter_name=name),
+    "transformers": lambda model, name: model.add_adapter(NeuroAdaConfig(), adapter_name=name),
+    "of text": lambda model, name: get_peft_model(model, MoReSConfig(rank=1, token_positions="f1"), adapter_name=name),
+}
+
+
+@pytest.mark.parametrize("name", ["a.b", "keys", "training"])
+@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
+def test_names_that_torch_has_no_place_for_are_refused(llama, route, name):
+    with Untouched(llama), pytest.raises(ValueError, match=rf"adapter_name='{name}' must be"):
+        route(llama, name)
+
+
+@pytest.mark.parametrize("name", ["a.b", "keys"])
+def test_such_names_are_refused_beside_an_adapter(llama, tmp_path, name):
+    model = get_peft_model(llama, NeuroAdaConfig())
+    model.save_pretrained(tmp_path)
+    for add in (
+        lambda: model.add_adapter(name, NeuroAdaConfig()),
+        lambda: model.load_adapter(tmp_path, name),
+        lambda: model.add_weighted_adapter(["default"], [1.0], name),
+    ):
+        with Untouched(model), pytest.raises(ValueError, match=rf"adapter_name='{name}' must be"):
+            add()
+        assert set(model.peft_config) == {"default"}
