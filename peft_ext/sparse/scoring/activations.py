@@ -82,6 +82,7 @@ def activation_scores(
     check_scoring(model, dataloader, config, max_batches, progress)
     if anchor is not None:
         check_loader("anchor", anchor)
+    model = getattr(model, "_orig_mod", model)  # a compiled model passes over hooks
     modules = scored_modules(model, config)
     hidden = next((name for name, module in modules.items() if isinstance(module, Projection)), None)
     if hidden is not None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..checks import check_count, check_flag, check_loader, check_model
 from ..config import SparseConfig
+from .batches import IGNORED
 
 
 def check_scoring(model: Any, dataloader: Any, config: Any, max_batches: Any, progress: Any) -> None:
@@ -27,7 +30,7 @@ def check_scoring(model: Any, dataloader: Any, config: Any, max_batches: Any, pr
     check_flag("progress", progress)
 
 
-def check_loss(value: Any, number: int) -> Tensor:
+def check_loss(value: Any, number: int, batch: Any) -> Tensor:
     """
     The loss of a batch, if a gradient can be taken of it.
 
@@ -38,10 +41,48 @@ def check_loss(value: Any, number: int) -> Tensor:
         what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise ValueError(f"The loss of batch {number} is {what}; `loss` must return one number, as a tensor.")
     if not bool(torch.isfinite(value)):
-        raise ValueError(f"The loss of batch {number} is {value.item()}, so no entries can be ranked.")
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        cause = ""
+        if isinstance(labels, Tensor) and bool((labels == IGNORED).all()):
+            cause = f" All of its labels are {IGNORED}, which marks what is not to be learned; leave the batch out."
+        raise ValueError(f"The loss of batch {number} is {value.item()}, so no entries can be ranked.{cause}")
     if not value.requires_grad:
         raise ValueError(
             f"The loss of batch {number} depends on no weight that is scored: `loss`, `features` or the model detach "
             "it, or `config` names layers that come after the features. Score layers before them, and keep the graph."
         )
     return value
+
+
+class Classes:
+    """Whether the labels of a scoring pass tell anything apart: the lowest and the highest of them."""
+
+    def __init__(self) -> None:
+        self.lowest, self.highest = 2**62, -(2**62)
+
+    def add(self, labels: Tensor) -> None:
+        """Take a batch's labels."""
+        known = labels[labels != IGNORED]
+        if known.numel():
+            self.lowest = min(self.lowest, int(known.min()))
+            self.highest = max(self.highest, int(known.max()))
+
+    def check(self, device: torch.device) -> None:
+        """
+        Raises:
+            `ValueError`: if the labels, in a distributed run of all processes, are all ignored or all the same.
+        """
+        ends = torch.tensor([-self.lowest, self.highest], device=device)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+        lowest, highest = -int(ends[0]), int(ends[1])
+        if lowest > highest:
+            raise ValueError(
+                f"Every label is {IGNORED}, which marks samples without one, so there are no classes to tell apart. "
+                "Give batches with one class per sample, or pass another `loss`."
+            )
+        if lowest == highest:
+            raise ValueError(
+                f"Every label is {lowest}, and one class can't be told apart from others. Give batches with several "
+                "classes (a data set sorted by class needs shuffling, or more batches), or pass another `loss`."
+            )

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 
 LABELS = ("labels", "label")
+IGNORED = -100  # transformers' label of what is not to be learned
 
 
 def batches(

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_flag
+from .batches import IGNORED
 
 
 class SupervisedContrastiveLoss(nn.Module):
@@ -35,7 +36,8 @@ class SupervisedContrastiveLoss(nn.Module):
         """
         Args:
             features (`torch.Tensor`): float `[samples, size]`.
-            labels (`torch.Tensor`): integer `[samples]`. Two views of an image are two samples with one label.
+            labels (`torch.Tensor`): integer `[samples]`. Two views of an image are two samples with one label. Samples
+                with -100, which marks those without a label in transformers, are left out.
 
         Returns:
             `torch.Tensor`: fp32 scalar; zero (and with zero gradient) if no two samples share a label.
@@ -53,16 +55,17 @@ class SupervisedContrastiveLoss(nn.Module):
                 f"labels are {labels.dtype}; needed are whole numbers, one class per sample. Pass another `loss`, "
                 "such as 'model', for labels that are no classes."
             )
-        features = features.float()
+        labelled = labels != IGNORED
+        features, labels = features.float()[labelled], labels[labelled]
         if self.normalize:
             features = F.normalize(features, dim=1)
         itself = torch.eye(len(labels), dtype=torch.bool, device=features.device)
-        similarity = (features @ features.t() / self.temperature).masked_fill(itself, -torch.inf)
-        log_share = (similarity - similarity.logsumexp(1, keepdim=True)).masked_fill(itself, 0.0)
         partners = (labels[:, None] == labels[None, :]) & ~itself  # [samples, samples]
         count = partners.sum(1)
         if not bool(count.any()):
             return features.sum() * 0.0
+        similarity = (features @ features.t() / self.temperature).masked_fill(itself, -torch.inf)
+        log_share = (similarity - similarity.logsumexp(1, keepdim=True)).masked_fill(itself, 0.0)
         paired = count > 0
         return -((log_share * partners).sum(1)[paired] / count[paired]).mean()
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..checks import check_flag
 from ..config import SparseConfig
-from .arguments import check_loss, check_scoring
+from .arguments import Classes, check_loss, check_scoring
 from .batches import batches, forward, labels_of, loss_of
 from .contrastive import SupervisedContrastiveLoss
 from .features import Features, feature_reader
@@ -93,6 +93,8 @@ def gradient_scores(
         raise ValueError(f"loss={loss!r} must be a function of features and labels, or 'model', or None.")
     by_model = isinstance(loss, str)
     compute: Loss = SupervisedContrastiveLoss() if loss is None or isinstance(loss, str) else loss
+    classes = Classes() if isinstance(compute, SupervisedContrastiveLoss) and not by_model else None
+    model = getattr(model, "_orig_mod", model)  # a compiled model passes over hooks
     modules = scored_modules(model, config)
     sums = _Sums(modules, absolute, offload)
     with preserved(model, training), torch.enable_grad():
@@ -102,9 +104,13 @@ def gradient_scores(
                 shown = batches(model, dataloader, max_batches, "gradient scores", progress)
                 for number, batch in enumerate(shown):
                     found = read(forward(model, batch, with_labels=by_model))
-                    value = check_loss(found if by_model else compute(found, labels_of(batch)), number)
+                    value = check_loss(found if by_model else compute(found, labels_of(batch)), number, batch)
+                    if classes is not None:
+                        classes.add(labels_of(batch))
                     value.backward()
                     del found, value
+            if classes is not None:
+                classes.check(next(model.parameters()).device)
         finally:
             for handle in handles:
                 handle.remove()

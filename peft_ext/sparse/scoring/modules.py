@@ -11,6 +11,7 @@ from ..config import SparseConfig
 from ..heads import HEADS, heads_of
 from ..neurons import has_writable_weight, is_supported, weights_of
 from ..projection import Projection
+from ..selection.given import uncompiled
 from ..targets import ALL_NEURONS, base_of, inside_adapter, is_part
 
 
@@ -33,9 +34,9 @@ def scored_modules(model: nn.Module, config: SparseConfig | None) -> dict[str, A
     named = config is not None and config.target_modules not in shorthands
     heads = {*HEADS, *heads_of(model)}
     found: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        base = base_of(module)
-        if not is_supported(base, None) or inside_adapter(model, name) or is_part(model, name):
+    for path, module in model.named_modules():
+        base, name = base_of(module), uncompiled(path)
+        if not is_supported(base, None) or inside_adapter(model, path) or is_part(model, path):
             continue
         if (
             check_target_module_exists(config, name)
@@ -51,6 +52,8 @@ def scored_modules(model: nn.Module, config: SparseConfig | None) -> dict[str, A
             + "; name layers with neurons in the config's `target_modules`."
         )
     for name, base in found.items():
+        if base.weight.is_complex():
+            raise TypeError(f"The weight of '{name}' is complex, so it can't be scored; add it to `exclude_modules`.")
         if not base.weight.is_floating_point():
             raise TypeError(
                 f"The weight of '{name}' is quantised ({base.weight.dtype}), so it can't be scored. Score the "

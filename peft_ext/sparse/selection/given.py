@@ -10,6 +10,11 @@ from torch import Tensor
 from ..neurons import neuron_view
 
 
+def uncompiled(name: str) -> str:
+    """A module's name as it is where `torch.compile` has wrapped no module around it."""
+    return name.replace("_orig_mod.", "")
+
+
 class ScoreMatrices(Mapping[str, Tensor]):
     """
     Per module, its score as `[rows, fan_in]`, looked up when asked for: where the user's mapping computes or reads
@@ -28,16 +33,17 @@ class ScoreMatrices(Mapping[str, Tensor]):
         self, scores: Mapping[str, Tensor] | None, bases: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]
     ) -> None:
         self.scores = scores or {}
+        self.keys_of = {uncompiled(key): key for key in self.scores}
         self.bases = bases
         self.shapes = shapes
-        missing = next((name for name in bases if name not in self.scores), None)
+        missing = next((name for name in bases if uncompiled(name) not in self.keys_of), None)
         if missing is not None:
             raise ValueError(
                 f"scores lack the target module '{missing}'; add them, or leave it out of `target_modules`."
             )
 
     def __getitem__(self, module: str) -> Tensor:
-        score, base = self.scores[module], self.bases[module]
+        score, base = self.scores[self.keys_of[uncompiled(module)]], self.bases[module]
         if not isinstance(score, Tensor):
             raise ValueError(
                 f"scores['{module}'] is {score!r}, not a tensor; give one score per weight, or leave the module out "

@@ -52,6 +52,9 @@ GRADIENT = [
     ({"loss": lambda x, y: 1.0}, ["1.0", "`loss` must return one number"]),
     ({"loss": lambda x, y: x.detach().sum()}, ["depends on no weight", "detach"]),
     ({"loss": lambda x, y: x.sum() * torch.nan}, ["batch 0 is nan"]),
+    ({"dataloader": [(X, torch.full((4,), -100))] * 2}, ["Every label is -100", "without one", "`loss`"]),
+    ({"dataloader": [(X, torch.full((4,), 3))] * 2}, ["Every label is 3", "several classes", "`loss`"]),
+    ({"dataloader": [(X, torch.tensor([5, -100, 5, -100]))]}, ["Every label is 5", "several classes"]),
     ({"features": 3}, ["features=3", "name of a module"]),
     ({"features": "body"}, ["features='body'", "name of one"]),
     ({"features": lambda output: None}, ["features=None", "tensors"]),
@@ -95,6 +98,19 @@ def test_activation_scores_name_what_is_wrong(options, words):
 )
 def test_other_functions_name_what_is_wrong(call, words):
     _refused(words, call)
+
+
+def test_batches_of_one_class_each_tell_classes_apart_together():
+    batches = [(X, torch.full((4,), label)) for label in (0, 1)]
+    scores = gradient_scores(_model(), batches, features=lambda output: output)
+    assert all(score.any() for score in scores.values())
+
+
+def test_batches_without_labels_are_the_cause_of_a_loss_that_is_not_finite(tiny, inputs_of):
+    batch = {**inputs_of("bert"), "labels": torch.full((3,), -100)}
+    _refused(
+        ["batch 0 is nan", "-100", "leave the batch out"], lambda: gradient_scores(tiny("bert"), [batch], "model")
+    )
 
 
 def test_a_folder_may_be_a_path(tmp_path):

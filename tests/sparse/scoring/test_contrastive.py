@@ -29,6 +29,15 @@ def test_is_the_published_sum(labels, temperature):
     assert loss.item() == pytest.approx(float(written_out(features.double(), labels, temperature)), rel=1e-5)
 
 
+def test_samples_without_a_label_are_left_out():
+    features = torch.randn(6, 5, requires_grad=True)
+    labels, labelled = torch.tensor([0, -100, 1, -100, 0, 1]), [0, 2, 4, 5]
+    loss = SupervisedContrastiveLoss()
+    assert torch.equal(loss(features, labels), loss(features[labelled], labels[labelled]))
+    loss(features, torch.full((6,), -100)).backward()
+    assert not features.grad.any()
+
+
 def test_gradient_is_right():
     features = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([0, 1, 0, 2, 1])
