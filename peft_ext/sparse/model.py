@@ -28,7 +28,7 @@ from .selection.plan import kept_neurons
 from .sharded import check_gatherable
 from .sharing import note_sharing, weight_key
 from .support import Support
-from .targets import base_of, check_no_fused, inside_adapter, named_by_target, resolve_targets, without_parts
+from .targets import base_of, check_names, inside_adapter, named_by_target, resolve_targets, without_parts
 from .weighted import WeightedAdapterMixin
 
 
@@ -101,7 +101,7 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
     def _prepare_model(self, peft_config: SparseConfig, model: nn.Module) -> None:
         if self._inject_by_state_dict:
             return  # the state dict's keys decide what is adapted
-        check_no_fused(model, peft_config.target_modules)
+        check_names(model, peft_config)
         targets = {
             name: module
             for name, module in model.named_modules()
@@ -140,6 +140,11 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         for name, base in bases.items():
             if backends[name] is None:
                 check_gatherable(name, parameter_of(base), *shapes[name])
+                if not parameter_of(base).is_floating_point():
+                    raise TypeError(
+                        f"The weight of target module '{name}' is {parameter_of(base).dtype}, but values are added to "
+                        f"real floating-point weights only. Add '{name}' to `exclude_modules`."
+                    )
         without_scores = criterion in SCORED and config.scores is None
         if without_scores and not config.from_checkpoint and not config.inference_mode:
             raise ValueError(
@@ -244,10 +249,11 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         advice = f"Narrow `target_modules`, or add '{name}' to `exclude_modules`."
         if not is_supported(base, backend_of(self, base)):
             fused = [key for key, parameter in base.named_parameters(recurse=False) if parameter.dim() == 3]
+            size = " with an empty weight" if isinstance(base, nn.Linear) else ""
             hint = f" Its '{fused[0]}' fuses the weights of several layers into one." if fused else ""
             raise TypeError(
-                f"Target module '{name}' is a {type(base).__name__}, which is not supported.{hint} Supported are "
-                f"{SUPPORTED}. {advice}"
+                f"Target module '{name}' is a {type(base).__name__}{size}, which is not supported.{hint} Supported "
+                f"are {SUPPORTED}. {advice}"
             )
         own = (nn.MultiheadAttention, self.layer_types.attention)
         if isinstance(base, nn.MultiheadAttention) and not isinstance(module, own):

@@ -44,11 +44,13 @@ def _forward_of(conv: Any) -> tuple[Any, Any]:
 
 
 def is_supported(base_layer: nn.Module, backend: QuantizationBackend | None) -> bool:
-    """Whether a layer has neurons that we can adapt."""
+    """Whether a layer has neurons that we can adapt: `nn.Linear(0, 4)` and `nn.Linear(4, 0)` have none."""
     if backend is not None:
         return backend.layer_type == "linear"
     linear = (nn.Linear, Conv1D, Projection, nn.MultiheadAttention)
-    return isinstance(base_layer, linear) or is_convolution(base_layer)
+    if not isinstance(base_layer, linear) and not is_convolution(base_layer):
+        return False
+    return isinstance(base_layer, nn.MultiheadAttention) or 0 not in matrix_shape(base_layer)
 
 
 class _Bare(nn.Module):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
 from .._peft_internals import (
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
@@ -111,7 +114,10 @@ def _layers_with_neurons(config: SparseConfig, model: nn.Module) -> Iterator[str
 def _gives_one_output(model: nn.Module, name: str) -> bool:
     """[`gives_one_output`] of a module that may be quantised, as PEFT's backends are known to."""
     base = base_of(model.get_submodule(name))
-    return backend_of(model, base) is not None or gives_one_output(base)
+    if backend_of(model, base) is not None:
+        return True
+    is_empty = isinstance(base, nn.Linear) and not is_supported(base, None)
+    return not is_empty and gives_one_output(base)
 
 
 def _is_trained_whole(model: nn.Module, name: str) -> bool:
@@ -152,28 +158,79 @@ def without_parts(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, 
     return {name: module for name, module in targets.items() if name not in parts}
 
 
-def check_no_fused(model: nn.Module, target_modules: Any) -> None:
+def check_names(model: nn.Module, config: SparseConfig) -> None:
     """
+    Check that every name in a config's `target_modules` stands for a module. A warning lists names that stand for
+    none, and names of modules that experts' layers, fused into one parameter by transformers, have too.
+
     Raises:
-        `TypeError`: if a target is the name of a parameter that fuses several layers, as those of experts are, and of
-            no module: PEFT would pass over it, or say that there is no such module.
+        `TypeError`: if one is the name of such a parameter, or of a layer that is fused into it, and of no module:
+            PEFT would pass over it, or say that there is no such module.
     """
-    if target_modules is None:
+    given = config.target_modules
+    if given is None:
         return
     modules = [name for name, _ in model.named_modules()]
-    fused = [
-        name for name, parameter in model.named_parameters() if parameter.dim() >= 3 and not _is_weight(model, name)
-    ]
-    for target in [target_modules] if isinstance(target_modules, str) else sorted(target_modules):
-        pattern = target if isinstance(target_modules, str) else rf"(?:.*\.)?{re.escape(target)}"
-        found = next((name for name in fused if re.fullmatch(pattern, name)), None)
-        if found is not None and not any(re.fullmatch(pattern, name) for name in modules):
-            shape = "x".join(map(str, model.get_parameter(found).shape))
+    fused = {name: name for name, p in model.named_parameters() if p.dim() >= 3 and not _is_weight(model, name)}
+    if not config.from_checkpoint:  # whose adapter may have been made without asking for those
+        fused |= _fused_layers(model, list(fused))
+    if isinstance(given, str):
+        targets = {given: [name for name in (*modules, *fused) if re.fullmatch(given, name)]}
+    else:
+        targets = {target: [] for target in sorted(given)}
+        for name in (*modules, *fused):
+            for end in _ends(name):
+                if end in targets:
+                    targets[end].append(name)
+    for target, names in targets.items():
+        if names and fused.keys() >= set(names):
+            parameter = fused[names[0]]
+            shape = "x".join(map(str, model.get_parameter(parameter).shape))
             raise TypeError(
-                f"target_modules={target_modules!r}: '{found}' is no module but a parameter of {shape}. Adapters are "
-                "put on layers; experts whose weights are fused into one parameter are not supported. Leave it out: "
-                "the model's layers can be adapted without it."
+                f"target_modules={given!r}: '{target}' is no module here, but a part of '{parameter}', a parameter of "
+                f"{shape}. Adapters are put on layers; experts whose weights are fused into one parameter are not "
+                "supported. Leave it out: the model's layers can be adapted without it."
             )
+    if config.from_checkpoint:
+        return
+    with_experts = [target for target, names in targets.items() if not fused.keys().isdisjoint(names)]
+    if with_experts:
+        warnings.warn(
+            f"target_modules={with_experts}: only the layers of this name are adapted, not the experts', whose "
+            "weights are fused into one parameter.",
+            stacklevel=2,
+        )
+    without_module = [target for target, names in targets.items() if not names]
+    if without_module and len(without_module) < len(targets):  # else PEFT says so
+        warnings.warn(
+            f"target_modules={without_module}: {type(model).__name__} has no modules of this name, so nothing is "
+            "adapted for it. Look for the right name in model.named_modules(), or leave it out.",
+            stacklevel=2,
+        )
+
+
+def _ends(name: str) -> Iterator[str]:
+    """A module's name and what PEFT takes for it: `a.b.c`, `b.c`, `c`."""
+    parts = name.split(".")
+    return (".".join(parts[start:]) for start in range(len(parts)))
+
+
+def _fused_layers(model: nn.Module, parameters: list[str]) -> dict[str, str]:
+    """
+    Layers that are fused into parameters, under the names that they have in checkpoints, such as `w1` of Mixtral's
+    experts, and the parameter that holds each. Of the experts, the first stands for all.
+    """
+    if not parameters or not isinstance(model, PreTrainedModel):
+        return {}
+    layers = {}
+    for rule in get_model_conversion_mapping(model):
+        if isinstance(rule, WeightConverter):
+            for end in (target.lstrip(".") for target in rule.target_patterns):
+                for parameter in (name for name in parameters if name.endswith(f".{end}")):
+                    for source in rule.source_patterns:
+                        layer = source.lstrip(".").removesuffix(".weight").replace("*", "0")
+                        layers[parameter.removesuffix(end) + layer] = parameter
+    return layers
 
 
 def _is_weight(model: nn.Module, name: str) -> bool:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -135,7 +135,17 @@ def test_fused_experts_are_refused_with_the_reason():
 
 @pytest.mark.parametrize(
     "targets",
-    [["gate_up_proj"], ["q_proj", "experts.down_proj"], r".*\.down_proj", ["mlp.experts.gate_up_proj"]],
+    [
+        ["gate_up_proj"],
+        ["q_proj", "experts.down_proj"],
+        r".*\.down_proj",
+        ["mlp.experts.gate_up_proj"],
+        # as they were called when each expert was a module
+        ["q_proj", "w1", "w2", "w3"],
+        ["w2"],
+        r".*\.w[13]",
+        ["experts.0.w3"],
+    ],
     ids=str,
 )
 def test_a_fused_parameter_by_name_is_refused_with_the_reason(targets):
@@ -148,11 +158,51 @@ def test_a_fused_parameter_by_name_is_refused_with_the_reason(targets):
     assert [name for name, _ in model.named_modules()] == names
 
 
+def test_a_regular_expression_for_layers_and_experts_says_that_it_gets_the_layers_only():
+    with pytest.warns(UserWarning, match="only the layers.*not the experts'"):
+        adapted = get_peft_model(_mixtral(), NeuroAdaConfig(target_modules=r".*\.(q_proj|w1)"))
+    assert {name.rpartition(".")[2] for name in _adapted_names(adapted)} == {"q_proj"}
+
+
 def test_a_name_of_a_layer_may_be_that_of_a_parameter_elsewhere():
     """In Qwen's models `down_proj` is a layer of the shared expert and a fused parameter of the others."""
     model = nn.ModuleDict({"shared": nn.ModuleDict({"down_proj": nn.Linear(4, 4)}), "experts": nn.Module()})
     model["experts"].down_proj = nn.Parameter(torch.zeros(2, 4, 4))
-    assert _adapted_names(get_peft_model(model, NeuroAdaConfig(target_modules=["down_proj"]))) == {"shared.down_proj"}
+    with pytest.warns(UserWarning, match="'down_proj'.*not the experts'"):
+        adapted = get_peft_model(model, NeuroAdaConfig(target_modules=["down_proj"]))
+    assert _adapted_names(adapted) == {"shared.down_proj"}
+
+
+def test_names_that_stand_for_nothing_are_named(tmp_path):
+    """As typing errors do, and the names that other architectures have."""
+    model = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+    with pytest.warns(
+        UserWarning, match=r"target_modules=\['query', 'value'\]: ModuleDict has no modules of this name"
+    ):
+        adapted = get_peft_model(model, NeuroAdaConfig(target_modules=["q_proj", "value", "query"]))
+    assert _adapted_names(adapted) == {"q_proj"}
+    adapted.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(nn.ModuleDict({"q_proj": model["q_proj"].base_layer}), tmp_path)  # said once
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (16, 0)], ids=str)
+def test_layers_without_weights_are_left_out_or_refused_by_name(shape):
+    for targets in ("all-linear", "all-neurons"):
+        model = nn.Sequential(nn.Linear(*shape), nn.Linear(4, 4))
+        assert _adapted_names(get_peft_model(model, NeuroAdaConfig(target_modules=targets))) == {"1"}
+    model = nn.Sequential(nn.Linear(*shape), nn.Linear(4, 4))
+    with pytest.raises(TypeError, match=r"'0' is a Linear with an empty weight.*exclude_modules"):
+        get_peft_model(model, NeuroAdaConfig(target_modules=["0", "1"]))
+    assert type(model[1]) is nn.Linear
+
+
+@pytest.mark.parametrize("selection", ["magnitude", "random"])
+def test_complex_weights_are_refused(selection):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.complex64))
+    for targets in (["0", "1"], "all-linear"):
+        with pytest.raises(TypeError, match=r"'1' is torch.complex64.*real floating-point.*exclude_modules"):
+            get_peft_model(model, NeuroAdaConfig(target_modules=targets, selection=selection))
+    assert type(model[0]) is nn.Linear
 
 
 def test_a_layer_that_gives_more_than_its_product_is_named():
