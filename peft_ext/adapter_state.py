@@ -84,7 +84,7 @@ def check_state(
     for key in sorted(trained):
         # A module that is trained whole may have infinite numbers in a buffer, such as a mask.
         _check_tensor(key, tensors, state.get(key), f"which adapter '{adapter_name}' trains", key in parameters)
-    writes_base = _check_others(model, state, {k: t for k, t in tensors.items() if k not in own and k not in trained})
+    writes_base = check_others(model, state, {k: t for k, t in tensors.items() if k not in own and k not in trained})
     for key in sorted(trained & state.keys()) if writes_base or not whole_may_differ else ():
         if tensors[key].shape != state[key].shape:
             raise MalformedAdapter(_other_shape(key, tensors[key], state[key]))
@@ -133,12 +133,20 @@ def _kind(dtype: torch.dtype) -> str:
     return "boolean" if dtype == torch.bool else "whole"
 
 
-def _check_others(model: nn.Module, state: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+def check_others(model: nn.Module, state: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
     """
     Tensors that are not the adapter's: none of the base model but embeddings.
 
+    Args:
+        model (`torch.nn.Module`): the model.
+        state (`dict[str, torch.Tensor]`): its state dict.
+        others (`dict[str, torch.Tensor]`): the tensors, by their names in the model.
+
     Returns:
         `bool`: whether loading them changes the base model.
+
+    Raises:
+        [`MalformedAdapter`]: if one would overwrite a frozen tensor of the model, or does not fit.
     """
     base = {_plain(key): tensor for key, tensor in state.items()}
     places = {key: base[_plain(key)] for key in sorted(others) if _plain(key) in base}

@@ -13,7 +13,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .._peft_internals import BaseTunerLayer, load_peft_weights
+from .._peft_internals import AuxiliaryTrainingWrapper, BaseTunerLayer, load_peft_weights
+from ..adapter_state import MalformedAdapter, check_others, naming
 from ..injection import check_adapter_name
 from .peers import CONVERTIBLE, check_convertible
 from .unchanged import unchanged_on_error
@@ -31,6 +32,7 @@ LOAD_OPTIONS = (
 )
 _PREFIX = "base_model.model."
 _VALUES = (".shira_weight", ".supertuning_values")
+_INDICES = (".shira_indices", ".supertuning_indices")
 
 
 def read_config(path: str, **places: Any) -> PeftConfig:
@@ -94,7 +96,8 @@ def loaded(path: str, base_model: Any, options: Mapping[str, Any]) -> Iterator[P
     config = read_config(path, **places)
     mapping = options.get("key_mapping") or getattr(base_model, "_checkpoint_conversion_mapping", None)
     weights = _read_weights(path, mapping, places)
-    with unchanged_on_error(base_model), _same_tensors(base_model, weights):
+    with naming(path), unchanged_on_error(base_model), _same_tensors(base_model, weights):
+        _check_entries(weights)
         try:
             model = PeftModel.from_pretrained(base_model, path, **options)
             misfit: Any = _misfit(base_model, weights, name)
@@ -108,6 +111,7 @@ def loaded(path: str, base_model: Any, options: Mapping[str, Any]) -> Iterator[P
                 f"base_model, a {type(base_model).__name__}, does not fit the adapter {path!r}: {misfit} Pass the "
                 f"model that the adapter was trained on{own}."
             )
+        _check_others(base_model, weights, name)
         yield model
 
 
@@ -123,6 +127,30 @@ def _read_weights(path: str, mapping: dict[str, str] | None, places: dict[str, A
         raise ValueError(
             f"The weights in {folder} are not a whole safetensors file ({error}). Save or download the adapter again."
         ) from error
+
+
+def _check_entries(weights: Mapping[str, Tensor]) -> None:
+    """Values are finite, and indices whole numbers that PEFT's int32 can hold, though Windows saves them as floats."""
+    for key, tensor in weights.items():
+        if key.endswith(_VALUES) and not bool(torch.isfinite(tensor).all()):
+            raise MalformedAdapter(f"'{key}' has values that are not finite; save the adapter again.")
+        if key.endswith(_INDICES) and tensor.numel():
+            numbers = tensor.double()
+            if not bool(((numbers >= 0) & (numbers < 2**31) & (numbers == numbers.trunc())).all()):
+                raise MalformedAdapter(f"'{key}' has numbers that are no indices; save the adapter again.")
+
+
+def _check_others(base: nn.Module, weights: Mapping[str, Tensor], adapter_name: str) -> None:
+    """The file brings nothing but the adapter, modules that it trains whole, and embeddings."""
+    whole = {
+        f"{name}.{key}"
+        for name, module in base.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for key in module.adapter_state_dict_load_map(adapter_name)
+    }
+    named = {key.removeprefix(_PREFIX): tensor for key, tensor in weights.items()}
+    own = (*_VALUES, *_INDICES)
+    check_others(base, base.state_dict(), {k: t for k, t in named.items() if k not in whole and not k.endswith(own)})
 
 
 def _misfit(base: nn.Module, weights: Mapping[str, Tensor], adapter_name: str) -> str | None:

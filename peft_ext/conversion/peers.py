@@ -70,7 +70,8 @@ def entries_of(model: nn.Module, adapter_name: str) -> dict[str, Entries]:
         adapter_name (`str`): the adapter.
 
     Raises:
-        `ValueError`: if a layer lacks its indices, they do not fit its weight, or they are those of packed bytes.
+        `ValueError`: if a layer lacks its indices, they do not fit its weight, or they are those of packed bytes; or
+            if values are not finite.
     """
     found = {}
     for name, layer, values in _layers(model, adapter_name):
@@ -98,6 +99,8 @@ def entries_of(model: nn.Module, adapter_name: str) -> dict[str, Entries]:
                 f"{int(outside.sum())} indices of adapter '{adapter_name}' lie outside the {rows} x {fan_in} weight "
                 f"of '{name}'. Use the base model that the adapter was trained on."
             )
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(f"Adapter '{adapter_name}' has values at '{name}' that are not finite.")
         found[name] = _sorted(row * fan_in + column, values, rows, fan_in)
     return found
 

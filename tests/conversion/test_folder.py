@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, SupertuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from peft_ext import convert
@@ -123,6 +124,50 @@ def test_embeddings_that_the_adapter_brings_along(tiny, tmp_path):
     model.get_input_embeddings().weight.data.add_(1.0)
     model.save_pretrained(tmp_path, save_embedding_layers=True)
     refused(tmp_path, changed(tiny("llama"), num_hidden_layers=3), ValueError, "does not fit")
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+MALFORMED = {
+    "NaN": ({f"{Q}.shira_weight": lambda t: t * torch.nan}, "q_proj.shira_weight' has values that are not finite"),
+    "infinite": ({f"{Q}.shira_weight": lambda t: t / 0.0}, "q_proj.shira_weight' has values that are not finite"),
+    "wrapping": ({f"{Q}.shira_indices": lambda t: t.long() + 2**32}, "q_proj.shira_indices' has numbers that are no"),
+    "fractional": ({f"{Q}.shira_indices": lambda t: t + 0.5}, "q_proj.shira_indices' has numbers that are no indices"),
+    "negative": ({f"{Q}.shira_indices": lambda t: t - 99}, "q_proj.shira_indices' has numbers that are no indices"),
+    "frozen": (
+        {"base_model.model.model.norm.weight": lambda t: torch.full((32,), 7.0)},
+        "model.norm.weight', which is",
+    ),
+}
+
+
+def _edit(folder, changes):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(tensors | {k: f(tensors.get(k)) for k, f in changes.items()}, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_files(tiny, tmp_path, name):
+    peft_adapted(tiny("llama")).save_pretrained(tmp_path)
+    changes, match = MALFORMED[name]
+    _edit(tmp_path, changes)
+    refused(tmp_path, tiny("llama"), ValueError, match)
+
+
+def test_indices_saved_on_windows_are_floats(tiny, ids, tmp_path):
+    model = peft_adapted(tiny("llama"))
+    model.save_pretrained(tmp_path)
+    keys = [key for key in load_file(tmp_path / "adapter_model.safetensors") if key.endswith("indices")]
+    _edit(tmp_path, dict.fromkeys(keys, torch.Tensor.float) | {"foo": lambda t: torch.ones(2)})
+    with pytest.warns(UserWarning, match="belong to nothing in this model and are ignored: 'foo'"):
+        converted = convert(tmp_path, tiny("llama"))
+    torch.testing.assert_close(logits(converted, ids), logits(model, ids), atol=1e-5, rtol=1e-5)
+
+
+def test_values_that_became_infinite_in_memory(tiny):
+    model = peft_adapted(tiny("llama"))
+    next(p for name, p in model.named_parameters() if "shira_weight" in name).data[0] = torch.inf
+    with pytest.raises(ValueError, match="values at '.*q_proj' that are not finite"):
+        convert(model)
 
 
 def test_a_refusal_after_loading(tiny, tmp_path):
