@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_model_status, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from peft_ext import NeuroAdaConfig
 from peft_ext._peft_internals import ForwardOnlyQuantizationBackend
@@ -357,13 +357,12 @@ def test_a_combination_on_a_sealed_base_is_saved_as_made_for_an_unknown_one(seal
     torch.testing.assert_close(loaded(x), model(x))
 
 
-def test_torchao(model_dir, ids, tmp_path):
-    pytest.importorskip("torchao")
-    from torchao.quantization import Int8WeightOnlyConfig
-    from transformers import TorchAoConfig
+@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
+def test_torchao(model_dir, ids, tmp_path, kind):
+    quantization = pytest.importorskip("torchao.quantization")
 
     def load():
-        config = TorchAoConfig(Int8WeightOnlyConfig())
+        config = TorchAoConfig(getattr(quantization, kind)())
         return AutoModelForCausalLM.from_pretrained(model_dir("llama"), quantization_config=config).eval()
 
     model = get_peft_model(load(), NeuroAdaConfig(k=2, init_weights=False)).eval()
