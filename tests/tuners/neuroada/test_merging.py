@@ -6,6 +6,8 @@ import pickle
 
 import pytest
 import torch
+from accelerate import disk_offload
+from peft import PeftModel
 from torch import nn
 
 from peft_ext.tuners.neuroada import NeuroAdaLinear
@@ -35,6 +37,21 @@ def test_unmerge_restores_every_bit_after_many_rounds(tiny, name, dtype, safe):
         model.merge_adapter(safe_merge=safe)
         model.unmerge_adapter()
     assert_equal_bits(base_bits(model), bits)
+
+
+def test_a_model_offloaded_to_disk_merges_and_comes_back(tiny, ids, tmp_path):
+    plain, model = logits(tiny("llama"), ids), adapted(tiny("llama"), k=3)
+    model.save_pretrained(tmp_path)
+    expected = logits(model, ids)
+    model = PeftModel.from_pretrained(tiny("llama"), tmp_path).eval()
+    disk_offload(model, tmp_path / "offload", execution_device="cpu")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert torch.equal(logits(model, ids), expected)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, ids), expected)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, ids), expected)
+    assert torch.equal(logits(model.unload(), ids), plain)
 
 
 @pytest.mark.parametrize("options", SHAPES, ids=str)
