@@ -86,7 +86,7 @@ def check_state(
         _check_tensor(key, tensors, state.get(key), f"which adapter '{adapter_name}' trains", key in parameters)
     writes_base = check_others(model, state, {k: t for k, t in tensors.items() if k not in own and k not in trained})
     for key in sorted(trained & state.keys()) if writes_base or not whole_may_differ else ():
-        if tensors[key].shape != state[key].shape:
+        if not _fits(tensors[key], state[key]):
             raise MalformedAdapter(_other_shape(key, tensors[key], state[key]))
 
 
@@ -116,6 +116,11 @@ def _check_tensor(
 
 def _is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all())
+
+
+def _fits(tensor: Tensor, here: Tensor) -> bool:
+    """Equal shapes; of a parameter that DeepSpeed ZeRO-3 has emptied the shape is not known here."""
+    return tensor.shape == here.shape or here.numel() == 0
 
 
 def _other_shape(key: str, tensor: Tensor, here: Tensor) -> str:
@@ -158,7 +163,7 @@ def check_others(model: nn.Module, state: Mapping[str, Tensor], others: Mapping[
                 "the model. Nothing was loaded; remove it from the file, or use the config it was saved with."
             )
         _check_tensor(key, others, here, "")
-        if others[key].shape != here.shape:
+        if not _fits(others[key], here):
             raise MalformedAdapter(_other_shape(key, others[key], here))
     # With bias="all" PEFT saves the biases of a module that is trained whole a second time, under a name like this.
     strangers = sorted(key for key in others.keys() - places.keys() if ".modules_to_save." not in key)
@@ -178,7 +183,7 @@ def check_others(model: nn.Module, state: Mapping[str, Tensor], others: Mapping[
 
 
 def _is_equal(tensor: Tensor, here: Tensor) -> bool:
-    if here.is_meta or tensor.is_meta or isinstance(here, DTensor):
+    if here.is_meta or tensor.is_meta or isinstance(here, DTensor) or tensor.shape != here.shape:
         return False
     return torch.equal(tensor.to(here.device, here.dtype), here)
 

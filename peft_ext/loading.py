@@ -1,8 +1,8 @@
 """Loading one of our adapters succeeds as a whole or leaves the model as it was, by PEFT and by transformers.
 
-Both inject an adapter's layers before they read its weights, and transformers only logs what is missing. So their
-`load_adapter` is wrapped: the file is checked first, what arrived is checked after, and a failure takes a new adapter
-out again. Adapters of other methods pass through.
+Both inject an adapter's layers before they read its weights. So their `load_adapter` is wrapped: the file is checked
+first, its tensors once the layers are there that await them, and a failure takes a new adapter out again. Adapters of
+other methods pass through.
 """
 
 from __future__ import annotations
