@@ -21,7 +21,7 @@ from .delta import SparseDelta
 from .layers import LayerTypes, SparseLayer, SparseMultiheadAttention, attention_biases, weights_of_layer
 from .merge import MergeMixin
 from .mixed_batch import MixedBatchMixin
-from .neurons import SUPPORTED, is_supported, matrix_shape, neuron_view, parameter_of, weights_of
+from .neurons import SUPPORTED, check_real, is_supported, matrix_shape, neuron_view, parameter_of, weights_of
 from .quantised import backend_of, float_weight
 from .selection import SCORED, ScoreMatrices, parse_selection, select_supports
 from .selection.plan import kept_neurons
@@ -140,11 +140,7 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         for name, base in bases.items():
             if backends[name] is None:
                 check_gatherable(name, parameter_of(base), *shapes[name])
-                if not parameter_of(base).is_floating_point():
-                    raise TypeError(
-                        f"The weight of target module '{name}' is {parameter_of(base).dtype}, but values are added to "
-                        f"real floating-point weights only. Add '{name}' to `exclude_modules`."
-                    )
+                check_real(name, parameter_of(base))
         without_scores = criterion in SCORED and config.scores is None
         if without_scores and not config.from_checkpoint and not config.inference_mode:
             raise ValueError(

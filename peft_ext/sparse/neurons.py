@@ -53,6 +53,18 @@ def is_supported(base_layer: nn.Module, backend: QuantizationBackend | None) -> 
     return isinstance(base_layer, nn.MultiheadAttention) or 0 not in matrix_shape(base_layer)
 
 
+def check_real(name: str, weight: Tensor) -> None:
+    """
+    Raises:
+        `TypeError`: if a target module's weight is complex, or of whole numbers without being quantised.
+    """
+    if not weight.is_floating_point():
+        raise TypeError(
+            f"The weight of target module '{name}' is {weight.dtype}, but values are added to real floating-point "
+            f"weights only. Add '{name}' to `exclude_modules`."
+        )
+
+
 class _Bare(nn.Module):
     """A layer as its class computes it, without hooks and what has been put on the instance."""
 

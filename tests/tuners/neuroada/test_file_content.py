@@ -13,6 +13,12 @@ from tests.tuners.neuroada._common import Untouched, adapted, base_bits, logits
 
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+Q = "base_model.model.model.layers.0.self_attn.q_proj.neuroada_delta"
+
+
+@pytest.fixture
+def base(tiny):
+    return tiny("llama").requires_grad_(False)
 
 
 def _edit(folder, change):
@@ -203,3 +209,87 @@ def test_from_pretrained_of_transformers_warns_too(tiny, model_dir, ids, tmp_pat
     with pytest.warns(UserWarning, match="belong to nothing.*'foo'"):
         model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(model, ids), logits(expected, ids))
+
+
+# ------------------------------------------------------------------ weights, config or heads missing
+
+
+def test_folder_without_weights(tiny, base, tmp_path):
+    adapted(tiny("llama"), k=2).save_pretrained(tmp_path)
+    (tmp_path / WEIGHTS).unlink()
+    with Untouched(base), pytest.raises((ValueError, OSError), match=str(tmp_path)):
+        PeftModel.from_pretrained(base, tmp_path)
+
+
+def test_config_cut_short(tiny, base, tmp_path):
+    adapted(tiny("llama"), k=2).save_pretrained(tmp_path)
+    text = (tmp_path / CONFIG).read_text()
+    (tmp_path / CONFIG).write_text(text[: len(text) // 2])
+    with Untouched(base), pytest.raises(ValueError):
+        PeftModel.from_pretrained(base, tmp_path)
+
+
+def test_config_with_another_k(tiny, base, tmp_path):
+    adapted(tiny("llama"), k=2).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**content, "k": 3}))
+    with Untouched(base), pytest.raises(ValueError, match=r"shape \(32, 2\).*\(32, 3\)"):
+        PeftModel.from_pretrained(base, tmp_path)
+
+
+# Parts of a checkpoint besides the entries: options that lead to them, and the key of one.
+OTHER_PARTS = {
+    "head": ({"modules_to_save": ["classifier"]}, "base_model.model.classifier.weight"),
+    "head of the task": ({"task_type": "SEQ_CLS"}, "base_model.model.classifier.bias"),
+    "bias": ({"bias": "all"}, "base_model.model.bert.encoder.layer.1.output.LayerNorm.bias"),
+    "bias of a target": ({"bias": "neuroada_only"}, "base_model.model.bert.encoder.layer.0.attention.self.query.bias"),
+    "tokens": (
+        {"trainable_token_indices": {"word_embeddings": [5, 6]}},
+        "base_model.model.bert.embeddings.word_embeddings.token_adapter.trainable_tokens_delta",
+    ),
+}
+
+
+@pytest.fixture(params=OTHER_PARTS.values(), ids=OTHER_PARTS)
+def without_a_part(request, tiny, tmp_path):
+    """A folder with an adapter that lacks a tensor, and the tensor's module."""
+    options, key = request.param
+    adapted(tiny("bert"), target_modules=["query"], **options).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    keys = [k for k in tensors if k.replace(".base_layer", "") == key]
+    assert len(keys) == 1, sorted(tensors)
+    _edit(tmp_path, lambda tensors: tensors.pop(keys[0]))
+    return tmp_path, key.removeprefix("base_model.model.").rpartition(".")[0]
+
+
+def test_partial_file_through_peft(without_a_part, tiny):
+    folder, module = without_a_part
+    base = tiny("bert").requires_grad_(False)
+    with Untouched(base), pytest.raises(ValueError, match=module.removesuffix(".token_adapter")):
+        PeftModel.from_pretrained(base, folder)
+
+
+def test_partial_file_through_transformers(without_a_part, tiny):
+    folder, module = without_a_part
+    base = tiny("bert").requires_grad_(False)
+    with Untouched(base), pytest.raises(ValueError, match=module.removesuffix(".token_adapter")):
+        base.load_adapter(str(folder))
+
+
+def test_pickle_cut_short(tiny, base, tmp_path):
+    adapted(tiny("llama"), k=2).save_pretrained(tmp_path, safe_serialization=False)
+    path = tmp_path / "adapter_model.bin"
+    path.write_bytes(path.read_bytes()[:2000])
+    with Untouched(base), pytest.raises(ValueError, match="adapter_model.bin"):
+        PeftModel.from_pretrained(base, tmp_path)
+
+
+def test_good_file_loads_after_a_bad_one(tiny, base, tmp_path, ids):
+    for folder in (tmp_path / "good", tmp_path / "bad"):
+        model = adapted(tiny("llama"), k=2)
+        model.save_pretrained(folder)
+    _edit(tmp_path / "bad", lambda tensors: tensors.pop(f"{Q}.weight"))
+    with pytest.raises(ValueError):
+        PeftModel.from_pretrained(base, tmp_path / "bad")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "good")
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
