@@ -1,0 +1,1 @@
+"""Samples, and the loaders of public layouts."""

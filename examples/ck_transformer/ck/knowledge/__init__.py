@@ -1,0 +1,1 @@
+"""What is known of categories, and the search in it."""

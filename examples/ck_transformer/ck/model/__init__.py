@@ -1,0 +1,1 @@
+"""CK-Transformer and fact search as models of transformers."""
