@@ -144,7 +144,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", choices=list(RATES), default=list(RATES))
     parser.add_argument("--adapt-steps", type=int, default=60, help="[%(default)s]")
     parser.add_argument("--adapt-samples", type=int, default=240, help="of a new world, to train on [%(default)s]")
-    parser.add_argument("--test-samples", type=int, default=200, help="of a new world [%(default)s]")
     parser.add_argument("--trials", type=int, default=3, help="learning rates per method [%(default)s]")
     parser.add_argument(
         "--seeds", type=int, default=3, help="new worlds that the result is averaged over [%(default)s]"

@@ -72,6 +72,7 @@ def write_wordnet(root: Path) -> dict[str, int]:
         places = {key: f"{place:08d}" for key, place in offsets.items()}
         data += f"{len(data):08d} {entry.format(**places)}  \n"
     index = licence + "".join(f"{name} n 1 1 @ 1 0 {place:08d}  \n" for name, place in offsets.items())
+    index += f"thing n 2 0 2 0 {offsets['fruit']:08d} {offsets['food']:08d}  \n"
     (root / "data.noun").write_text(data)
     (root / "index.noun").write_text(index)
     return offsets

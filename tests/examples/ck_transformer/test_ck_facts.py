@@ -40,6 +40,9 @@ def test_glosses_of_wordnet_are_facts(tmp_path: Path) -> None:
     assert base.of("fruit") == [*own, "fruit is a kind of food, any substance that can be eaten"]
     assert base.of("traffic_light") == ["traffic light is a visual signal"] and base.of("unknown") == []
     assert FactBase.from_wordnet(tmp_path, ["fruit"], hypernyms=0).of("fruit") == own
+    second = "thing is any substance that can be eaten"
+    assert FactBase.from_wordnet(tmp_path, ["thing.n.02"]).of("thing") == [second]
+    assert FactBase.from_wordnet(tmp_path, ["thing"], hypernyms=0).of("thing")[2:] == [second]
 
 
 def test_bad_wordnet_files_are_named_with_their_line(tmp_path: Path) -> None:

@@ -186,13 +186,13 @@ def test_adapters_train_save_load_and_merge(method: str, tmp_path: Path) -> None
     model = get_peft_model(copy.deepcopy(base), config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.02)
     losses = []
-    for _ in range(8):
+    for _ in range(30):
         loss = model(**batch).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
     with torch.no_grad():
         trained = model.eval()(**batch).logits
         model.save_pretrained(tmp_path)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .files import JsonFile
-from .samples import IGNORED, Box, Sample
+from .samples import IGNORED, Box, Sample, corners
 
 
 def overlap(first: Box, second: Box) -> float:
@@ -43,15 +43,12 @@ class Detections:
         file = JsonFile(path, list)
         found: dict[str, list[tuple[float, str, Box]]] = {}
         for number, entry in enumerate(file.content):
-            try:
+            with file.expecting("detection with image_id, bbox, score and a known category", number):
                 category = entry["category"] if "category" in entry else (categories or {})[entry["category_id"]]
-                x, y, width, height = map(float, entry["bbox"])
-                image, score = entry["image_id"], float(entry["score"])
+                image, score, box = entry["image_id"], float(entry["score"]), corners(entry["bbox"])
                 image = str(image if images is None else images[image])
-            except (KeyError, TypeError, ValueError) as error:
-                raise file.error(f"no detection with image_id, bbox, score and a category ({error})", number) from None
             if score >= threshold:
-                found.setdefault(image, []).append((score, category, (x, y, x + width, y + height)))
+                found.setdefault(image, []).append((score, category, box))
         self.found = {image: sorted(own, key=lambda item: -item[0])[:most] for image, own in found.items()}
 
     def applied(self, samples: Sequence[Sample], least_overlap: float = 0.5) -> list[Sample]:

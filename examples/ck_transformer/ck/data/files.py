@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,16 @@ class JsonFile:
     def error(self, problem: str, *keys: str | int) -> DataFileError:
         """An error about what lies under `keys`, with its line."""
         return DataFileError(self.path, f"line {locate(self.text, keys)}", problem)
+
+    @contextmanager
+    def expecting(self, what: str, *keys: str | int) -> Iterator[None]:
+        """An error about what lies under `keys` if values cannot be taken or converted within."""
+        try:
+            yield
+        except DataFileError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise self.error(f"not the {what} that is expected", *keys) from None
 
     def get(self, *keys: str | int) -> Any:
         """What lies under `keys`; where something is missing, an error with the line of what is there."""

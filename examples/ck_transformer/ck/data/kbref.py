@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 from .files import DataFileError, JsonFile
-from .samples import Sample
+from .samples import Sample, corners
 
 
 PADDING = "-1"  # images with fewer candidates are filled up with it
@@ -46,29 +46,18 @@ class KBRef:
 
     def sample(self, key: str) -> Sample:
         image, _, target = key.partition("_")
-        try:
+        with self.expressions.expecting("pair of expression and fact", key):
             expression, fact = self.expressions.content[key]
-        except ValueError:
-            raise self.expressions.error("an expression and its fact are needed", key) from None
         candidates = [str(name) for name in self.candidates.get(image) if str(name) != PADDING]
         if target not in candidates:
             raise self.candidates.error(f"object {target!r} is referred to but is no candidate", image)
         boxes, categories = [], []
         for name in candidates:
-            try:
-                category, _, x, y, width, height = self.objects.get(image, name)
-                boxes.append((float(x), float(y), float(x) + float(width), float(y) + float(height)))
-            except (TypeError, ValueError) as error:
-                if isinstance(error, DataFileError):
-                    raise
-                raise self.objects.error("category, name, x, y, width and height are needed", image, name) from None
-            categories.append(category)
-        try:
-            width, height = self.images.get(image)
-            size = (float(width), float(height))
-        except (TypeError, ValueError) as error:
-            if isinstance(error, DataFileError):
-                raise
-            raise self.images.error("width and height are needed", image) from None
+            with self.objects.expecting("category, name, x, y, width and height", image, name):
+                category, _, *box = self.objects.get(image, name)
+                boxes.append(corners(box))
+                categories.append(category)
+        with self.images.expecting("width and height", image):
+            width, height = map(float, self.images.get(image))
         label = candidates.index(target)
-        return Sample(key, image, size, tuple(boxes), tuple(categories), expression, label, fact)
+        return Sample(key, image, (width, height), tuple(boxes), tuple(categories), expression, label, fact)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .files import DataFileError, JsonFile
-from .samples import Sample
+from .samples import Box, Sample, corners
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -33,29 +34,22 @@ class RefCOCO:
             self.refs = _PlainUnpickler(io.BytesIO(self.refs_path.read_bytes()), encoding="utf-8").load()
         except (pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
             raise DataFileError(self.refs_path, "whole file", f"no list of references ({error})") from None
-        instances = JsonFile(Path(root) / "instances.json", dict)
-        self.categories = {
-            instances.get("categories", number, "id"): instances.get("categories", number, "name")
-            for number in range(len(instances.get("categories")))
-        }
+        self.instances = JsonFile(Path(root) / "instances.json", dict)
+        self.categories = {key: name for _, (key, name) in self.rows("categories", "id", "name")}
         self.images: dict[int, tuple[str, tuple[float, float]]] = {}
-        for number in range(len(instances.get("images"))):
-            name, width, height, key = (
-                instances.get("images", number, part) for part in ("file_name", "width", "height", "id")
-            )
-            self.images[key] = name, (float(width), float(height))
-        self.annotations: dict[int, list[Any]] = {}
-        for number in range(len(instances.get("annotations"))):
-            where = ("annotations", number)
-            image, key, category, box = (instances.get(*where, p) for p in ("image_id", "id", "category_id", "bbox"))
-            if image not in self.images or category not in self.categories or len(box) != 4:
-                raise instances.error(
-                    "its image or category is not described, or its box has not four numbers", *where
-                )
-            x, y, width, height = map(float, box)
-            self.annotations.setdefault(image, []).append(
-                (key, self.categories[category], (x, y, x + width, y + height))
-            )
+        for number, (key, name, width, height) in self.rows("images", "id", "file_name", "width", "height"):
+            with self.instances.expecting("image with width and height", "images", number):
+                self.images[key] = name, (float(width), float(height))
+        self.annotations: dict[int, list[tuple[int, str, Box]]] = {}
+        for number, (key, image, category, box) in self.rows("annotations", "id", "image_id", "category_id", "bbox"):
+            with self.instances.expecting("annotation with a known category and a box", "annotations", number):
+                own = self.annotations.setdefault(image, [])
+                own.append((key, self.categories[category], corners(box)))
+
+    def rows(self, part: str, *names: str) -> Iterator[tuple[int, list[Any]]]:
+        """Number and values of each entry in a part of instances.json."""
+        for number in range(len(self.instances.get(part))):
+            yield number, [self.instances.get(part, number, name) for name in names]
 
     def split(self, name: str) -> list[Sample]:
         """Samples of `"train"`, `"val"`, `"test"`, `"testA"` or `"testB"`, one per sentence."""
@@ -66,10 +60,10 @@ class RefCOCO:
                     continue
                 own = self.annotations[ref["image_id"]]
                 label = [key for key, _, _ in own].index(ref["ann_id"])
+                image, size = self.images[ref["image_id"]]
                 sentences = [(sentence["sent_id"], sentence["sent"]) for sentence in ref["sentences"]]
             except (KeyError, TypeError, ValueError) as error:
                 raise DataFileError(self.refs_path, f"entry {number}", f"incomplete or unknown: {error}") from None
-            image, size = self.images[ref["image_id"]]
             boxes, categories = tuple(box for *_, box in own), tuple(category for _, category, _ in own)
             samples += [Sample(str(key), image, size, boxes, categories, text, label) for key, text in sentences]
         return samples

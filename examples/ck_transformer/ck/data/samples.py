@@ -42,8 +42,14 @@ class Sample:
 Features = Callable[[Sample], Tensor]
 
 
+def corners(values: Sequence[float]) -> Box:
+    """The box of a file's x, y, width and height."""
+    x, y, width, height = map(float, values)
+    return x, y, x + width, y + height
+
+
 def geometry(boxes: Sequence[Box], size: tuple[float, float]) -> Tensor:
     """G of appendix A.3, `[boxes, 7]`: corners, width, height and area, relative to the image."""
-    corners = torch.tensor(boxes, dtype=torch.float32).view(-1, 4) / torch.tensor([*size, *size])
-    width, height = corners[:, 2] - corners[:, 0], corners[:, 3] - corners[:, 1]
-    return torch.cat([corners, torch.stack([width, height, width * height], dim=1)], dim=1)
+    ends = torch.tensor(boxes, dtype=torch.float32).view(-1, 4) / torch.tensor([*size, *size])
+    width, height = ends[:, 2] - ends[:, 0], ends[:, 3] - ends[:, 1]
+    return torch.cat([ends, torch.stack([width, height, width * height], dim=1)], dim=1)

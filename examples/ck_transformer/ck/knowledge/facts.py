@@ -54,12 +54,16 @@ class FactBase:
 
         Args:
             folder (`str` or `Path`): holds WordNet's `index.noun` and `data.noun`.
-            categories (`Iterable[str]`): to look up.
+            categories (`Iterable[str]`): to look up: `tree.n.01` in its first sense, `tree` in all of them.
             hypernyms (`int`, *optional*, defaults to 1): how many more general levels are described too.
         """
         nouns = wordnet.Nouns(folder)
-        names = dict.fromkeys(category_key(category) for category in categories)
-        return cls({name: nouns.describe(name, hypernyms) for name in names})
+        facts: dict[str, list[str]] = {}
+        for category in dict.fromkeys(categories):
+            sense = category.rpartition(".n.")[2] if ".n." in category else ""
+            name = category_key(category)
+            facts.setdefault(name, []).extend(nouns.describe(name, hypernyms, int(sense) if sense.isdigit() else None))
+        return cls(facts)
 
     def of(self, category: str) -> list[str]:
         """Facts about a category; none if it is not known."""

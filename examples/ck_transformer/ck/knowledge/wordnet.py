@@ -50,9 +50,11 @@ class Nouns:
         parts = [part for part in _PARTS.split(gloss.strip()) if part and not part.startswith('"')]
         return fields[4].replace("_", " "), above, parts
 
-    def describe(self, name: str, hypernyms: int) -> list[str]:
-        """Facts about all senses of a noun, the most frequent first, and then about what they are kinds of."""
+    def describe(self, name: str, hypernyms: int, sense: int | None = None) -> list[str]:
+        """Facts about one or all senses of a noun, the most frequent first, and then about what they are kinds of."""
         level = self.offsets.get(name.replace(" ", "_"), [])
+        if sense is not None:
+            level = level[sense - 1 : sense]
         facts = [f"{name} is {part}" for offset in level for part in self.synset(offset)[2]]
         for _ in range(hypernyms):
             above = dict.fromkeys(offset for own in level for offset in self.synset(own)[1])

@@ -62,7 +62,6 @@ class CKTransformer(PreTrainedModel):
         fact_attention_mask: Tensor,
         fact_index: Tensor,
         labels: Tensor | None = None,
-        return_dict: bool | None = None,
     ) -> CKTransformerOutput:
         """
         Args:

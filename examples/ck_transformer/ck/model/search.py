@@ -75,7 +75,6 @@ class FactSearch(PreTrainedModel):
         region_geometry: Tensor,
         region_mask: Tensor,
         labels: Tensor | None = None,
-        return_dict: bool | None = None,
     ) -> FactSearchOutput:
         """
         Args:

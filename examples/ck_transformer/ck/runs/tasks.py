@@ -46,7 +46,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--search-steps", type=int, help="of the fact search [10000; world: 60]")
     model.add_argument("--batch-size", type=int, help="[64; world: 8]")
     model.add_argument("--learning-rate", type=float, help="[6e-5; world: tuned for its small model]")
-    model.add_argument("--samples", type=int, default=2400, help="of the world, for training [%(default)s]")
+    world = parser.add_argument_group("the invented world")
+    world.add_argument("--samples", type=int, default=2400, help="for training [%(default)s]")
+    world.add_argument("--test-samples", type=int, default=400, help="[%(default)s]")
+    world.add_argument("--pretraining-steps", type=int, default=200, help="of the encoder [%(default)s]")
     model.add_argument("--seed", type=int, default=0, help="[%(default)s]")
 
 
@@ -91,7 +94,7 @@ def settings(options: argparse.Namespace) -> Settings:
 def task(options: argparse.Namespace) -> Task:
     """What the options describe."""
     if options.data == "world":
-        return world_task(options.seed, options.samples, 400)
+        return world_task(options.seed, options.samples, options.test_samples, options.pretraining_steps)
     train, test = splits(options)
     categories = [name for sample in (*train, *test) for name in sample.categories]
     facts = FactBase.from_json(*options.facts)

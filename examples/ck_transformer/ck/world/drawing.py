@@ -23,13 +23,14 @@ from ..knowledge.facts import FactBase
 VERBS = [
     *(("cut", "sever"), ("carry", "haul"), ("clean", "wash"), ("heat", "warm"), ("mend", "repair"), ("trim", "adorn")),
     *(("store", "keep"), ("weigh", "balance"), ("crush", "grind"), ("paint", "colour"), ("dry", "drain")),
-    ("hide", "veil"),
+    *(("hide", "veil"), ("lift", "raise"), ("burn", "ignite"), ("polish", "shine"), ("wrap", "cover")),
 ]
 NOUNS = [
     *(("wood", "timber"), ("stones", "rocks"), ("soup", "broth"), ("cloth", "fabric"), ("rope", "cord")),
     *(("paper", "sheets"), ("grain", "wheat"), ("bread", "loaves"), ("coins", "money"), ("houses", "homes")),
     *(("shoes", "boots"), ("plants", "shrubs"), ("tools", "gear"), ("boats", "ships"), ("books", "volumes")),
     *(("fruit", "apples"), ("coal", "fuel"), ("glass", "panes"), ("meat", "beef"), ("roads", "lanes")),
+    *(("sand", "gravel"), ("honey", "nectar"), ("wool", "fleece"), ("letters", "mail")),
 ]
 SYLLABLES = ("ba", "du", "fo", "gi", "ka", "lu", "mo", "ne", "po", "ri", "su", "ta", "vo", "we", "xi", "zu")
 FACTS = {
