@@ -17,7 +17,7 @@ from ck.world.drawing import World
 from safetensors.torch import save_file
 from transformers import VisualBertModel
 
-from tests.examples.ck_transformer._layouts import write_kbref
+from tests.examples.ck_transformer._layouts import dump, write_kbref
 from tests.examples.ck_transformer.conftest import ENCODER_CONFIGS, FEATURE_SIZE, SAMPLES, TOKENIZER
 
 
@@ -51,6 +51,15 @@ def test_training_on_files_saves_models_and_predictions(script: Script, kbref: l
     assert train.main([*kbref, "--trained-search", str(out / "search"), "--no-facts", "--out", str(again)]) == 0
     assert not (again / "search").exists()
     script("tables").main(["mcnemar", str(out / "predictions.json"), str(again / "predictions.json")])
+
+
+def test_targets_that_were_not_detected_count_as_missed(script: Script, kbref: list[str], tmp_path: Path) -> None:
+    found = [{"image_id": "7", "category": "dudu", "bbox": [10, 5, 20, 30], "score": 0.9}]
+    found += [{"image_id": "7", "category": "baba", "bbox": [50, 5, 9, 9], "score": 0.8}]
+    dump(tmp_path / "found.json", found)  # nothing in image 8, the only one to test on
+    arguments = [*kbref, "--detections", str(tmp_path / "found.json"), "--out", str(tmp_path / "out")]
+    script("train").main(arguments)
+    assert json.loads((tmp_path / "out" / "predictions.json").read_text()) == {"8_21": False}
 
 
 def test_tables_have_a_row_for_each_value(script: Script, kbref: list[str], tmp_path: Path) -> None:

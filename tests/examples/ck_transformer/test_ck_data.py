@@ -149,7 +149,7 @@ def test_detected_boxes_take_the_place_of_annotated_ones(tmp_path: Path) -> None
     one = Detections(tmp_path / "found.json", data.categories, images, most=1).applied(data.split("train"))
     assert one[0].label == -100 and one[0].categories == ("dudu",)
     missing = Detections(tmp_path / "found.json", data.categories, images).applied(data.split("testA"))
-    assert missing[0].label == -100
+    assert missing[0].label == -100 and missing[0].boxes == ()
     with pytest.raises(DataFileError, match=r"found.json, line 2: not the detection with"):
         Detections(tmp_path / "found.json", {1: "dudu"}, images)
 

@@ -54,19 +54,15 @@ class Detections:
     def applied(self, samples: Sequence[Sample], least_overlap: float = 0.5) -> list[Sample]:
         """
         The samples with detected candidates. The target is the box that overlaps most with the true one, if by half
-        or more; otherwise it is missing, and the sample's label is -100. Images without detections are left as they
-        are but for their label, so that they count as wrong.
+        or more; otherwise it is missing, and the sample's label is -100.
         """
         changed = []
         for sample in samples:
             own = self.found.get(sample.image, [])
-            if not own:
-                changed.append(replace(sample, label=IGNORED))
-                continue
             boxes = tuple(box for *_, box in own)
             shared = [overlap(sample.boxes[sample.label], box) for box in boxes]
-            label = max(range(len(boxes)), key=shared.__getitem__)
+            best = max(range(len(boxes)), key=shared.__getitem__, default=None)
+            label = best if best is not None and shared[best] >= least_overlap else IGNORED
             categories = tuple(category for _, category, _ in own)
-            label = label if shared[label] >= least_overlap else IGNORED
             changed.append(replace(sample, boxes=boxes, categories=categories, label=label))
         return changed

@@ -64,32 +64,33 @@ class Settings:
 
 @dataclass
 class Facts:
-    """Facts found for the candidates of both splits, the best first, and the embedder that found them."""
+    """Facts found for the answerable samples of both splits, the best first, and the embedder that found them."""
 
     train: list[list[list[str]]]
     test: list[list[list[str]]]
     embed: Embedder
 
     def recall(self, samples: list[Sample], count: int) -> float:
-        return recall(samples, [[facts[:count] for facts in own] for own in self.test])
+        return recall(answerable(samples), [[facts[:count] for facts in own] for own in self.test])
 
 
 def train_search(task: Task, settings: Settings) -> FactSearch:
     """The fact search, trained on the samples whose fact is known and the categories that they show."""
-    samples = [sample for sample in task.train if sample.fact]
+    samples = [sample for sample in answerable(task.train) if sample.fact]
     if not samples:
         raise ValueError("no training sample names its fact: train the fact search on KB-Ref, and load it from there.")
     model = with_encoder(FactSearch, FactSearchConfig, task, variant=settings.search, loss=settings.search_loss)
     model.set_mean(*mean_inputs(task))
     processor = CKProcessor(task.tokenizer, max_length=settings.max_length)
     seen = task.facts.restricted(category for sample in samples for category in sample.categories)
-    fit(
-        model,
-        samples,
-        SearchCollator(processor, task.features, seen, settings.search_recipe.seed),
-        settings.search_recipe,
-    )
+    collate = SearchCollator(processor, task.features, seen, settings.search_recipe.seed)
+    fit(model, samples, collate, settings.search_recipe)
     return model
+
+
+def answerable(samples: list[Sample]) -> list[Sample]:
+    """Those whose target is among the candidates. The others teach nothing, and no model can get them right."""
+    return [sample for sample in samples if sample.label >= 0]
 
 
 def with_encoder(model_class: Any, config_class: Any, task: Task, **options: Any) -> Any:
@@ -103,7 +104,7 @@ def with_encoder(model_class: Any, config_class: Any, task: Task, **options: Any
 
 def mean_inputs(task: Task, most: int = 1000) -> tuple[Any, Any]:
     """Region features and boxes of up to 1000 training samples."""
-    samples = task.train[:most]
+    samples = answerable(task.train)[:most]
     features = torch.cat([task.features(sample) for sample in samples])
     return features, torch.cat([geometry(sample.boxes, sample.size) for sample in samples])
 
@@ -121,11 +122,12 @@ def find_facts(task: Task, settings: Settings, count: int, search: FactSearch | 
         table = task.make_encoder().get_input_embeddings().weight.detach()
         embed = task.word_embedder or WordEmbedder.of_tokens(task.tokenizer, table)
     else:
+        search = search or train_search(task, settings)
+        search.to("cuda" if torch.cuda.is_available() else "cpu")
         processor = CKProcessor(task.tokenizer, max_length=settings.max_length)
-        embed = EncoderEmbedder(search or train_search(task, settings), processor, task.features)
-    return Facts(
-        top_facts(embed, task.train, task.facts, count), top_facts(embed, task.test, task.facts, count), embed
-    )
+        embed = EncoderEmbedder(search, processor, task.features)
+    found = (top_facts(embed, answerable(samples), task.facts, count) for samples in (task.train, task.test))
+    return Facts(*found, embed)
 
 
 @dataclass
@@ -154,7 +156,8 @@ def run(task: Task, settings: Settings, facts: Facts) -> Result:
     )
     processor = CKProcessor(task.tokenizer, settings.num_facts, settings.max_length, settings.no_facts)
     collate = ClassifierCollator(processor, task.features)
-    items = [item for item in zip(task.train, facts.train, strict=True) if item[0].label >= 0]
-    fit(model, items, collate, settings.recipe)
-    predicted = predict(model, list(zip(task.test, facts.test, strict=True)), collate)
-    return Result(model, processor, comparison.correct(task.test, predicted))
+    train, test = answerable(task.train), answerable(task.test)
+    fit(model, list(zip(train, facts.train, strict=True)), collate, settings.recipe)
+    predicted = predict(model, list(zip(test, facts.test, strict=True)), collate)
+    right = {sample.name: False for sample in task.test} | comparison.correct(test, predicted)
+    return Result(model, processor, right)

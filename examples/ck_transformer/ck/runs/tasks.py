@@ -46,11 +46,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--search-steps", type=int, help="of the fact search [10000; world: 60]")
     model.add_argument("--batch-size", type=int, help="[64; world: 8]")
     model.add_argument("--learning-rate", type=float, help="[6e-5; world: tuned for its small model]")
+    model.add_argument("--seed", type=int, default=0, help="[%(default)s]")
     world = parser.add_argument_group("the invented world")
     world.add_argument("--samples", type=int, default=2400, help="for training [%(default)s]")
     world.add_argument("--test-samples", type=int, default=400, help="[%(default)s]")
     world.add_argument("--pretraining-steps", type=int, default=200, help="of the encoder [%(default)s]")
-    model.add_argument("--seed", type=int, default=0, help="[%(default)s]")
 
 
 def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -117,6 +117,9 @@ def splits(options: argparse.Namespace) -> tuple[list[Sample], list[Sample]]:
         refcoco = RefCOCO(options.root, options.split_by)
         parts = [refcoco.split(name) for name in ("train", options.test_split)]
         names = {"categories": refcoco.categories, "images": {key: name for key, (name, _) in refcoco.images.items()}}
+    for name, part in zip(("train", options.test_split), parts, strict=True):
+        if not part:
+            raise ValueError(f"{options.root} has no samples in the split {name!r}: name another with --test-split.")
     if options.detections:
         detections = Detections(options.detections, **names, most=options.max_boxes)
         parts = [detections.applied(part) for part in parts]

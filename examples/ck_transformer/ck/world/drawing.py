@@ -69,11 +69,11 @@ class World:
         seed (`int`): of all that is drawn.
         candidates (`int`, *optional*, defaults to 6): objects in an image.
         wording (`str`, *optional*, defaults to `"plain"`): of the facts; `"other"` says the same in another way.
-        categories (`tuple[int, int]`, *optional*, defaults to (96, 24)): for training and testing.
+        categories (`tuple[int, int]`, *optional*, defaults to (200, 24)): for training and testing.
     """
 
     def __init__(
-        self, seed: int, candidates: int = 6, wording: str = "plain", categories: tuple[int, int] = (96, 24)
+        self, seed: int, candidates: int = 6, wording: str = "plain", categories: tuple[int, int] = (200, 24)
     ) -> None:
         self.random = random.Random(seed)
         self.candidates, self.wording = candidates, wording
