@@ -42,7 +42,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--num-blocks", type=int, default=2, help="M, integration blocks [%(default)s]")
     model.add_argument("--loss", default="cross_entropy", help="cross_entropy or margin [%(default)s]")
     model.add_argument("--search-loss", default="mse", help="mse or hinge [%(default)s]")
-    model.add_argument("--steps", type=int, help="of the classifier [10000; world: 300]")
+    model.add_argument("--steps", type=int, help="of the classifier [10000; world: 400]")
     model.add_argument("--search-steps", type=int, help="of the fact search [10000; world: 60]")
     model.add_argument("--batch-size", type=int, help="[64; world: 8]")
     model.add_argument("--learning-rate", type=float, help="[6e-5; world: tuned for its small model]")

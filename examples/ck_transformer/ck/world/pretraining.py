@@ -22,7 +22,7 @@ from .drawing import FEATURE_SIZE, World, make_tokenizer
 
 # How the world's small models are trained.
 WORLD_SEARCH = Recipe(steps=60, batch_size=64, learning_rate=5e-4)
-WORLD_RECIPE = Recipe(steps=300, batch_size=8, learning_rate=2e-3)
+WORLD_RECIPE = Recipe(steps=400, batch_size=8, learning_rate=2e-3)
 
 TEXTS, TEMPERATURE, LEARNING_RATE = 64, 0.2, 4e-3
 
