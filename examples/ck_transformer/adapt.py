@@ -104,7 +104,7 @@ def row(name: str, base: CKTransformer, targets: Sequence[Target], recipe: Recip
         return model
 
     rates = [RATES[name] * 3.0 ** (number - trials // 2) for number in range(trials)]
-    rate = max(rates, key=lambda value: score(trained(targets[0], value), targets[0]))
+    rate = max(rates, key=lambda value: score(trained(targets[0], value), targets[0])) if trials > 1 else rates[0]
     models = [(trained(own, rate), own) for own in targets[1:]]
     scores = [score(model, own) for model, own in models]
     parameters = {n: p.numel() for n, p in models[0][0].named_parameters() if p.requires_grad}
@@ -131,7 +131,12 @@ def table(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [{"method": "before", "mean": before}]
     for name in options.methods:
         rows.append(row(name, first.model, targets, Recipe(options.adapt_steps, 8, seed=options.seed), options.trials))
-        print("  ".join(f"{key} {value:,.4g}" if key != "method" else f"{value:9}" for key, value in rows[-1].items()))
+        print(
+            "  ".join(
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                for key, value in rows[-1].items()
+            )
+        )
     return rows
 
 

@@ -126,6 +126,9 @@ def test_bad_refcoco_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "refs(unc).p").write_bytes(pickle.dumps([{"split": "train", "image_id": 4}]))
     with pytest.raises(DataFileError, match=r"refs\(unc\).p, entry 0: incomplete or unknown: 4"):
         RefCOCO(tmp_path).split("train")
+    (tmp_path / "refs(unc).p").write_bytes(pickle.dumps({}))
+    with pytest.raises(DataFileError, match=r"refs\(unc\).p, whole file: a dict, no list"):
+        RefCOCO(tmp_path)
 
 
 def test_lines_are_those_of_the_named_part() -> None:

@@ -34,6 +34,8 @@ class RefCOCO:
             self.refs = _PlainUnpickler(io.BytesIO(self.refs_path.read_bytes()), encoding="utf-8").load()
         except (pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
             raise DataFileError(self.refs_path, "whole file", f"no list of references ({error})") from None
+        if not isinstance(self.refs, list):
+            raise DataFileError(self.refs_path, "whole file", f"a {type(self.refs).__name__}, no list of references")
         self.instances = JsonFile(Path(root) / "instances.json", dict)
         self.categories = {key: name for _, (key, name) in self.rows("categories", "id", "name")}
         self.images: dict[int, tuple[str, tuple[float, float]]] = {}
