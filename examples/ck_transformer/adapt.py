@@ -11,113 +11,17 @@ trained model is saved, loaded, and merged, and has to score the same.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from ck.knowledge.retrieval import EncoderEmbedder, top_facts
-from ck.model.classifier import CKTransformer
-from ck.model.processing import CKProcessor
 from ck.runs import tasks
-from ck.runs.comparison import accuracy, correct
+from ck.runs.adapting import RATES, row, score, target
 from ck.runs.experiment import find_facts, run
-from ck.runs.training import ClassifierCollator, Recipe, fit, predict
-from ck.world.drawing import World
-from peft import LoraConfig, PeftModel, get_peft_model
+from ck.runs.training import Recipe
 from transformers import set_seed
-
-from peft_ext import GPSConfig, NeuroAdaConfig, gradient_scores
-
-
-HEAD = ["integrator", "scorer"]
-TARGETS = r".*encoder\.layer\.\d+\..*(query|key|value|dense)"  # the linear layers of VisualBERT's encoder
-RATES = {"neuroada": 3e-3, "gps": 3e-3, "lora": 3e-3, "full": 1e-3}  # the middle of three, a factor of 3 apart
-
-
-@dataclass(frozen=True)
-class Target:
-    """A world to adapt to: samples with their facts, and how to make batches of them."""
-
-    train: list[Any]
-    test: list[Any]
-    collate: ClassifierCollator
-
-
-def target(seed: int, search: EncoderEmbedder, processor: CKProcessor, options: argparse.Namespace) -> Target:
-    world = World(seed, wording="other")
-    embed = EncoderEmbedder(search.model, search.processor, world.features)
-    parts = []
-    for split, count in (("train", options.adapt_samples), ("test", options.test_samples)):
-        samples = world.samples(split, count)
-        found = top_facts(embed, samples, world.facts, processor.num_facts)
-        parts.append(list(zip(samples, found, strict=True)))
-    return Target(*parts, ClassifierCollator(processor, world.features))
-
-
-def adapted(name: str, model: CKTransformer, own: Target) -> Any:
-    """The model to train. GPS ranks entries by the gradient of the model's own loss on the new world."""
-    shared = {"target_modules": TARGETS, "modules_to_save": HEAD}
-    if name == "neuroada":
-        return get_peft_model(model, NeuroAdaConfig(k=1, **shared))
-    if name == "gps":
-        batches = [own.collate(own.train[start : start + 16]) for start in range(0, len(own.train), 16)]
-        config = GPSConfig(k=1, **shared)
-        return get_peft_model(model, config.with_scores(gradient_scores(model, batches, "model", progress=False)))
-    if name == "lora":
-        return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, **shared))
-    return model
-
-
-def score(model: Any, own: Target) -> float:
-    predicted = predict(model, own.test, own.collate)
-    return accuracy(correct([sample for sample, _ in own.test], predicted))
-
-
-@torch.no_grad()
-def check_files(model: Any, base: CKTransformer, own: Target) -> int:
-    """Save, load and merge, compare the scores, and return the size of the weights' file."""
-    batch = own.collate(own.test[:8])
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        if isinstance(model, PeftModel):
-            loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder).merge_and_unload()
-        else:
-            loaded = type(model).from_pretrained(folder)
-        size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-    torch.testing.assert_close(loaded.eval()(**batch).logits, model(**batch).logits, atol=1e-4, rtol=1e-4)
-    return size
-
-
-def row(name: str, base: CKTransformer, targets: Sequence[Target], recipe: Recipe, trials: int) -> dict[str, Any]:
-    """One method: the learning rate chosen on the first target, accuracies on the others."""
-
-    def trained(own: Target, rate: float) -> Any:
-        set_seed(recipe.seed)
-        model = adapted(name, copy.deepcopy(base), own)
-        fit(model, own.train, own.collate, replace(recipe, learning_rate=rate))
-        return model
-
-    rates = [RATES[name] * 3.0 ** (number - trials // 2) for number in range(trials)]
-    rate = max(rates, key=lambda value: score(trained(targets[0], value), targets[0])) if trials > 1 else rates[0]
-    models = [(trained(own, rate), own) for own in targets[1:]]
-    scores = [score(model, own) for model, own in models]
-    parameters = {n: p.numel() for n, p in models[0][0].named_parameters() if p.requires_grad}
-    head = sum(count for n, count in parameters.items() if any(part in n for part in HEAD))
-    return {
-        "method": name,
-        "learning_rate": rate,
-        "encoder_parameters": sum(parameters.values()) - head,
-        "head_parameters": head,
-        "mean": statistics.fmean(scores),
-        "deviation": statistics.stdev(scores) if len(scores) > 1 else 0.0,
-        "file_bytes": check_files(*models[0][:1], base, models[0][1]),
-    }
 
 
 def table(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -125,7 +29,10 @@ def table(options: argparse.Namespace) -> list[dict[str, Any]]:
     settings, task = tasks.settings(options), tasks.task(options)
     facts = find_facts(task, settings, settings.num_facts)
     first = run(task, settings, facts)
-    targets = [target(100 + seed, facts.embed, first.processor, options) for seed in range(options.seeds + 1)]
+    targets = [
+        target(100 + seed, facts.embed, first.processor, options.adapt_samples, options.test_samples)
+        for seed in range(options.seeds + 1)
+    ]
     before = statistics.fmean(score(first.model, own) for own in targets[1:])
     print(f"accuracy in the world of training {first.accuracy:.3f}, in the new ones before adapting {before:.3f}")
     rows: list[dict[str, Any]] = [{"method": "before", "mean": before}]
