@@ -4,8 +4,8 @@ One CK-Transformer, adapted by NeuroAda, GPS, LoRA and full fine-tuning.
     python examples/ck_transformer/adapt.py
 
 trains the model in the invented world, and adapts it to worlds of other categories whose facts are worded in another
-way. Every method trains integrator and scorer too; its learning rate is the best of three in a world of its own. Each
-trained model is saved, loaded, and merged, and has to score the same.
+way. Integrator and scorer are trained too, at the same learning rate for all methods; that of the rest is the best of
+three in a world of its own. Each trained model is saved, loaded, and merged, and has to score the same.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     tasks.add(parser)
     parser.add_argument("--methods", nargs="+", choices=list(RATES), default=list(RATES))
-    parser.add_argument("--adapt-steps", type=int, default=60, help="[%(default)s]")
-    parser.add_argument("--adapt-samples", type=int, default=240, help="of a new world, to train on [%(default)s]")
+    parser.add_argument("--adapt-steps", type=int, default=120, help="[%(default)s]")
+    parser.add_argument("--adapt-samples", type=int, default=480, help="of a new world, to train on [%(default)s]")
     parser.add_argument("--trials", type=int, default=3, help="learning rates per method [%(default)s]")
     parser.add_argument(
         "--seeds", type=int, default=3, help="new worlds that the result is averaged over [%(default)s]"

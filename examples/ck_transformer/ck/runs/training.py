@@ -27,8 +27,14 @@ class Recipe:
     seed: int = 0
 
 
-def fit(model: Any, data: Sequence[Any], collate: Callable[[list[Any]], Any], recipe: Recipe) -> None:
-    """Train what requires gradients."""
+def fit(
+    model: Any,
+    data: Sequence[Any],
+    collate: Callable[[list[Any]], Any],
+    recipe: Recipe,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """Train what requires gradients, with AdamW unless there is an optimizer."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -48,7 +54,10 @@ def fit(model: Any, data: Sequence[Any], collate: Callable[[list[Any]], Any], re
             save_strategy="no",
             report_to="none",
         )
-        trainer = Trainer(model=model, args=arguments, train_dataset=data, data_collator=collate)
+        optimizers = (optimizer, None)  # the schedule is the Trainer's
+        trainer = Trainer(
+            model=model, args=arguments, train_dataset=data, data_collator=collate, optimizers=optimizers
+        )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     model.eval()

@@ -35,7 +35,7 @@ NOUNS = [
 SYLLABLES = ("ba", "du", "fo", "gi", "ka", "lu", "mo", "ne", "po", "ri", "su", "ta", "vo", "we", "xi", "zu")
 FACTS = {
     "plain": ("a {name} can {verb} {noun}", "people {verb} {noun} with a {name}"),
-    "other": ("{noun} are what every {name} will {verb}", "for {noun} that you must {verb} there is the {name}"),
+    "other": ("a {name} will {verb} the {noun}", "for what must {verb} {noun} there is a {name}"),
 }
 EXPRESSIONS = ("something to {verb} {noun}", "the one that will {verb} {noun}")
 COLOURS, FEATURE_SIZE, FACTS_PER_CATEGORY = 8, 16, 4
