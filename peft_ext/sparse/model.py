@@ -19,6 +19,7 @@ from .checkpoint import CheckpointMixin
 from .config import SparseConfig
 from .delta import SparseDelta
 from .layers import LayerTypes, SparseLayer, SparseMultiheadAttention, attention_biases, weights_of_layer
+from .memory import Region
 from .merge import MergeMixin
 from .mixed_batch import MixedBatchMixin
 from .neurons import SUPPORTED, check_real, is_supported, matrix_shape, neuron_view, parameter_of, weights_of
@@ -129,8 +130,9 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         source = {name: first.setdefault(weight_key(base) or name, name) for name, base in bases.items()}
         for name, base in bases.items():
             other = bases[source[name]]
-            ours, theirs = getattr(base, "bias", None), getattr(other, "bias", None)
-            if config.train_bias and base is not other and ours is not theirs:
+            biases = [getattr(layer, "bias", None) for layer in (base, other)]
+            ours, theirs = (None if bias is None else Region.of(bias) for bias in biases)
+            if config.train_bias and base is not other and ours != theirs:
                 raise ValueError(
                     f"'{source[name]}' and '{name}' share a weight, so they share what an adapter trains, but their "
                     "biases differ. Set train_bias=False, or adapt only one of the two."

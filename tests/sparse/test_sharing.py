@@ -179,3 +179,108 @@ def test_transformers_saves_and_loads_shared_values(tmp_path):
     other.load_adapter(str(tmp_path))
     with torch.no_grad():
         assert torch.equal(other.eval()(ids).logits, model(ids).logits)
+
+
+# ---------------------------------------------------------------------- one memory behind several parameters
+
+
+def alias_of(tensor):
+    return nn.Parameter(tensor.data)
+
+
+class TiedByStorage(Tied):
+    """As [`Tied`], but each module has a parameter of its own over the common memory, which a copy would lose."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__()
+        self.two.weight, self.head.weight = alias_of(self.one.weight), alias_of(self.embed.weight)
+
+    def adapted(self, targets, **options):
+        options = {"init_weights": False, "selection": "random", "k": 2, **options}
+        return get_peft_model(self, NeuroAdaConfig(target_modules=targets, **options)).eval()
+
+
+@pytest.mark.parametrize("targets", [["one", "two"], ["one"], ["two", "head"], ["one", "two", "head"]], ids=str)
+def test_parameters_over_one_storage_are_one_weight(ids, targets):
+    base = TiedByStorage()
+    embedding = bits(base.embed.weight)
+    model = base.adapted(targets)
+    expected = model(ids).detach()
+    original = {name: bits(tensor) for name, tensor in model.state_dict().items()}
+    for _ in range(2):
+        model.merge_adapter(safe_merge=True)
+        torch.testing.assert_close(model(ids), expected)
+        assert_same_bits(base.embed.weight, embedding)
+        model.unmerge_adapter()
+        for name, tensor in model.state_dict().items():
+            assert_same_bits(tensor, original[name])
+    torch.testing.assert_close(model.merge_and_unload()(ids), expected)
+
+
+def test_layers_over_one_storage_share_their_values(ids):
+    model = TiedByStorage().adapted(["one", "two"])
+    inner = model.base_model.model
+    assert inner.one.deltas["default"] is inner.two.deltas["default"]
+    assert model.get_nb_trainable_parameters()[0] == 2 * WIDTH
+
+
+@pytest.mark.parametrize(("first", "second"), [(slice(0, 6), slice(2, 8)), (slice(0, 4), slice(0, 8))], ids=str)
+def test_layers_that_overlap_in_memory_merge_into_copies(first, second):
+    """Each sees its own update only, whichever of them was merged first."""
+    torch.manual_seed(0)
+    whole = torch.randn(8, WIDTH)
+    before = bits(whole)
+    base = nn.ModuleDict({"one": nn.Linear(WIDTH, 1), "two": nn.Linear(WIDTH, 1)})
+    base["one"].weight, base["two"].weight = nn.Parameter(whole[first]), nn.Parameter(whole[second])
+    for layer in base.values():
+        layer.bias = None
+    config = NeuroAdaConfig(k=WIDTH, target_modules=["one", "two"], init_weights=False)
+    model = get_peft_model(base, config)
+    x = torch.randn(5, WIDTH)
+    expected = {name: layer(x).detach() for name, layer in base.items()}
+    model.merge_adapter()
+    for name, layer in base.items():
+        torch.testing.assert_close(layer(x), expected[name])
+    assert_same_bits(whole, before)
+    model.unmerge_adapter()
+    for name, layer in base.items():
+        assert torch.equal(layer(x), expected[name]) and layer.weight.data_ptr() in (
+            whole[first].data_ptr(),
+            whole[second].data_ptr(),
+        )
+
+
+def test_neighbours_in_one_storage_merge_in_place():
+    """As the weights of a fused projection are: no copy is made where nothing overlaps."""
+    whole = torch.randn(8, WIDTH)
+    base = nn.ModuleDict({"one": nn.Linear(WIDTH, 4, bias=False), "two": nn.Linear(WIDTH, 4, bias=False)})
+    base["one"].weight, base["two"].weight = nn.Parameter(whole[:4]), nn.Parameter(whole[4:])
+    model = get_peft_model(base, NeuroAdaConfig(k=1, target_modules=["one", "two"], init_weights=False))
+    assert base["one"].deltas["default"] is not base["two"].deltas["default"]
+    before = whole.clone()
+    model.merge_adapter()
+    assert int((whole != before).sum()) == 8  # one entry per neuron
+    model.unmerge_adapter()
+    assert torch.equal(whole, before)
+
+
+@pytest.mark.parametrize("tie", [lambda parameter: parameter, alias_of], ids=["parameter", "storage"])
+def test_merging_into_a_bias_that_another_layer_uses_leaves_that_layer_alone(tie):
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"one": nn.Linear(WIDTH, 4), "two": nn.Linear(WIDTH, 4)})
+    base["two"].bias = tie(base["one"].bias)
+    bias, shared = bits(base["one"].bias), base["one"].bias
+    options = {"target_modules": ["one"], "train_bias": True, "init_weights": False}
+    model = get_peft_model(base, NeuroAdaConfig(k=1, **options))
+    x = torch.randn(5, WIDTH)
+    expected = {name: layer(x).detach() for name, layer in base.items()}
+    model.merge_adapter()
+    for name, layer in base.items():
+        torch.testing.assert_close(layer(x), expected[name])
+    model.unmerge_adapter()
+    assert base["one"].bias is shared
+    assert_same_bits(shared, bias)
+    model.merge_and_unload()
+    torch.testing.assert_close(base["one"](x), expected["one"])
+    assert torch.equal(base["two"](x), expected["two"])

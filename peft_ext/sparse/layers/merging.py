@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,12 +31,12 @@ class Merged:
 
 @dataclass
 class SetAside:
-    """What stood in the place of a merged weight that is no change of the original in place: a quantised base layer
-    with its backend, or a weight that others use too."""
+    """What is no longer in its place while adapters are merged: a quantised base layer with its backend, and the
+    parameters that others use too, by name."""
 
     base_layer: nn.Module | None = None
     backend: QuantizationBackend | None = None
-    weight: nn.Parameter | None = None
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
 
 
 class MergingMixin:
@@ -44,8 +44,9 @@ class MergingMixin:
     `merge` and `unmerge` of a sparse layer.
 
     Attributes:
-        shares_weight (`bool`): whether something else in the model uses the base weight and is not adapted in the same
-            way, so that merging takes a copy. Set by [`~SparseModel.note_sharing`].
+        copied_to_merge (`tuple[str, ...]`): which of the base layer's parameters (`"weight"`, `"bias"`) merging
+            replaces by copies, since something else uses their memory: a module that is not adapted in the same way,
+            or another process. Set by [`~sharing.note_sharing`].
         follows (`bool`): whether another layer with the same weight and adapters merges for both.
         requantize (`bool`): whether a merged weight is quantised again.
         requantization_error (`float`, *optional*): relative error that this made.
@@ -62,7 +63,7 @@ class MergingMixin:
 
     def __init__(self) -> None:
         super().__init__()
-        self.shares_weight = False
+        self.copied_to_merge: tuple[str, ...] = ()
         self.requantize = False
         self.requantization_error: float | None = None
         self.dense_dtype: torch.dtype | None = None
@@ -100,11 +101,11 @@ class MergingMixin:
     @torch.no_grad()
     def original_matrix(self) -> Tensor:
         """The base weight as `[rows, fan_in]` without what is merged into it: a view of it, or a copy."""
-        aside = self._set_aside
-        if aside is not None:
-            base_layer: Any = aside.base_layer or self.get_base_layer()
-            weight = float_weight(base_layer, aside.backend) if aside.weight is None else aside.weight.detach()
-            return neuron_view(base_layer, weight)
+        aside = self._set_aside or SetAside()
+        if aside.base_layer is not None:
+            return neuron_view(aside.base_layer, float_weight(aside.base_layer, aside.backend))
+        if "weight" in aside.parameters:
+            return neuron_view(self.get_base_layer(), aside.parameters["weight"].detach())
         if not self._merged:
             return self.base_matrix()
         matrix = self.base_matrix().clone()
@@ -196,22 +197,25 @@ class MergingMixin:
                 "The base layer's weight is computed by a parametrization, so nothing can be written into it. Remove "
                 "the parametrization (torch.nn.utils.parametrize.remove_parametrizations) before merging."
             )
-        if self.shares_weight and isinstance(self.get_base_layer(), Projection):
+        if self.copied_to_merge and isinstance(base_layer, Projection):
             raise ValueError(
-                "The nn.MultiheadAttention shares its weights with another module, so merging would change both. Give "
-                "each of them parameters of its own before adapting."
+                "The nn.MultiheadAttention shares its weights with another module or process, so merging would change "
+                "both. Give each of them parameters of its own before adapting."
             )
 
     def _take_copy(self) -> None:
         """Before the first merge: put something in the place of what must not be changed."""
         base_layer, backend = self.get_base_layer(), self.quantization_backend
+        copied = [name for name in self.copied_to_merge if backend is None or name != "weight"]
+        if backend is None and not copied:
+            return
+        self._set_aside = SetAside(base_layer if backend is not None else None, backend)
+        for name in copied:
+            original = self._set_aside.parameters[name] = getattr(base_layer, name)
+            setattr(base_layer, name, nn.Parameter(original.detach().clone(), original.requires_grad))
         if backend is not None:
-            self._set_aside = SetAside(base_layer, backend)
             weight = self.get_base_weight()
             self._replace_base(dense_layer(base_layer, weight, self.dense_dtype or weight.dtype), None)
-        elif self.shares_weight:
-            self._set_aside = SetAside(weight=base_layer.weight)
-            base_layer.weight = nn.Parameter(base_layer.weight.detach().clone(), requires_grad=False)
 
     def _quantize_again(self, original: nn.Module, backend: QuantizationBackend | None) -> None:
         assert backend is not None
@@ -227,23 +231,23 @@ class MergingMixin:
 
     def _restore(self, length: int) -> None:
         """Undo merges, last first, until `length` remain."""
-        aside = self._set_aside if length == 0 else None
+        aside = (self._set_aside if length == 0 else None) or SetAside()
+        weight_is_written = aside.base_layer is None and "weight" not in aside.parameters
         bias = None
         while len(self._merged) > length:
             merged = self._merged.pop()
             self.merged_adapters.pop()
-            if aside is None:
+            if weight_is_written:
                 self._write(merged.support, merged.originals)
             self._write_bias(merged.bias)
             bias = merged.bias if merged.bias is not None else bias
-        if aside is None:
-            return
         if aside.base_layer is not None:
             self._replace_base(aside.base_layer, aside.backend)
             self._write_bias(bias)  # a dense layer in its place had the same bias, a requantised one a copy
-        if aside.weight is not None:
-            self.get_base_layer().weight = aside.weight
-        self._set_aside = self.requantization_error = None
+        for name, parameter in aside.parameters.items():
+            setattr(self.get_base_layer(), name, parameter)
+        if length == 0:
+            self._set_aside = self.requantization_error = None
 
     def _write_bias(self, bias: Tensor | None) -> Tensor | None:
         """Overwrite the base layer's bias, if there is one to write; what it was."""

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ..memory import why_not_ours
 from .crossovers import fastest_path
 
 
@@ -23,6 +24,7 @@ def choose_backend(
     Args:
         requested (`str`):
             The adapter's `backend`. Folded and dense read W, so they give way to the bypass where that can't be done.
+            `"auto"` does not fold into memory that is not this process's own; see [`why_not_ours`].
         x (`torch.Tensor`):
             `[..., fan_in]`.
         weight (`torch.Tensor`, *optional*):
@@ -47,7 +49,8 @@ def choose_backend(
     if not wide or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return "bypass"
     tokens = x.numel() // x.shape[-1]
-    return fastest_path(x.device.type, is_even, entries, rows, x.shape[-1], tokens)
+    path = fastest_path(x.device.type, is_even, entries, rows, x.shape[-1], tokens)
+    return path if path != "folded" or why_not_ours(weight) is None else "bypass"
 
 
 # The same for convolutions: share of trained entries above which one dense weight gradient beats windows entry by
@@ -76,5 +79,7 @@ def choose_conv_backend(requested: str, x: Tensor, weight: Tensor | None, entrie
     if not torch.is_grad_enabled():
         is_small = weight.device.type == "cpu" and weight.numel() <= COPIED_CONV_UP_TO
         return "copied" if is_small and not torch._C._are_functorch_transforms_active() else "bypass"
+    if why_not_ours(weight) is not None:  # the dense path of convolutions folds too
+        return "bypass"
     share = min(DENSE_CONV_ABOVE * groups, DENSE_GROUPED_CONV_ABOVE)
     return "dense" if entries > share * weight.numel() else "folded"

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from ..memory import why_not_ours
 from ..support import row_of_entry
 
 
@@ -23,7 +24,16 @@ def folded_in(weight: Tensor, values: Tensor, indices: Tensor, offsets: Tensor |
     Args:
         weight (`torch.Tensor`): `[rows, *inputs]`, any strides.
         values, indices, offsets: any support of the weight flattened to `[rows, fan_in]`, see [`Support`].
+
+    Raises:
+        `ValueError`: if other processes see the weight's memory, or it may not be written.
     """
+    reason = why_not_ours(weight)
+    if reason is not None:
+        raise ValueError(
+            "backend='folded' (of convolutions also 'dense') writes into the base weight while a product runs, but this "
+            f"one lies in memory {reason}. Use backend='auto' or 'bypass', which leave it alone."
+        )
     target = weight.data  # no version bump: the content is the same outside this context
     with _FOLDING:
         if weight.dim() == 2 and offsets is None:  # at 20 entries per row faster than by flat positions

@@ -20,7 +20,8 @@ from .arguments import Classes, check_loss, check_scoring
 from .batches import batches, forward, labels_of, loss_of
 from .contrastive import SupervisedContrastiveLoss
 from .features import Features, feature_reader
-from .modules import parameter_of, rows_of, scored_modules
+from .leaves import own_leaves
+from .modules import rows_of, scored_modules
 from .preserve import preserved
 
 
@@ -96,8 +97,8 @@ def gradient_scores(
     classes = Classes() if isinstance(compute, SupervisedContrastiveLoss) and not by_model else None
     model = getattr(model, "_orig_mod", model)  # a compiled model passes over hooks
     modules = scored_modules(model, config)
-    sums = _Sums(modules, absolute, offload)
-    with preserved(model, training), torch.enable_grad():
+    with preserved(model, training), torch.enable_grad(), own_leaves(model, modules) as leaves:
+        sums = _Sums(modules, leaves, absolute, offload)
         handles = sums.listen(model)
         try:
             with feature_reader(model, loss_of if by_model else features) as read:
@@ -118,15 +119,22 @@ def gradient_scores(
 
 
 class _Sums:
-    """fp32 sums of gradients, one per weight; a weight that several modules share has one."""
+    """fp32 sums of gradients, one per leaf of the scored modules (see [`own_leaves`])."""
 
-    def __init__(self, modules: dict[str, Any], absolute: bool, offload: bool | str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        modules: dict[str, Any],
+        leaves: dict[str, nn.Parameter],
+        absolute: bool,
+        offload: bool | str | os.PathLike[str],
+    ) -> None:
         self.modules = modules
-        self.weights = {id(weight): weight for weight in map(parameter_of, modules.values())}
+        self.leaves = leaves
+        self.weights = list({id(leaf): leaf for leaf in leaves.values()}.values())
         self.absolute = absolute
         self.offload = offload if type(offload) is bool else _folder(offload)
-        self.totals: dict[int, Tensor] = {}  # by the weight's id
-        if offload is True and all(weight.device.type == "cpu" for weight in self.weights.values()):
+        self.totals: dict[int, Tensor] = {}  # by the leaf's id
+        if offload is True and all(weight.device.type == "cpu" for weight in self.weights):
             warnings.warn(
                 "offload=True keeps the sums of the gradients in the CPU's memory, where the weights are already, so "
                 "it saves nothing here. Pass the name of a folder to keep them in files.",
@@ -137,9 +145,9 @@ class _Sums:
         """Let the scored weights alone require gradients, and take each as it comes."""
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        for weight in self.weights.values():
+        for weight in self.weights:
             weight.requires_grad_(True)
-        return [weight.register_post_accumulate_grad_hook(self.take) for weight in self.weights.values()]
+        return [weight.register_post_accumulate_grad_hook(self.take) for weight in self.weights]
 
     @torch.no_grad()
     def take(self, weight: Tensor) -> None:
@@ -164,7 +172,7 @@ class _Sums:
 
     def finish(self) -> dict[str, Tensor]:
         self._sum_over_processes()
-        unreached = [name for name, module in self.modules.items() if id(parameter_of(module)) not in self.totals]
+        unreached = [name for name in self.modules if id(self.leaves[name]) not in self.totals]
         if not any(bool(total.any()) for total in self.totals.values()):
             raise ValueError(
                 "Every gradient is zero. With the contrastive loss, some samples of a batch must share a label: use "
@@ -178,15 +186,15 @@ class _Sums:
             )
         nothing = torch.zeros(())
         return {
-            name: rows_of(module, self.totals.get(id(parameter), nothing.expand(parameter.shape)))
+            name: rows_of(module, self.totals.get(id(leaf), nothing.expand(leaf.shape)))
             for name, module in self.modules.items()
-            for parameter in [parameter_of(module)]
+            for leaf in [self.leaves[name]]
         }
 
     def _sum_over_processes(self) -> None:
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return
-        for weight in self.weights.values():
+        for weight in self.weights:
             # Every process takes part for every weight, whether or not its data reached it.
             total = self.totals.setdefault(id(weight), self.zeros(weight))
             summed = total.to(weight.device)

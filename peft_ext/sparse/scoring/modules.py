@@ -62,13 +62,6 @@ def scored_modules(model: nn.Module, config: SparseConfig | None) -> dict[str, A
     return found
 
 
-def parameter_of(layer: Any) -> nn.Parameter:
-    """The parameter that holds a layer's weight, which may hold others too."""
-    if isinstance(layer, Projection):
-        return layer.attention.get_parameter(layer.parameter_name)
-    return layer.weight
-
-
 def rows_of(layer: Any, tensor: Tensor) -> Tensor:
     """A layer's part of a tensor in the shape of its parameter: a view."""
     return layer.rows_of(tensor) if isinstance(layer, Projection) else tensor

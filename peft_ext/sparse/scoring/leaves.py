@@ -1,0 +1,66 @@
+"""The tensors that collect the gradients of scored layers: their weights, or aliases of weights that others use too."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..memory import Region
+from ..projection import Projection
+from ..sharing import Uses
+
+
+@contextmanager
+def own_leaves(model: nn.Module, layers: Mapping[str, Any]) -> Iterator[dict[str, nn.Parameter]]:
+    """
+    Per scored layer, the parameter whose gradient is what an adapter on the layer would get.
+
+    An output layer tied to the embedding would also get the gradient of the look-up, which no adapter on it sees. So
+    while the context is open, layers whose weight something else uses read it through a parameter of their own over
+    the same memory. Layers that share a weight, and so an adapter's values, share that parameter.
+
+    Args:
+        model (`torch.nn.Module`): the model.
+        layers: the scored layers by name.
+    """
+    uses = Uses(model, distinct=True)
+    groups: dict[Hashable, list[str]] = defaultdict(list)
+    holders = {name: _holder_of(layer) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        groups[Region.of(_held(holders[name])), isinstance(layer, Conv1D)].append(name)
+    leaves: dict[str, nn.Parameter] = {}
+    replaced: dict[tuple[nn.Module, str], tuple[nn.Parameter, nn.Parameter]] = {}
+    for names in groups.values():
+        ours = {holders[name]: _held(holders[name]) for name in names}
+        leaf = next(iter(ours.values()))
+        region = Region.of(leaf)
+        if region.layout is not None and uses.of(region) > len(ours) or len(set(map(id, ours.values()))) > 1:
+            leaf = nn.Parameter(leaf.detach(), requires_grad=False)
+            replaced.update({holder: (parameter, leaf) for holder, parameter in ours.items()})
+        leaves.update(dict.fromkeys(names, leaf))
+    try:
+        for (module, name), (_, leaf) in replaced.items():
+            module._parameters[name] = leaf
+        yield leaves
+    finally:
+        for (module, name), (parameter, _) in replaced.items():
+            module._parameters[name] = parameter
+
+
+def _holder_of(layer: Any) -> tuple[nn.Module, str]:
+    """The module that has a layer's weight among its parameters, and the weight's name there."""
+    if isinstance(layer, Projection):
+        path, _, name = layer.parameter_name.rpartition(".")
+        return layer.attention.get_submodule(path), name
+    return layer, "weight"
+
+
+def _held(holder: tuple[nn.Module, str]) -> nn.Parameter:
+    parameter = holder[0]._parameters[holder[1]]
+    assert parameter is not None
+    return parameter
