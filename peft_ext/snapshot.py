@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ._peft_internals import AuxiliaryTrainingWrapper, BaseTunerLayer
 from .sparse.layers import SparseLayer, SparseMultiheadAttention
 from .sparse.projection import Projection
@@ -58,7 +60,8 @@ class Snapshot:
                 module._parameters[name] = parameter
             parameter.requires_grad_(trainable)
         for parameter, before in self.biases:
-            parameter.data.copy_(before)
+            if not parameter.is_meta and not torch.equal(parameter, before):  # not into memory that others may read
+                parameter.data.copy_(before)
         for layer, active, disabled, merged in self.layers:
             layer._active_adapter, layer._disable_adapters = active, disabled
             if merged and not layer.merged_adapters:  # PEFT unmerges to activate what it has loaded

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef, shared_cache
 
 
@@ -40,7 +40,7 @@ class Region:
         if not address:
             return cls(("object", id(tensor)))
         size = tensor.element_size()
-        start = tensor.storage_offset() * size
+        start = int(tensor.storage_offset()) * size
         last = sum((count - 1) * stride for count, stride in zip(tensor.shape, tensor.stride(), strict=True))
         layout = (tensor.dtype, tensor.shape, tensor.stride())
         return cls((tensor.device, address), start, start + (last + 1) * size, layout)
@@ -108,9 +108,8 @@ def why_not_ours(tensor: Tensor, maps: Maps | None = None) -> str | None:
     if not address:
         return None
     storage = tensor.untyped_storage()
-    if tensor.is_cuda:  # by torch's account always shared; those sent to or from other processes are in its cache
-        exchanged = shared_cache and any(ref.cdata == storage._cdata for ref in list(shared_cache.values()))
-        return SEEN_BY_OTHERS if exchanged else None
+    if tensor.is_cuda:  # where `is_shared()` is always true
+        return SEEN_BY_OTHERS if _was_exchanged(storage) else None
     if not tensor.is_cpu:
         return None
     if storage.is_shared():
@@ -123,3 +122,8 @@ def why_not_ours(tensor: Tensor, maps: Maps | None = None) -> str | None:
         reason = (maps or Maps()).reason(address, address + storage.nbytes())
         known = _VERDICTS[storage._cdata] = (StorageWeakRef(storage), address, reason)
     return known[2]
+
+
+def _was_exchanged(storage: UntypedStorage) -> bool:
+    """Whether torch's multiprocessing has sent a storage to another process, or got it from one."""
+    return bool(shared_cache) and any(held.cdata == storage._cdata for held in list(shared_cache.values()))

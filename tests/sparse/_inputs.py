@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_ext import NeuroAdaConfig
+from peft_ext.sparse.neurons import is_convolution
 from peft_ext.sparse.selection import select_supports
 from peft_ext.sparse.support import Support, offsets_from_counts
-from peft_ext.tuners.neuroada import NeuroAdaLinear
+from peft_ext.tuners.neuroada import NeuroAdaConv, NeuroAdaLinear
 
 
 @dataclass(frozen=True)
@@ -127,12 +128,12 @@ def adapt(
     values_scale: float = 1.0,
     selection: str = "random",
     **options: object,
-) -> NeuroAdaLinear:
+) -> NeuroAdaLinear | NeuroAdaConv:
     """
     The layer with adapters of random values, by default all of them active. Every adapter has its own random
     entries, so that those of several adapters overlap in part; with `selection="random_layer"` in uneven rows.
     """
-    layer = NeuroAdaLinear(base_layer)
+    layer = (NeuroAdaConv if is_convolution(base_layer) else NeuroAdaLinear)(base_layer)
     for number, name in enumerate(adapters):
         config = NeuroAdaConfig(k=k, backend=backend, target_modules=["unused"], **options)
         support = select_supports({name: layer.base_matrix}, selection, k, seed=number)[name]

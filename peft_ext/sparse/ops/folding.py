@@ -31,8 +31,8 @@ def folded_in(weight: Tensor, values: Tensor, indices: Tensor, offsets: Tensor |
     reason = why_not_ours(weight)
     if reason is not None:
         raise ValueError(
-            "backend='folded' (of convolutions also 'dense') writes into the base weight while a product runs, but this "
-            f"one lies in memory {reason}. Use backend='auto' or 'bypass', which leave it alone."
+            "backend='folded' (of convolutions also 'dense') writes into the base weight while a product runs, but "
+            f"this one lies in memory {reason}. Use backend='auto' or 'bypass', which leave it alone."
         )
     target = weight.data  # no version bump: the content is the same outside this context
     with _FOLDING:

@@ -1,4 +1,4 @@
-"""The tensors that collect the gradients of scored layers: their weights, or aliases of weights that others use too."""
+"""What collects the gradients of scored layers: their weights, or aliases of weights that others use too."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def own_leaves(model: nn.Module, layers: Mapping[str, Any]) -> Iterator[dict[str
         ours = {holders[name]: _held(holders[name]) for name in names}
         leaf = next(iter(ours.values()))
         region = Region.of(leaf)
-        if region.layout is not None and uses.of(region) > len(ours) or len(set(map(id, ours.values()))) > 1:
+        others_use_it = region.layout is not None and uses.of(region) > len(ours)
+        if others_use_it or len(set(map(id, ours.values()))) > 1:
             leaf = nn.Parameter(leaf.detach(), requires_grad=False)
             replaced.update({holder: (parameter, leaf) for holder, parameter in ours.items()})
         leaves.update(dict.fromkeys(names, leaf))

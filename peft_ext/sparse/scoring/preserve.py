@@ -40,4 +40,5 @@ def preserved(model: nn.Module, training: bool) -> Iterator[None]:
                 parameter.grad = gradient
             with torch.no_grad():
                 for buffer, before in buffers:
-                    buffer.copy_(before)
+                    if not buffer.is_meta and not torch.equal(buffer, before):  # not into memory that others may read
+                        buffer.copy_(before)
