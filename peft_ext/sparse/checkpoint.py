@@ -59,6 +59,10 @@ class CheckpointMixin:
             if delta.pending and not delta.weight.is_meta:  # which nobody can write anyway, but PEFT reads its keys
                 raise RuntimeError(f"Adapter '{adapter_name}' can't be saved. {layer.pending_reason(adapter_name)}")
             key = f"{prefix}.indices"
+            if f"{prefix}.weight" in selected:
+                for name, here in delta.identity.items():  # which some ways to gather a state dict leave out
+                    full = f"{prefix}.{name}"
+                    selected[full] = delta.settled(name, selected[full]) if full in selected else here.clone()
             lacking = [f"{prefix}.{name}" for name in delta.names if f"{prefix}.{name}" not in selected]
             if lacking and _is_first_process():  # elsewhere a state dict gathered for the first one is empty
                 raise ValueError(

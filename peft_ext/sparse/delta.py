@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,13 +10,23 @@ from torch import Tensor, nn
 
 from .ops import ConvGeometry, add_in_place, bypass, bypass_conv, may_add_in_place
 from .ops.conv import entries_by_tap
+from .sharded import is_first_of, make_equal
 from .support import FINGERPRINT_LENGTH, Support
 
+
+# Relative: what averaging equal numbers in fp32 may move them by. 3000 times x = 0.9999 * x + 0.0001 * y: 0.17 * 2^-10.
+AVERAGING_TOLERANCE = 2.0**-10
+_INTEGERS = (torch.uint8, torch.uint16, torch.uint32, torch.int8, torch.int16, torch.int32, torch.int64)
 
 class SparseDelta(nn.Module):
     """
     Values and support of one adapter on one weight, and what it adds to the layer's bias. A leaf module with a
     `weight`, which is what FSDP's wrapping policy in PEFT looks for.
+
+    The support and the fingerprint say which adapter this is, and no training moves them. So they are no buffers, which
+    moving averages, casts and broadcasts treat as numbers: they follow the values to their device, keep their dtype,
+    and enter a state dict as copies. (An ensemble by `torch.func.stack_module_state` so has the entries of its first
+    model.)
 
     Args:
         support ([`Support`]):
@@ -31,9 +42,9 @@ class SparseDelta(nn.Module):
         weight (`nn.Parameter`): the values, `[rows, k]` or `[entries]`.
         bias (`nn.Parameter` or `None`): what is added to the layer's bias, `[rows]`.
         indices, offsets: see [`Support`]; `offsets` is `None` for a table.
-        fingerprint (`torch.Tensor`): int64, see [`Support.fingerprint`]; zeros if unknown.
+        fingerprint (`torch.Tensor`): int64 on the CPU, see [`Support.fingerprint`]; zeros if unknown.
         transposed_entries, transposed_offsets: the entries grouped for backward, see [`Support.transposed`]; those of
-            a convolution by kernel position, see [`entries_by_tap`].
+            a convolution by kernel position, see [`entries_by_tap`], whose offsets stay on the CPU.
     """
 
     weight: Tensor
@@ -52,14 +63,13 @@ class SparseDelta(nn.Module):
         self.fan_in = support.fan_in
         self.weight = nn.Parameter(torch.zeros(support.indices.shape, dtype=dtype, device=device))
         self.register_parameter("bias", None)
-        self.register_buffer("indices", support.indices)
-        self.register_buffer("offsets", support.offsets)
-        self.register_buffer("fingerprint", torch.zeros(FINGERPRINT_LENGTH, dtype=torch.int64, device=device))
-        self.register_buffer("transposed_entries", None, persistent=False)
-        if taps is None:
-            self.register_buffer("transposed_offsets", None, persistent=False)
-        else:  # no buffer: it stays on the CPU, where the loop over kernel positions reads it
-            self.__dict__["transposed_offsets"] = None
+        self.__dict__.update(
+            indices=support.indices,
+            offsets=support.offsets,
+            fingerprint=torch.zeros(FINGERPRINT_LENGTH, dtype=torch.int64),
+            transposed_entries=None,
+            transposed_offsets=None,
+        )
         self.pending = pending
         self.checked = True  # whether the support was compared with the base weight since it was last set
         self.stale = True  # whether the transposed table is that of another support
@@ -70,10 +80,15 @@ class SparseDelta(nn.Module):
         self.bias = nn.Parameter(self.weight.detach().new_zeros(self.support.rows))
 
     @property
+    def identity(self) -> dict[str, Tensor]:
+        """By their names in a state dict, the tensors that say which adapter this is."""
+        offsets = {} if self.offsets is None else {"offsets": self.offsets}
+        return {"indices": self.indices, **offsets, "fingerprint": self.fingerprint}
+
+    @property
     def names(self) -> list[str]:
         """Of its tensors in a state dict, which takes all processes to make where FSDP has wrapped the module."""
-        optional = {"bias": self.bias, "offsets": self.offsets}
-        return ["weight", "indices", "fingerprint", *(name for name, tensor in optional.items() if tensor is not None)]
+        return ["weight", *([] if self.bias is None else ["bias"]), *self.identity]
 
     @property
     def support(self) -> Support:
@@ -101,23 +116,98 @@ class SparseDelta(nn.Module):
             else:
                 setattr(self, name, new)
 
+    # ------------------------------------------------------------------ devices
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseDelta:
+        super()._apply(fn, recurse)
+        self.place(fn(torch.empty(1, device=self.indices.device)).device)
+        return self
+
+    def place(self, device: torch.device) -> None:
+        """Bring the support to a device. One that comes from the meta device is a placeholder again."""
+        if device == self.indices.device:
+            return
+        on_device = ["indices", "offsets", "transposed_entries", *(["transposed_offsets"] if self.taps is None else [])]
+        for name in on_device:
+            tensor = getattr(self, name)
+            if tensor is not None:
+                here = tensor.to(device) if not tensor.is_meta else torch.zeros_like(tensor, device=device)
+                self.pending |= tensor.is_meta
+                self.__dict__[name] = here
+
+    # ------------------------------------------------------------------ state dicts
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Copies, for there are moving averages that write into what a state dict holds.
+        destination.update({f"{prefix}{name}": tensor.clone() for name, tensor in self.identity.items()})
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        taken = {}
+        for name, here in self.identity.items():
+            given = state_dict.pop(f"{prefix}{name}", None)
+            if given is None:
+                # torch hands other processes than the first the parameters alone (set_model_state_dict).
+                missing_keys += [f"{prefix}{name}"] if is_first_of(self.weight) else []
+            elif given.shape != here.shape:
+                error_msgs.append(f"size mismatch for {prefix}{name}: {tuple(given.shape)} and {tuple(here.shape)}.")
+            else:
+                try:
+                    settled = self.settled(name, given)
+                except ValueError as error:
+                    error_msgs.append(f"{prefix}{name}: {error}")
+                else:
+                    taken |= {name: settled} if settled is not here else {}
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if not self.weight.is_meta:
+            self.place(self.weight.device)
+        for name, given in taken.items():
+            getattr(self, name).copy_(given)
+        if make_equal(self.identity.values(), self.weight) or "indices" in taken:
+            self._support_was_set()
+            self.refresh()
+
+    def settled(self, name: str, given: Tensor) -> Tensor:
+        """
+        One of the tensors of `identity` as it comes from a file or a state dict, in the dtype that it has here.
+
+        Averages of state dicts hold floating-point numbers. They are taken for this adapter's own integers if these
+        have come out of the average but for its rounding, since nothing tells which others they were.
+
+        Raises:
+            `ValueError`: if they are no integers that fit, nor this adapter's.
+        """
+        here = self.identity[name]
+        if given.dtype in _INTEGERS:
+            whole = given.detach().to(here.dtype)
+            if not given.is_meta and not torch.equal(whole.long(), given.detach().long()):
+                raise ValueError(f"these {given.dtype} numbers do not fit into {here.dtype}, which is needed.")
+            return whole
+        if not given.is_complex() and not self.pending and not here.is_meta and given.shape == here.shape:
+            difference = (given.detach().to(here.device).double() - here.double()).abs()
+            if bool((difference <= AVERAGING_TOLERANCE * here.double().abs()).all()):
+                return here
+        raise ValueError(
+            f"these are no integers but {given.dtype} numbers, and not the ones that this adapter has there, as a cast "
+            "leaves them or an average of adapters with different entries. Cast and average the values ('weight', "
+            "'bias') only, or load the average over an adapter with the same entries."
+        )
+
     def __setattr__(self, name: str, value: Any) -> None:
-        # transformers' loader and load_state_dict(assign=True) put the file's tensor in place, in the file's dtype.
-        is_new_support = name in ("indices", "offsets") and "transposed_entries" in self.__dict__.get("_buffers", {})
-        if is_new_support and isinstance(value, Tensor):
-            value = value.to(torch.int32)
-        super().__setattr__(name, value)
-        if is_new_support:
+        # transformers' loader puts the file's tensor in place, in the file's dtype and as a parameter.
+        if name not in ("indices", "offsets", "fingerprint") or not isinstance(value, Tensor):
+            super().__setattr__(name, value)
+            return
+        self.__dict__[name] = self.settled(name, value)
+        if name != "fingerprint":
             self._support_was_set()
             if self.offsets is None:  # a ragged support is whole only when both of its tensors have arrived
                 self.refresh()
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        before = self.indices._version, id(self.indices)
-        super()._load_from_state_dict(*args, **kwargs)
-        if (self.indices._version, id(self.indices)) != before:
-            self._support_was_set()
-            self.refresh()
 
     def _support_was_set(self) -> None:
         self.pending = False

@@ -4,8 +4,10 @@ pieces of FSDP1, which can't be put together from outside."""
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -32,6 +34,25 @@ def whole(weight: Tensor) -> Tensor:
         with zero.GatheredParameters([weight], modifier_rank=None):
             return weight.detach().clone()
     return weight
+
+
+def is_first_of(weight: Tensor) -> bool:
+    """Whether this process is the first of those that FSDP2 has sharded a weight over, or holds the whole weight."""
+    return not isinstance(weight, DTensor) or not any(weight.device_mesh.get_coordinate() or ())
+
+
+def make_equal(tensors: Iterable[Tensor], weight: Tensor) -> bool:
+    """Overwrite tensors by those of the first of the processes that FSDP2 has sharded a weight over, which all have to
+    call this. Whether the weight is such a one; else nothing is done."""
+    if not isinstance(weight, DTensor):
+        return False
+    for tensor in tensors:
+        sent = tensor.to(weight.device_mesh.device_type)
+        for dim in range(weight.device_mesh.ndim):
+            group = weight.device_mesh.get_group(dim)
+            dist.broadcast(sent, dist.get_global_rank(group, 0), group=group)
+        tensor.copy_(sent)
+    return True
 
 
 def shape_of(weight: Tensor) -> torch.Size:

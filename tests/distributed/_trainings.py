@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.fsdp as fsdp
 from peft import get_peft_model
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import tests.distributed._fsdp_on_cpu  # noqa: F401  # for its effect
@@ -124,6 +125,21 @@ def select(folder, method, kind):
     if kind == "merge":
         model.merge_adapter()
     return {"state": {name: t.clone() for name, t in model.state_dict().items() if "_delta." in name}}
+
+
+def load(folder, method, kind):
+    """Load a whole state dict that the first process alone has, as accelerate does, over other entries."""
+    whole, model = base(), base()
+    options = {"k": 2, "selection": "random", "init_weights": False}
+    whole = get_peft_model(whole, NeuroAdaConfig(**options, seed=1))
+    model = get_peft_model(model, NeuroAdaConfig(**options, seed=2 + dist.get_rank()))
+    expected = {name: tensor.clone() for name, tensor in whole.state_dict().items() if "_delta." in name}
+    for layer in model.base_model.model.model.layers:
+        fsdp.fully_shard(layer)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, whole.state_dict() if dist.get_rank() == 0 else {}, options=options)
+    found = {name: full(tensor) for name, tensor in model.state_dict().items() if "_delta." in name}
+    return {"expected": expected, "found": found}
 
 
 def main(folder, cases):

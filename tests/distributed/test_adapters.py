@@ -22,6 +22,7 @@ TRAIN = [
 CASES = [
     *TRAIN,
     ("resume", "neuroada", "fsdp2"),
+    ("load", "neuroada", "fsdp2"),
     ("select", "neuroada", "fsdp2"),
     ("select", "ragged", "fsdp2"),
     ("select", "neuroada", "merge"),
@@ -69,6 +70,15 @@ def test_training_goes_on_from_a_sharded_checkpoint(two):
         assert process["straight"].keys() == process["resumed"].keys()
         for name, values in process["straight"].items():
             assert torch.equal(process["resumed"][name], values), name
+
+
+def test_a_state_dict_of_the_first_process_reaches_all_with_its_entries(two):
+    """torch hands parameters and buffers to the other processes, and the entries are neither."""
+    expected = two["load", "neuroada", "fsdp2"][0]["expected"]
+    for process in two["load", "neuroada", "fsdp2"]:
+        assert process["found"].keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(process["found"][name], tensor), name
 
 
 @pytest.mark.parametrize("method", ["neuroada", "ragged"])

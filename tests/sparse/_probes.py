@@ -62,14 +62,25 @@ class LargestAllocation(InsideOps):
         return out
 
 
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Everything that a module and those in it hold, by name: parameters, buffers and plain tensors."""
+    held = {name: {**part._parameters, **part._buffers, **vars(part)} for name, part in module.named_modules()}
+    return {
+        f"{name}.{key}": tensor
+        for name, tensors in held.items()
+        for key, tensor in tensors.items()
+        if isinstance(tensor, Tensor)
+    }
+
+
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
 @contextmanager
 def saved_for_backward(module: nn.Module) -> Iterator[dict[int, int]]:
-    """Bytes of each storage that the graph keeps, by its address, apart from the module's parameters and buffers."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*module.parameters(), *module.buffers()]}
+    """Bytes of each storage that the graph keeps, by its address, apart from the tensors that the module holds."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(module).values()}
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

@@ -63,19 +63,18 @@ def test_load_state_dict_takes_values_and_support(form):
     source.fingerprint.copy_(torch.arange(FINGERPRINT_LENGTH))
     target.load_state_dict(source.state_dict())
     assert not target.stale
-    for name, tensor in [*source.named_parameters(), *source.named_buffers()]:
-        assert torch.equal(target.get_parameter(name) if name == "weight" else target.get_buffer(name), tensor), name
+    for name in (*source.names, "transposed_entries", "transposed_offsets"):
+        assert torch.equal(getattr(target, name), getattr(source, name)), name
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_load_state_dict_keeps_every_storage(form):
     """A compiled model holds on to them."""
     target = _delta(form, seed=2)
-    before = {name: tensor.data_ptr() for name, tensor in [*target.named_parameters(), *target.named_buffers()]}
+    names = (*target.names, "transposed_entries", "transposed_offsets")
+    before = {name: getattr(target, name).data_ptr() for name in names}
     target.load_state_dict(_delta(form, seed=1).state_dict())
-    after = {name: tensor.data_ptr() for name, tensor in [*target.named_parameters(), *target.named_buffers()]}
-    assert {"weight", "indices", "transposed_entries", "transposed_offsets"} <= set(before)
-    assert after == before
+    assert {name: getattr(target, name).data_ptr() for name in names} == before
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -137,14 +136,23 @@ def test_refresh_follows_indices_that_changed_in_place():
     assert torch.equal(delta.transposed_offsets, other.transposed_offsets)
 
 
-@pytest.mark.parametrize("convert", [nn.Module.bfloat16, nn.Module.half, nn.Module.double], ids=lambda f: f.__name__)
+CONVERSIONS = {
+    "half": nn.Module.half,
+    "double": nn.Module.double,
+    "to": lambda delta: delta.to(torch.bfloat16),
+    "type": lambda delta: delta.type(torch.float16),  # which casts integers too
+}
+
+
+@pytest.mark.parametrize("convert", CONVERSIONS.values(), ids=CONVERSIONS)
 @pytest.mark.parametrize("form", FORMS)
 def test_conversions_change_the_values_only(form, convert):
     delta = _delta(form)
-    dtypes = {name: buffer.dtype for name, buffer in delta.named_buffers()}
+    before = {name: tensor.clone() for name, tensor in delta.identity.items()}
     convert(delta)
     assert delta.weight.dtype != torch.float32
-    assert {name: buffer.dtype for name, buffer in delta.named_buffers()} == dtypes
+    for name, tensor in delta.identity.items():
+        assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name])
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -13,6 +13,7 @@ from peft_ext.sparse.ops import BACKENDS
 
 from ._asserts import assert_same_bits, bits
 from ._inputs import adapt, random_linear
+from ._probes import tensors_of
 
 
 WIDTH = 16
@@ -107,8 +108,9 @@ def test_a_copy_between_forward_and_backward_sees_the_original(kind, backend, ho
     _assert_base_is(other, original)
     _assert_base_is(network, original)
     assert torch.equal(other(x), network(x))
-    for mine, theirs in zip(network.buffers(), other.buffers(), strict=True):
-        assert torch.equal(mine, theirs) and mine.data_ptr() != theirs.data_ptr()
+    copied = tensors_of(other)
+    for name, mine in tensors_of(network).items():
+        assert torch.equal(mine, copied[name]) and mine.data_ptr() != copied[name].data_ptr(), name
 
 
 @EVERY_BACKEND

@@ -20,19 +20,20 @@ def strided_parts(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor
 
 
-def resident_storages(model: nn.Module) -> set[int]:
-    """Addresses of what outlives a step: parameters, buffers and tensors in plain dicts (SHiRA's indices)."""
-    tensors = [*model.parameters(), *model.buffers()]
+def resident_storages(model: nn.Module) -> dict[int, int]:
+    """Bytes by address of what outlives a step: parameters, buffers (masks of gradients too), and tensors in
+    attributes and plain dicts, where sparse methods keep their indices."""
+    tensors: list[Tensor] = []
     for module in model.modules():
-        dicts = [value for value in vars(module).values() if isinstance(value, dict)]
+        dicts = [vars(module), *(value for value in vars(module).values() if isinstance(value, dict))]
         tensors += [value for entries in dicts for value in entries.values() if isinstance(value, Tensor)]
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Bytes of parameters and buffers (masks of gradients too), each storage once."""
-    storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    """Bytes of what outlives a step, each storage once."""
+    return sum(resident_storages(model).values())
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:

@@ -160,7 +160,7 @@ class SparseLayer(BaseAttributes, MergingMixin, nn.Module, BaseTunerLayer):
 
     def _add(self, adapter_name: str, result: Tensor, x: Tensor) -> Tensor:
         """`result + S x` by the bypass, and what the adapter adds to the bias."""
-        return self._ready(adapter_name)(result, x)
+        return self._ready(adapter_name, x)(result, x)
 
     def _plain_weight(self, delta: SparseDelta) -> Tensor | None:
         """The base weight, if the base layer is a product with it and nothing else, and the adapter's values are at
@@ -199,9 +199,12 @@ class SparseLayer(BaseAttributes, MergingMixin, nn.Module, BaseTunerLayer):
             result[chosen] = self._add(name, result[chosen], x[chosen])
         return result
 
-    def _ready(self, adapter_name: str) -> SparseDelta:
-        """The adapter, after making sure that its entries are known and belong to this base weight."""
+    def _ready(self, adapter_name: str, x: Tensor | None = None) -> SparseDelta:
+        """The adapter, after making sure that its entries are known, belong to this base weight and are where `x` is,
+        for who moves a module's parameters one by one, such as accelerate and FSDP, does not see them."""
         delta: SparseDelta = self.deltas[adapter_name]
+        if x is not None and x.device != delta.indices.device and not x.is_meta:
+            delta.place(x.device)
         if delta.pending:
             raise RuntimeError(self.pending_reason(adapter_name))
         if not torch.compiler.is_compiling():  # asked first: a compiled model must not depend on the flags

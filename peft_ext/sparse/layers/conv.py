@@ -16,7 +16,7 @@ class SparseConv(SparseLayer):
     """An `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` with sparse adapters: any groups, stride, dilation and padding."""
 
     def _with_base(self, adapter_name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        delta = self._ready(adapter_name)
+        delta = self._ready(adapter_name, x)
         weight = self._plain_weight(delta)
         entries, groups = delta.indices.numel(), self.get_base_layer().groups
         path = choose_conv_backend(self.backends[adapter_name], x, weight, entries, groups)
@@ -36,4 +36,4 @@ class SparseConv(SparseLayer):
 
     def _add(self, adapter_name: str, result: Tensor, x: Tensor) -> Tensor:
         base_layer = self.get_base_layer()
-        return self._ready(adapter_name)(result, pad(base_layer, x), ConvGeometry.of(base_layer))
+        return self._ready(adapter_name, x)(result, pad(base_layer, x), ConvGeometry.of(base_layer))

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from peft_ext import NeuroAdaConfig, hotswap_adapter
+from tests.sparse._probes import tensors_of
 from tests.tuners.neuroada._common import Untouched, adapted, add, fill, logits, wrapped
 
 
@@ -48,9 +49,9 @@ def test_swapped_adapter_gives_the_output_of_the_other(tiny, save, ids, backend,
 def test_no_tensor_is_replaced(tiny, save):
     folder, _ = save("other", k=2, seed=2, selection="random")
     model = adapted(tiny("llama"), k=2)
-    before = {n: (t.data_ptr(), t._version) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    before = {n: (t.data_ptr(), t._version) for n, t in tensors_of(model).items()}
     hotswap_adapter(model, str(folder))
-    after = {n: (t.data_ptr(), t._version) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    after = {n: (t.data_ptr(), t._version) for n, t in tensors_of(model).items()}
     assert {n: pointer for n, (pointer, _) in after.items()} == {n: pointer for n, (pointer, _) in before.items()}
     changed = {n for n in after if after[n] != before[n]}
     assert changed and all("neuroada_delta.default" in name for name in changed)

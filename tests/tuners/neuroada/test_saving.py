@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from peft_ext import NeuroAdaConfig
+from tests.sparse._probes import tensors_of
 from tests.tuners.neuroada._common import (
     HALF_TYPES,
     adapted,
@@ -225,9 +226,9 @@ def test_low_cpu_mem_usage_chooses_nothing_and_leaves_nothing_on_meta(tiny, tmp_
     adapted(tiny("llama"), k=2).save_pretrained(tmp_path)
     monkeypatch.setattr(peft_ext.sparse.model, "select_supports", lambda *args: pytest.fail("entries were chosen"))
     loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path, low_cpu_mem_usage=True)
-    tensors = [*loaded.named_parameters(), *loaded.named_buffers()]
-    assert not [name for name, tensor in tensors if tensor.is_meta]
-    assert {b.dtype for n, b in tensors if n.endswith(".indices")} == {torch.int32}
+    tensors = tensors_of(loaded)
+    assert not [name for name, tensor in tensors.items() if tensor.is_meta]
+    assert {tensor.dtype for name, tensor in tensors.items() if name.endswith(".indices")} == {torch.int32}
 
 
 @pytest.mark.parametrize("load", [AutoPeftModelForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained])
