@@ -14,19 +14,20 @@ from .sharded import is_first_of, make_equal
 from .support import FINGERPRINT_LENGTH, Support
 
 
-# Relative: what averaging equal numbers in fp32 may move them by. 3000 times x = 0.9999 * x + 0.0001 * y: 0.17 * 2^-10.
+# Relative: what averaging equal numbers in fp32 may move them by; 0.17 * 2^-10 in 3000 steps of a decay of 0.9999.
 AVERAGING_TOLERANCE = 2.0**-10
 _INTEGERS = (torch.uint8, torch.uint16, torch.uint32, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 class SparseDelta(nn.Module):
     """
     Values and support of one adapter on one weight, and what it adds to the layer's bias. A leaf module with a
     `weight`, which is what FSDP's wrapping policy in PEFT looks for.
 
-    The support and the fingerprint say which adapter this is, and no training moves them. So they are no buffers, which
-    moving averages, casts and broadcasts treat as numbers: they follow the values to their device, keep their dtype,
-    and enter a state dict as copies. (An ensemble by `torch.func.stack_module_state` so has the entries of its first
-    model.)
+    The support and the fingerprint say which adapter this is, and no training moves them. So they are no buffers,
+    which moving averages, casts and broadcasts treat as numbers. They follow the values to their device, keep their
+    dtype, and enter a state dict as copies. One consequence: `torch.func.stack_module_state` does not see them, so the
+    models of such an ensemble must have the same entries.
 
     Args:
         support ([`Support`]):
@@ -127,10 +128,9 @@ class SparseDelta(nn.Module):
         """Bring the support to a device. One that comes from the meta device is a placeholder again."""
         if device == self.indices.device:
             return
-        on_device = ["indices", "offsets", "transposed_entries", *(["transposed_offsets"] if self.taps is None else [])]
-        for name in on_device:
+        for name in ("indices", "offsets", "transposed_entries", "transposed_offsets"):
             tensor = getattr(self, name)
-            if tensor is not None:
+            if tensor is not None and (self.taps is None or name != "transposed_offsets"):
                 here = tensor.to(device) if not tensor.is_meta else torch.zeros_like(tensor, device=device)
                 self.pending |= tensor.is_meta
                 self.__dict__[name] = here
@@ -146,7 +146,7 @@ class SparseDelta(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
         unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        taken = {}
+        taken: dict[str, Tensor] = {}
         for name, here in self.identity.items():
             given = state_dict.pop(f"{prefix}{name}", None)
             if given is None:
@@ -193,9 +193,9 @@ class SparseDelta(nn.Module):
             if bool((difference <= AVERAGING_TOLERANCE * here.double().abs()).all()):
                 return here
         raise ValueError(
-            f"these are no integers but {given.dtype} numbers, and not the ones that this adapter has there, as a cast "
-            "leaves them or an average of adapters with different entries. Cast and average the values ('weight', "
-            "'bias') only, or load the average over an adapter with the same entries."
+            f"these are no integers but {given.dtype} numbers, and not the ones that this adapter has there, as a "
+            "cast leaves them or an average of adapters with different entries. Cast and average the values "
+            "('weight', 'bias') only, or load the average over an adapter with the same entries."
         )
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -218,8 +218,9 @@ class SparseLayer(BaseAttributes, MergingMixin, nn.Module, BaseTunerLayer):
         """Why an adapter has no entries yet, and what to do."""
         return (
             f"The entries of adapter '{adapter_name}' are not known yet: it was made to be loaded from a checkpoint "
-            "(its config was read from one or has inference_mode=True, or low_cpu_mem_usage was set). Load the "
-            "checkpoint with `PeftModel.from_pretrained` or `load_adapter`; to choose entries anew, make a new config."
+            "(its config was read from one or has inference_mode=True, or low_cpu_mem_usage was set), or has been on "
+            "the meta device. Load the checkpoint with `PeftModel.from_pretrained` or `load_adapter`; to choose "
+            "entries anew, make a new config."
         )
 
     def check_base(self, adapter_name: str) -> None:

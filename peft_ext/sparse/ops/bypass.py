@@ -9,14 +9,13 @@ On a GPU the Triton kernels in `gpu` take over where they can.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..support import row_of_entry
+from ..support import Support, row_of_entry
 from . import gpu
 from .batching import vmap_rule
+from .derivatives import call, register_derivative
 
 
 # Tokens handled at once: bounds the transposed or gathered copies whatever the batch.
@@ -200,66 +199,60 @@ def _(
     return torch.empty_like(result, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, x, values, indices, offsets, entries, column_offsets = inputs
+# ---------------------------------------------------------------------- derivatives
+
+
+def _setup_context(ctx, needed, inputs) -> None:  # type: ignore[no-untyped-def]
+    _, x, values, *support = inputs
     ctx.x_dtype = x.dtype
-    ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, values, indices, offsets, entries, column_offsets)
+    ctx.save_for_backward(x if needed[2] else None, values, *support)
 
 
-def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    x, values, indices, offsets, entries, column_offsets = ctx.saved_tensors
+def _backward(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
+    x, values, *support = ctx.saved_tensors
     grad_x = grad_values = None
-    if ctx.needs_input_grad[1]:
-        grad_x = sparse_grad_input(grad, values, indices, offsets, entries, column_offsets, ctx.x_dtype)
-    if ctx.needs_input_grad[2]:
-        grad_values = sparse_grad_values(grad, x, indices, offsets).to(values.dtype)
+    if needed[1]:
+        grad_x = call(sparse_grad_input, grad, values, *support, ctx.x_dtype)
+    if needed[2]:
+        grad_values = call(sparse_grad_values, grad, x, *support[:2]).to(values.dtype)
     return grad, grad_x, grad_values, None, None, None, None
 
 
-bypass_linear.register_autograd(_backward, setup_context=_setup_context)
+def _setup_grad_values(ctx, needed, inputs) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_grad_values(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
+    outer, x, *support = ctx.saved_tensors
+    support += Support(support[0], x.shape[-1], support[1]).transposed()
+    grad_outer = grad_x = None
+    if needed[0]:
+        grad_outer = call(bypass_linear, torch.zeros_like(outer), x, grad, *support)
+    if needed[1]:
+        grad_x = call(sparse_grad_input, outer, grad, *support, x.dtype)
+    return grad_outer, grad_x, None, None
+
+
+def _setup_grad_input(ctx, needed, inputs) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[:-1])
+
+
+def _backward_grad_input(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
+    outer, values, *support = ctx.saved_tensors
+    grad_outer = grad_values = None
+    if needed[0]:
+        grad_outer = call(bypass_linear, torch.zeros_like(outer), grad, values, *support)
+    if needed[1]:
+        grad_values = call(sparse_grad_values, outer, grad, *support[:2]).to(values.dtype)
+    return grad_outer, grad_values, *(None,) * 5
+
+
+register_derivative(bypass_linear, _setup_context, _backward)
+register_derivative(sparse_grad_values, _setup_grad_values, _backward_grad_values)
+register_derivative(sparse_grad_input, _setup_grad_input, _backward_grad_input)
 
 for _op, _activations in ((sparse_add, 2), (bypass_linear, 2), (sparse_grad_input, 1), (sparse_grad_values, 0)):
     _op.register_vmap(vmap_rule(_op, _activations))
-
-
-class _Once(torch.autograd.Function):
-    """An operator without a gradient of its own, inside transforms of `torch.func`."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(operator: Any, *arguments: Any) -> Tensor:
-        return operator(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> None:
-        raise RuntimeError("sparse updates can be differentiated once only: their gradients have no gradient")
-
-
-class _Transformable(torch.autograd.Function):
-    """[`bypass_linear`] for transforms of `torch.func`, which do not enter the autograd of a registered operator."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(result: Tensor, x: Tensor, values: Tensor, *support: Any) -> Tensor:
-        return sparse_add(result, x, values, support[0], support[1])
-
-    setup_context = staticmethod(_setup_context)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        x, values, *support = ctx.saved_tensors
-        grad_x = grad_values = None
-        if ctx.needs_input_grad[1]:
-            grad_x = _Once.apply(sparse_grad_input, grad, values, *support, ctx.x_dtype)
-        if ctx.needs_input_grad[2]:
-            grad_values = _Once.apply(sparse_grad_values, grad, x, *support[:2]).to(values.dtype)
-        return grad, grad_x, grad_values, *(None,) * 4
 
 
 def bypass(
@@ -284,8 +277,8 @@ def bypass(
         `torch.Tensor`: `[..., rows]` in the dtype of `result`.
     """
     rows = result.shape[-1]
-    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    out = (_Transformable.apply if transformed else bypass_linear)(
+    out = call(
+        bypass_linear,
         result.reshape(-1, rows),
         x.reshape(-1, x.shape[-1]),
         values,

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..support import row_of_entry
+from .derivatives import register_derivative
 from .geometry import ConvGeometry
 
 
@@ -210,23 +211,55 @@ def _(result, x, values, indices, offsets, tap_entries, tap_ends, geometry):  # 
     return torch.empty_like(result, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx, needed, inputs) -> None:  # type: ignore[no-untyped-def]
     _, x, values, *support, ctx.geometry = inputs
     ctx.x_size, ctx.x_dtype = x.shape, x.dtype
-    ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, values, *support)
+    ctx.save_for_backward(x if needed[2] else None, values, *support)
 
 
-def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+def _backward(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
     x, values, *support = ctx.saved_tensors
     grad_x = grad_values = None
-    if ctx.needs_input_grad[1]:
+    if needed[1]:
         grad_x = conv_grad_input(grad, ctx.x_size, ctx.x_dtype, values, *support, ctx.geometry)
-    if ctx.needs_input_grad[2]:
+    if needed[2]:
         grad_values = conv_grad_values(grad, x, *support, ctx.geometry).to(values.dtype)
     return grad, grad_x, grad_values, *(None,) * 5
 
 
-_bypass_conv.register_autograd(_backward, setup_context=_setup_context)
+def _setup_grad_values(ctx, needed, inputs) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.geometry = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_grad_values(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
+    outer, x, *support = ctx.saved_tensors
+    grad_outer = grad_x = None
+    if needed[0]:
+        grad_outer = _bypass_conv(torch.zeros_like(outer), x, grad, *support, ctx.geometry)
+    if needed[1]:
+        grad_x = conv_grad_input(outer, x.shape, x.dtype, grad, *support, ctx.geometry)
+    return grad_outer, grad_x, *(None,) * 5
+
+
+def _setup_grad_input(ctx, needed, inputs) -> None:  # type: ignore[no-untyped-def]
+    outer, _, _, *tensors, ctx.geometry = inputs
+    ctx.save_for_backward(outer, *tensors)
+
+
+def _backward_grad_input(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
+    outer, values, *support = ctx.saved_tensors
+    grad_outer = grad_values = None
+    if needed[0]:
+        grad_outer = _bypass_conv(torch.zeros_like(outer), grad, values, *support, ctx.geometry)
+    if needed[3]:
+        grad_values = conv_grad_values(outer, grad, *support, ctx.geometry).to(values.dtype)
+    return grad_outer, None, None, grad_values, *(None,) * 5
+
+
+register_derivative(_bypass_conv, _setup_context, _backward)
+register_derivative(conv_grad_values, _setup_grad_values, _backward_grad_values)
+register_derivative(conv_grad_input, _setup_grad_input, _backward_grad_input)
 
 
 def bypass_conv(

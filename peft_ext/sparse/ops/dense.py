@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..support import Support
+from .derivatives import register_derivative
+from .reference import dense_delta
 
 
 def _composed(weight: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None) -> Tensor:
@@ -54,22 +56,41 @@ def _(grad: Tensor, x: Tensor, indices: Tensor, offsets: Tensor | None) -> Tenso
     return grad.new_empty(indices.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx, needed, inputs) -> None:  # type: ignore[no-untyped-def]
     x, weight, _, values, indices, offsets = inputs
-    ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, values, indices, offsets)
+    ctx.save_for_backward(x if needed[3] else None, weight, values, indices, offsets)
 
 
-def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+def _backward(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
     x, weight, values, indices, offsets = ctx.saved_tensors
-    grad_x = _dense_grad_input(grad, weight, values, indices, offsets) if ctx.needs_input_grad[0] else None
-    grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
+    grad_x = _dense_grad_input(grad, weight, values, indices, offsets) if needed[0] else None
+    grad_bias = grad.sum(0) if needed[2] else None
     grad_values = None
-    if ctx.needs_input_grad[3]:
+    if needed[3]:
         grad_values = _dense_grad_values(grad, x, indices, offsets).to(values.dtype)
     return grad_x, None, grad_bias, grad_values, None, None
 
 
-_dense_linear.register_autograd(_backward, setup_context=_setup_context)
+def _setup_gradient(ctx, needed, inputs) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_grad_input(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
+    outer, weight, values, indices, offsets = ctx.saved_tensors
+    grad_outer = _dense_linear(grad, weight, None, values, indices, offsets) if needed[0] else None
+    grad_values = _dense_grad_values(outer, grad, indices, offsets).to(values.dtype) if needed[2] else None
+    return grad_outer, None, grad_values, None, None
+
+
+def _backward_grad_values(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
+    outer, x, indices, offsets = ctx.saved_tensors
+    update = dense_delta(grad, indices, x.shape[1], offsets).to(x.dtype)
+    return x @ update.t() if needed[0] else None, outer @ update if needed[1] else None, None, None
+
+
+register_derivative(_dense_linear, _setup_context, _backward)
+register_derivative(_dense_grad_input, _setup_gradient, _backward_grad_input)
+register_derivative(_dense_grad_values, _setup_gradient, _backward_grad_values)
 
 
 def dense(

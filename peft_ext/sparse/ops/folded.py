@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bypass import sparse_grad_values
+from .derivatives import register_derivative
 from .folding import folded_in
 
 
@@ -43,22 +44,34 @@ def _(grad: Tensor, weight: Tensor, values: Tensor, indices: Tensor, offsets: Te
     return grad.new_empty(grad.shape[0], weight.shape[1])
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx, needed, inputs) -> None:  # type: ignore[no-untyped-def]
     x, weight, _, values, indices, offsets = inputs
-    ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, values, indices, offsets)
+    ctx.save_for_backward(x if needed[3] else None, weight, values, indices, offsets)
 
 
-def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+def _backward(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
     x, weight, values, indices, offsets = ctx.saved_tensors
-    grad_x = _folded_grad_input(grad, weight, values, indices, offsets) if ctx.needs_input_grad[0] else None
-    grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
+    grad_x = _folded_grad_input(grad, weight, values, indices, offsets) if needed[0] else None
+    grad_bias = grad.sum(0) if needed[2] else None
     grad_values = None
-    if ctx.needs_input_grad[3]:
+    if needed[3]:
         grad_values = sparse_grad_values(grad, x, indices, offsets).to(values.dtype)
     return grad_x, None, grad_bias, grad_values, None, None
 
 
-_folded_linear.register_autograd(_backward, setup_context=_setup_context)
+def _setup_grad_input(ctx, needed, inputs) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_grad_input(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
+    outer, weight, values, indices, offsets = ctx.saved_tensors
+    grad_outer = _folded_linear(grad, weight, None, values, indices, offsets) if needed[0] else None
+    grad_values = sparse_grad_values(outer, grad, indices, offsets).to(values.dtype) if needed[2] else None
+    return grad_outer, None, grad_values, None, None
+
+
+register_derivative(_folded_linear, _setup_context, _backward)
+register_derivative(_folded_grad_input, _setup_grad_input, _backward_grad_input)
 
 
 def folded(

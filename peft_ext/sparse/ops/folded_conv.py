@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..support import Support
-from .conv import conv_grad_values
+from .conv import conv_grad_input, conv_grad_values, entries_by_tap
+from .derivatives import register_derivative
 from .folding import copy_of, flat_places, folded_in
 from .geometry import ConvGeometry
 from .reference import dense_delta
@@ -98,27 +99,64 @@ def _(grad, x, weight, indices, offsets, geometry):  # type: ignore[no-untyped-d
     return grad.new_empty(indices.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx, needed, inputs) -> None:  # type: ignore[no-untyped-def]
     x, weight, _, *support, ctx.geometry, ctx.dense_gradient = inputs
     ctx.x_size = x.shape
-    ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, *support)
+    ctx.save_for_backward(x if needed[3] else None, weight, *support)
 
 
-def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+def _backward(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
     x, weight, values, indices, offsets, tap_entries, tap_ends = ctx.saved_tensors
     grad_x = grad_bias = grad_values = None
-    if ctx.needs_input_grad[0]:
+    if needed[0]:
         grad_x = _folded_conv_grad_input(grad, ctx.x_size, weight, values, indices, offsets, ctx.geometry)
-    if ctx.needs_input_grad[2]:
+    if needed[2]:
         grad_bias = grad.sum([0, *range(2, grad.dim())])
-    if ctx.needs_input_grad[3] and ctx.dense_gradient:
+    if needed[3] and ctx.dense_gradient:
         grad_values = _dense_conv_grad_values(grad, x, weight, indices, offsets, ctx.geometry).to(values.dtype)
-    elif ctx.needs_input_grad[3]:
+    elif needed[3]:
         grad_values = conv_grad_values(grad, x, indices, offsets, tap_entries, tap_ends, ctx.geometry).to(values.dtype)
     return grad_x, None, grad_bias, grad_values, *(None,) * 6
 
 
-_folded_conv.register_autograd(_backward, setup_context=_setup_context)
+def _setup_grad_input(ctx, needed, inputs) -> None:  # type: ignore[no-untyped-def]
+    outer, _, *tensors, ctx.geometry = inputs
+    ctx.save_for_backward(outer, *tensors)
+
+
+def _backward_grad_input(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
+    outer, weight, values, *support = ctx.saved_tensors
+    support += entries_by_tap(support[0], ConvGeometry.unpack(ctx.geometry).taps)
+    grad_outer = grad_values = None
+    if needed[0]:
+        grad_outer = _folded_conv(grad, weight, None, values, *support, ctx.geometry, False)
+    if needed[3]:
+        grad_values = conv_grad_values(outer, grad, *support, ctx.geometry).to(values.dtype)
+    return grad_outer, None, None, grad_values, None, None, None
+
+
+def _setup_dense_grad_values(ctx, needed, inputs) -> None:  # type: ignore[no-untyped-def]
+    outer, x, weight, *support, ctx.geometry = inputs
+    ctx.weight_shape = weight.shape
+    ctx.save_for_backward(outer, x, *support)
+
+
+def _backward_dense_grad_values(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
+    outer, x, *support = ctx.saved_tensors
+    grad_outer = grad_x = None
+    geometry = ConvGeometry.unpack(ctx.geometry)
+    if needed[0]:
+        update = dense_delta(grad, support[0], ctx.weight_shape[1:].numel(), support[1]).view(ctx.weight_shape)
+        grad_outer = _convolve(x, update.to(x.dtype), None, geometry)
+    if needed[1]:
+        taps = entries_by_tap(support[0], geometry.taps)
+        grad_x = conv_grad_input(outer, x.shape, x.dtype, grad, *support, *taps, ctx.geometry)
+    return grad_outer, grad_x, *(None,) * 4
+
+
+register_derivative(_folded_conv, _setup_context, _backward)
+register_derivative(_folded_conv_grad_input, _setup_grad_input, _backward_grad_input)
+register_derivative(_dense_conv_grad_values, _setup_dense_grad_values, _backward_dense_grad_values)
 
 
 def folded_conv(

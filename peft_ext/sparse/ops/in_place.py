@@ -30,12 +30,13 @@ class _AddInPlace(torch.autograd.Function):
         return result
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, values, indices, offsets, entries, ends = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_values = None
-        if torch._C._functorch.is_legacy_batchedtensor(grad):  # `is_grads_batched`: it has no memory of its own
+        # With `create_graph` through operators that can be differentiated again; and a gradient of `is_grads_batched`
+        # has no memory of its own.
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
             if ctx.needs_input_grad[1]:
                 grad_x = sparse_grad_input(flat, values, indices, offsets, entries, ends, ctx.x_dtype)
                 grad_x = grad_x.view(ctx.x_shape)

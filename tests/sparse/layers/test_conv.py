@@ -7,13 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from peft_ext import NeuroAdaConfig
 from peft_ext.sparse.ops import BACKENDS, choose_conv_backend, folding
-from peft_ext.sparse.selection import select_supports
-from peft_ext.tuners.neuroada import NeuroAdaConv
 
 from .._asserts import TOLERANCES, assert_all_close, assert_same_bits, bits
 from .._convs import CONVS, dense_conv
+from .._inputs import adapt
 from .._probes import LargestAllocation, saved_for_backward
 
 
@@ -25,20 +23,6 @@ FOLDED_CONV = importlib.import_module("peft_ext.sparse.ops.folded_conv")  # its 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-
-
-def adapt(base_layer, k=2, backend="auto", adapters=("default",), selection="random", values_scale=1.0):
-    """The layer with adapters of random entries and values, all of them active."""
-    layer = NeuroAdaConv(base_layer)
-    for number, name in enumerate(adapters):
-        config = NeuroAdaConfig(k=k, backend=backend, target_modules=["unused"])
-        support = select_supports({name: layer.base_matrix}, selection, k, seed=number)[name]
-        layer.update_layer(name, config, support)
-        generator = torch.Generator().manual_seed(number)
-        values = layer.deltas[name].weight
-        values.data.copy_(torch.randn(values.shape, generator=generator) * values_scale)
-    layer.set_adapter(list(adapters))
-    return layer
 
 
 def _expected(layer, x, names):

@@ -166,7 +166,9 @@ def test_gradients_are_derivatives(path, case):
     def product(x, values):
         return PATHS[path](layer, x, values, support)
 
-    assert torch.autograd.gradcheck(product, (small.draw_input(samples=1), make_values(support)), fast_mode=True)
+    inputs = small.draw_input(samples=1), make_values(support)
+    assert torch.autograd.gradcheck(product, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(product, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from .._asserts import TOLERANCES, assert_all_close, assert_product_correct, output_and_gradients, reference_results
+from .._asserts import (
+    TOLERANCES,
+    assert_all_close,
+    assert_product_correct,
+    dense_product,
+    output_and_gradients,
+    reference_results,
+)
 from .._inputs import DTYPES, SHAPES, make_inputs
 from ._paths import PATHS, PATHS_AND_SHAPES
 
@@ -68,13 +75,50 @@ def test_gradients_are_derivatives(path, shape):
     assert torch.autograd.gradcheck(product, (inputs.x, inputs.bias, inputs.values))
 
 
-@pytest.mark.parametrize("path", ["bypass", "folded", "dense"])
-def test_second_derivatives_are_refused_not_wrong(path):
-    inputs = make_inputs(SHAPES["k2"])
-    y = PATHS[path](inputs.x, inputs.weight, inputs.bias, inputs.values, inputs.support)
-    (gradient,) = torch.autograd.grad(y.square().sum(), inputs.values, create_graph=True)
-    with pytest.raises(RuntimeError, match="autograd"):
-        torch.autograd.grad(gradient.sum(), inputs.x)
+@pytest.mark.parametrize(("path", "shape"), _paths_with("k1", "k2", "k2 nine tokens", "k2 3-D", "ragged"))
+def test_second_derivatives_are_derivatives_of_the_first(path, shape):
+    inputs = make_inputs(SHAPES[shape])
+
+    def product(x, bias, values):
+        return PATHS[path](x, inputs.weight, bias, values, inputs.support)
+
+    assert torch.autograd.gradgradcheck(product, (inputs.x, inputs.bias, inputs.values))
+
+
+@pytest.mark.parametrize(("path", "shape"), _paths_with("k1", "k2", "ragged"))
+def test_third_derivatives_are_those_of_dense_matrices(path, shape):
+    """Through all three products, which are made of one another."""
+    results = []
+    for compute in (PATHS[path], dense_product):
+        inputs = make_inputs(SHAPES[shape])
+        derivative = compute(inputs.x, inputs.weight, inputs.bias, inputs.values, inputs.support).tanh()
+        for _ in range(3):
+            leaves = (inputs.x, inputs.values)
+            derivative = sum(
+                g.square().sum() for g in torch.autograd.grad(derivative.sum(), leaves, create_graph=True)
+            )
+        results.append({"penalty": derivative.detach()})
+    assert_all_close(*results, TOLERANCES[torch.float64])
+
+
+@pytest.mark.parametrize(("dtype", "values_dtype"), DTYPES, ids=str)
+@pytest.mark.parametrize("path", PATHS)
+def test_a_gradient_penalty_in_other_dtypes(path, dtype, values_dtype):
+    results = []
+    for compute, kind, values_kind in (
+        (PATHS[path], dtype, values_dtype),
+        (dense_product, torch.float64, torch.float64),
+    ):
+        inputs = make_inputs(SHAPES["k2"], dtype, values_dtype)
+        for name in ("x", "weight", "bias", "grad"):
+            setattr(inputs, name, getattr(inputs, name).detach().to(kind))
+        leaves = [inputs.x.requires_grad_(), inputs.values.detach().to(values_kind).requires_grad_()]
+        y = compute(inputs.x, inputs.weight, inputs.bias, leaves[1], inputs.support)
+        (gradient,) = torch.autograd.grad(y, inputs.x, inputs.grad, create_graph=True)
+        penalty = gradient.double().square().sum()
+        results.append({"penalty": penalty.detach(), "its gradient": torch.autograd.grad(penalty, leaves[1])[0]})
+        assert results[-1]["its gradient"].dtype == values_kind
+    assert_all_close(*results, 4 * TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -81,12 +81,22 @@ def test_layers_give_gradients_per_task(backend):
         torch.testing.assert_close(found[task], alone)
 
 
-def test_a_second_derivative_is_refused():
-    inputs, xs, _ = _tasks("k2")
+@pytest.mark.parametrize("shape", ["k1", "k2", "ragged"])
+def test_second_derivatives_per_task_are_those_of_a_loop(shape):
+    inputs, xs, several_values = _tasks(shape)
 
-    def loss(values):
-        out = PATHS["bypass"](xs[0], inputs.weight, inputs.bias, values, inputs.support)
-        return out.pow(3).sum()
+    def penalty_by(path):
+        def loss(values, x):
+            return PATHS[path](x, inputs.weight, inputs.bias, values, inputs.support).tanh().sum()
 
-    with pytest.raises(RuntimeError, match="once only"):
-        torch.func.grad(lambda values: torch.func.grad(loss)(values).sum())(inputs.values.detach())
+        def penalty(values, x):
+            gradients = torch.func.grad(loss, argnums=(0, 1))(values, x)
+            return sum(gradient.square().sum() for gradient in gradients)
+
+        return torch.func.grad(penalty, argnums=(0, 1))
+
+    found = torch.func.vmap(penalty_by("bypass"))(several_values, xs)
+    for task in range(TASKS):
+        alone = penalty_by("reference")(several_values[task], xs[task])
+        for mine, expected in zip(found, alone, strict=True):
+            torch.testing.assert_close(mine[task], expected)
