@@ -60,7 +60,8 @@ class Snapshot:
                 module._parameters[name] = parameter
             parameter.requires_grad_(trainable)
         for parameter, before in self.biases:
-            if not parameter.is_meta and not torch.equal(parameter, before):  # not into memory that others may read
+            # Not without need, for others may read its memory. (Of 8-bit floats torch compares no two.)
+            if not parameter.is_meta and not torch.equal(parameter.double(), before.double()):
                 parameter.data.copy_(before)
         for layer, active, disabled, merged in self.layers:
             layer._active_adapter, layer._disable_adapters = active, disabled

@@ -176,6 +176,6 @@ def stored_weight(base_layer: nn.Module) -> Tensor:
 
 
 def values_dtype_of(base_layer: Any) -> torch.dtype:
-    """The dtype that PEFT gives to new adapter weights: the base's, or fp32 over packed weights."""
+    """The dtype that PEFT gives to new adapter weights: the base's, or fp32 over packed and 8-bit weights."""
     dtype: torch.dtype = getattr(base_layer, "compute_dtype", None) or stored_weight(base_layer).dtype
-    return dtype if dtype.is_floating_point else torch.float32
+    return dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.float32

@@ -11,15 +11,21 @@ from torch import Tensor
 # Fingerprint layout, int64[6]: rows, fan_in, dtype code, checksum of the bits, and the raw bits of two float64 sums
 # with pseudo-random signs. Of a weight that could not be read, dtype code, checksum and sums are zero.
 FINGERPRINT_LENGTH = 6
-_DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
-_BITS = {
-    torch.float32: torch.int32,
-    torch.bfloat16: torch.int16,
-    torch.float16: torch.int16,
-    torch.float64: torch.int64,
+_DTYPE_CODES = {
+    torch.float32: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.float64: 4,
+    torch.float8_e4m3fn: 5,
+    torch.float8_e5m2: 6,
+    torch.float8_e4m3fnuz: 7,
+    torch.float8_e5m2fnuz: 8,
 }
+_COARSE = {5, 6, 7, 8}
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
 # How far a signed sum may move, in units of the values' 2-norm. A cast to bf16 moves each value by at most 2^-9
-# relative, independently; an unrelated weight moves the sum by about 1.4 norms, a quantised one by some hundredths.
+# relative, independently; an unrelated weight moves the sum by about 1.4 norms, a quantised one, or one in 8 bits, by
+# some hundredths.
 CAST_TOLERANCE = 8 * 2.0**-9
 QUANTISED_TOLERANCE = 0.3
 
@@ -84,16 +90,16 @@ class Support:
 
     def gather(self, matrix: Tensor) -> Tensor:
         """Values of `matrix` (`[rows, fan_in]`, any strides) at the support, in the shape of `indices`."""
-        if self.is_table:
+        if self.is_table and matrix.element_size() > 1:  # torch does not gather 8-bit floats
             return matrix.gather(1, self.indices.long())
-        return matrix[self.row_of_entry(), self.indices.long()]
+        return matrix[self.row_of_entry(), self.indices.reshape(-1).long()].view(self.indices.shape)
 
     def scatter_(self, matrix: Tensor, values: Tensor) -> None:
         """Overwrite `matrix` (`[rows, fan_in]`, any strides) at the support with `values` of its dtype, in place."""
-        if self.is_table:
+        if self.is_table and matrix.element_size() > 1:
             matrix.scatter_(1, self.indices.long(), values)
         else:
-            matrix[self.row_of_entry(), self.indices.long()] = values
+            matrix[self.row_of_entry(), self.indices.reshape(-1).long()] = values.reshape(-1)
 
     def transposed(self) -> tuple[Tensor, Tensor]:
         """The entries grouped by column: entry numbers int32 `[entries]` and offsets int32 `[fan_in + 1]`."""
@@ -137,7 +143,7 @@ class Support:
             after a cast or quantisation.
         """
         values = self.gather(matrix.detach()).reshape(-1)
-        bits = values.view(_BITS[values.dtype]).long()
+        bits = values.view(_BITS[values.element_size()]).long()
         # Odd multipliers make the sum depend on the order; int64 wraps, so the result is exact on every device.
         position = torch.arange(values.numel(), device=values.device)
         checksum = (bits * (2 * position + 1)).sum()
@@ -169,7 +175,7 @@ class Support:
         Compare a stored fingerprint with a base weight.
 
         Equal dtypes must agree in every bit at the support. A base cast to another float type, or quantised, must
-        agree in its sums within the rounding of that type.
+        agree in its sums within the rounding of the coarser type.
 
         Returns:
             `str` or `None`: what differs, or `None` if the weight is the one that the support was chosen for.
@@ -182,7 +188,8 @@ class Support:
         here = self.fingerprint(matrix)
         if not quantised and int(stored[2]) == int(here[2]):
             return None if int(stored[3]) == int(here[3]) else "other values at the adapter's entries"
-        tolerance = QUANTISED_TOLERANCE if quantised else CAST_TOLERANCE
+        coarse = quantised or not _COARSE.isdisjoint((int(stored[2]), int(here[2])))
+        tolerance = QUANTISED_TOLERANCE if coarse else CAST_TOLERANCE
         norm = float(self.gather(matrix.detach()).double().norm())
         moved = (stored[4:].view(torch.float64) - here[4:].view(torch.float64)).abs().max()
         if not float(moved) <= tolerance * norm:

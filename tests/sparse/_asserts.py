@@ -12,7 +12,7 @@ from ._inputs import Inputs
 
 # Largest error relative to the largest reference value. 16-bit types: some roundings of 2^-9 (bf16) and 2^-12 (fp16).
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # by bytes per element
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}  # by bytes per element
 
 Product = Callable[[Tensor, Tensor, Tensor | None, Tensor, Support], Tensor]
 

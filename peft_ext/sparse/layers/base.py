@@ -44,6 +44,7 @@ class SparseLayer(BaseAttributes, MergingMixin, nn.Module, BaseTunerLayer):
     disable_adapters: bool
     active_adapters: list[str]
 
+    cast_input_dtype_enabled = False  # PEFT switches this off where diffusers casts layer by layer; inputs stay as is
     adapter_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = ("backends",)
 

@@ -126,8 +126,8 @@ class MergingMixin:
                 Which adapters; by default the active ones.
 
         Raises:
-            `ValueError`: with `safe_merge`, if a merged weight would not be finite; or if the base weight is computed
-                by a parametrization.
+            `ValueError`: with `safe_merge`, if a merged weight would not be finite; or if the base weight is sharded,
+                stored in 8 bits or computed by a parametrization.
             `TypeError`: if the base weight is quantised by a method that can't give it back.
         """
         if self.follows and self.merged:
@@ -191,6 +191,11 @@ class MergingMixin:
             raise ValueError(
                 "The base weight is sharded over several processes, so nothing can be merged into it. Save the "
                 "adapter, load it onto the base model in one process, and merge there."
+            )
+        if backend is None and parameter_of(base_layer).element_size() == 1:
+            raise ValueError(
+                f"The base weight is stored as {parameter_of(base_layer).dtype}, too coarse to hold an update. Load the "
+                "adapter onto the model before its layers are cast, merge there, and cast afterwards."
             )
         if not has_writable_weight(base_layer):
             raise ValueError(

@@ -54,7 +54,7 @@ def scored_modules(model: nn.Module, config: SparseConfig | None) -> dict[str, A
     for name, base in found.items():
         if base.weight.is_complex():
             raise TypeError(f"The weight of '{name}' is complex, so it can't be scored; add it to `exclude_modules`.")
-        if not base.weight.is_floating_point():
+        if not base.weight.is_floating_point() or base.weight.element_size() == 1:
             raise TypeError(
                 f"The weight of '{name}' is quantised ({base.weight.dtype}), so it can't be scored. Score the "
                 "unquantised model; the scores then serve the quantised one too."

@@ -204,16 +204,6 @@ def test_a_trained_bias_gets_its_gradient(path):
     torch.testing.assert_close(layer.bias.grad, torch.full_like(layer.bias, y[:, 0].numel()))
 
 
-@pytest.mark.parametrize("path", ["bypass", "folded", "dense"])
-def test_second_derivatives_are_refused_not_wrong(path):
-    layer, x = CONVS["2d"].build(), CONVS["2d"].draw_input()
-    support = make_support(layer)
-    values = make_values(support)
-    (gradient,) = torch.autograd.grad(PATHS[path](layer, x, values, support).square().sum(), values, create_graph=True)
-    with pytest.raises(RuntimeError, match="autograd"):
-        torch.autograd.grad(gradient.sum(), x)
-
-
 @pytest.mark.parametrize("case", CONVS)
 def test_a_geometry_survives_packing(case):
     geometry = ConvGeometry.of(CONVS[case].build())
