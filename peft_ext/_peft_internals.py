@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
     check_adapters_to_merge,
     check_target_module_exists,
+    onload_layer,
 )
 from peft.utils import (
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
@@ -51,6 +52,7 @@ __all__ = [
     "in_out_features",
     "load_peft_weights",
     "mapping",
+    "onload_layer",
     "prune",
     "quantization_extra_repr",
     "register_peft_method",

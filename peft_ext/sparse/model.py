@@ -23,6 +23,7 @@ from .memory import Region
 from .merge import MergeMixin
 from .mixed_batch import MixedBatchMixin
 from .neurons import SUPPORTED, check_real, is_supported, matrix_shape, neuron_view, parameter_of, weights_of
+from .offloaded import is_offloaded
 from .quantised import backend_of, float_weight
 from .selection import SCORED, ScoreMatrices, parse_selection, select_supports
 from .selection.plan import kept_neurons
@@ -256,6 +257,11 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         own = (nn.MultiheadAttention, self.layer_types.attention)
         if isinstance(base, nn.MultiheadAttention) and not isinstance(module, own):
             raise TypeError(f"Target module '{name}' is an attention that another method has adapted. {advice}")
+        if isinstance(base, nn.MultiheadAttention) and is_offloaded(base):
+            raise TypeError(
+                f"Target module '{name}' is an offloaded nn.MultiheadAttention. Its weights are there only while the "
+                f"module itself runs, which an adapted one does not. Keep it on a device. {advice}"
+            )
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
@@ -304,4 +310,4 @@ def _float_dtype(model: nn.Module) -> torch.dtype | None:
 
 def _has_no_data(base_layer: nn.Module) -> bool:
     weight = getattr(base_layer, "weight", None)
-    return isinstance(weight, Tensor) and weight.is_meta
+    return isinstance(weight, Tensor) and weight.is_meta and not is_offloaded(base_layer)

@@ -9,19 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from .._peft_internals import QuantizationBackend, get_quantization_kwargs, resolve_quantization_backend
+from .offloaded import onloaded
 from .projection import Projection
 from .sharded import whole
 
 
 def float_weight(base_layer: Any, backend: QuantizationBackend | None) -> Tensor:
-    """A layer's weight as floats: its own memory, or a copy, dequantised or gathered from all processes."""
-    if backend is None:
-        if isinstance(base_layer, Projection):
-            return base_layer.rows_of(whole(base_layer.parameter)).detach()
-        return whole(base_layer.weight).detach()
-    if getattr(getattr(base_layer.weight, "quant_state", None), "packing_format_for_cpu", False):
-        return _repacked_weight(base_layer.weight)
-    return backend.get_base_weight(base_layer)
+    """A layer's weight as floats: its own memory, or a copy, dequantised, gathered from all processes or brought in
+    from where it is offloaded."""
+    with onloaded(base_layer):
+        if backend is None:
+            if isinstance(base_layer, Projection):
+                return base_layer.rows_of(whole(base_layer.parameter)).detach()
+            return whole(base_layer.weight).detach()
+        if getattr(getattr(base_layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+            return _repacked_weight(base_layer.weight)
+        return backend.get_base_weight(base_layer)
 
 
 def _repacked_weight(weight: Any) -> Tensor:

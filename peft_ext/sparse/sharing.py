@@ -12,16 +12,17 @@ from transformers.pytorch_utils import Conv1D
 from .layers import SparseLayer
 from .memory import Maps, Region, why_not_ours
 from .neurons import parameter_of
+from .offloaded import is_offloaded
 from .projection import Projection
 
 
 def weight_key(base_layer: Any) -> Hashable:
     """
     Equal for layers that see one memory as the same neurons, also through different parameters; `None` for weights
-    that are no parameter.
+    that are no parameter or offloaded.
     """
-    region = _weight_region(base_layer)
-    if region is None:
+    region = None if is_offloaded(base_layer) else _weight_region(base_layer)
+    if region is None:  # no parameter, or an offloaded one, which is another after each call
         return None
     # The projections of an attention whose weight has no memory here (meta, sharded) are told apart by their names.
     part = base_layer.name if isinstance(base_layer, Projection) and region.layout is None else None

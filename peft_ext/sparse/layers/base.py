@@ -13,6 +13,7 @@ from ..._peft_internals import BaseTunerLayer, QuantizationBackend, in_out_featu
 from ..config import SparseConfig
 from ..delta import SparseDelta
 from ..neurons import CONVOLUTIONS, is_plain, neuron_view, stored_weight, taps_of, values_dtype_of, weight_view
+from ..offloaded import execution_device, is_offloaded
 from ..ops.reference import dense_delta
 from ..projection import Projection
 from ..support import Support
@@ -112,8 +113,12 @@ class SparseLayer(BaseAttributes, MergingMixin, nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Called by PEFT after loading. PEFT's own version also casts to the base's dtype, which would round fp32
         values loaded onto a bf16 base with `low_cpu_mem_usage=True`."""
+        base_layer = self.get_base_layer()
+        if device is None:
+            offloaded = is_offloaded(base_layer)
+            device = execution_device(base_layer) if offloaded else stored_weight(base_layer).device
         if adapter_name in self.deltas and not self.deltas[adapter_name].weight.is_meta:
-            self.deltas[adapter_name].to(device or stored_weight(self.get_base_layer()).device)
+            self.deltas[adapter_name].to(device)
 
     # ------------------------------------------------------------------ forward
 
@@ -244,7 +249,8 @@ class SparseLayer(BaseAttributes, MergingMixin, nn.Module, BaseTunerLayer):
         """What differs between the base weight and a stored fingerprint; `None` if nothing, or if it can't be told."""
         backend = self.original_backend
         readable = backend is None or backend.supports_merge
-        if not readable or stored_weight(self.get_base_layer()).is_meta:
+        base_layer = self.get_base_layer()
+        if not readable or (stored_weight(base_layer).is_meta and not is_offloaded(base_layer)):
             return None
         matrix = self.original_matrix()
         return support.to(matrix.device).mismatch(fingerprint, matrix, quantised=backend is not None)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..._peft_internals import QuantizationBackend, check_adapters_to_merge
+from ..._peft_internals import QuantizationBackend, check_adapters_to_merge, onload_layer
 from ..delta import SparseDelta
 from ..neurons import has_writable_weight, neuron_view, parameter_of
+from ..offloaded import is_offloaded
 from ..projection import Projection
 from ..quantised import dense_layer, float_weight, requantised_layer
 from ..sharded import is_sharded
@@ -134,6 +136,10 @@ class MergingMixin:
             wanted = self.active_adapters if adapter_names is None else adapter_names  # type: ignore[attr-defined]
             if set(wanted) <= set(self.merged_adapters):
                 return
+        with self._base_in_place():
+            self._merge(safe_merge, adapter_names)
+
+    def _merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.deltas]
         if not names:
             return
@@ -175,9 +181,15 @@ class MergingMixin:
                 warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         kept = [] if adapter_names is None else [name for name in self.merged_adapters if name not in adapter_names]
-        self._restore(0)
+        with self._base_in_place():
+            self._restore(0)
         if kept:
             self.merge(adapter_names=kept)
+
+    def _base_in_place(self) -> AbstractContextManager[None]:
+        """Has the weights of an offloaded base layer in place, and puts what they became back where they came from."""
+        base_layer = self.get_base_layer()
+        return onload_layer(self) if is_offloaded(base_layer) and base_layer.weight.is_meta else nullcontext()
 
     def _check_mergeable(self) -> None:
         backend = self.quantization_backend
@@ -194,8 +206,8 @@ class MergingMixin:
             )
         if backend is None and parameter_of(base_layer).element_size() == 1:
             raise ValueError(
-                f"The base weight is stored as {parameter_of(base_layer).dtype}, too coarse to hold an update. Load the "
-                "adapter onto the model before its layers are cast, merge there, and cast afterwards."
+                f"The base weight is stored as {parameter_of(base_layer).dtype}, too coarse to hold an update. Load "
+                "the adapter onto the model before its layers are cast, merge there, and cast afterwards."
             )
         if not has_writable_weight(base_layer):
             raise ValueError(
