@@ -54,7 +54,7 @@ def mutable_buffers(model: torch.nn.Module) -> list[tuple[torch.Tensor, torch.Te
     return [
         (buffer, buffer.clone())
         for buffer in model.buffers()
-        if not buffer.is_meta and (buffer.is_floating_point() or not buffer.ndim)  # not supports of sparse adapters
+        if not buffer.is_meta and (buffer.is_floating_point() or not buffer.ndim)  # not tables of integers
     ]
 
 

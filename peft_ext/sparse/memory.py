@@ -61,12 +61,16 @@ def _address(tensor: Tensor) -> int:
 
 
 class Maps:
-    """The operating system's account of this process's memory, read once; empty where there is none (not Linux)."""
+    """The operating system's account of this process's memory, read once; empty where there is none, as on others than
+    Linux."""
 
     @cached_property
     def _regions(self) -> list[tuple[int, int, str]]:
         """First byte, end and permissions (`"rw-p"`: readable, writable, private), by address."""
-        lines = _MAPS.read_text().splitlines() if _MAPS.exists() else []
+        try:
+            lines = _MAPS.read_text().splitlines()
+        except OSError:
+            lines = []
         regions = []
         for line in lines:
             span, permissions, *_ = line.split(maxsplit=2)
@@ -117,8 +121,9 @@ def why_not_ours(tensor: Tensor, maps: Maps | None = None) -> str | None:
     known = _VERDICTS.get(storage._cdata)
     if known is None or known[1] != address:
         if not len(_VERDICTS) & (len(_VERDICTS) - 1):  # now and then, which is at powers of two
-            for key in [key for key, (held, *_) in _VERDICTS.items() if held.expired()]:
-                del _VERDICTS[key]
+            for key, (held, *_) in list(_VERDICTS.items()):
+                if held.expired():
+                    _VERDICTS.pop(key, None)
         reason = (maps or Maps()).reason(address, address + storage.nbytes())
         known = _VERDICTS[storage._cdata] = (StorageWeakRef(storage), address, reason)
     return known[2]
