@@ -101,6 +101,12 @@ class CheckpointMixin:
         mapped = super()._remap_adapter_state_dict_for_load(  # type: ignore[misc]
             model, config, adapter_name, state_dict
         )
+        for prefix, layer in cls._layers_with(model, adapter_name):
+            delta = layer.deltas[adapter_name]
+            for name, here in delta.identity.items():
+                key = f"{prefix}.{name}"
+                if key in mapped and delta.is_own_average(name, mapped[key]):
+                    mapped[key] = here.clone()
         # PEFT copies what fits before it refuses the rest; only a new adapter is taken out again then.
         cls.check_state(model, config, adapter_name, mapped, whole_may_differ=config.awaits_weights)
         return mapped

@@ -172,31 +172,37 @@ class SparseDelta(nn.Module):
             self._support_was_set()
             self.refresh()
 
+    def is_own_average(self, name: str, given: Tensor) -> bool:
+        """Whether floating-point numbers are those of this adapter's `identity`, but for what an average or a cast has
+        rounded: nothing tells of others which integers they were."""
+        here = self.identity[name]
+        if not given.is_floating_point() or given.shape != here.shape:
+            return False
+        if self.pending or here.is_meta or given.is_meta:
+            return False
+        difference = (given.detach().to(here.device).double() - here.double()).abs()
+        return bool((difference <= AVERAGING_TOLERANCE * here.double().abs()).all())
+
     def settled(self, name: str, given: Tensor) -> Tensor:
         """
         One of the tensors of `identity` as it comes from a file or a state dict, in the dtype that it has here.
 
-        Averages of state dicts hold floating-point numbers. They are taken for this adapter's own integers if these
-        have come out of the average but for its rounding, since nothing tells which others they were.
-
         Raises:
-            `ValueError`: if they are no integers that fit, nor this adapter's.
+            `ValueError`: if they are no integers that fit, nor an average of this adapter's.
         """
         here = self.identity[name]
-        if given.dtype in _INTEGERS:
-            whole = given.detach().to(here.dtype)
-            if not given.is_meta and not torch.equal(whole.long(), given.detach().long()):
-                raise ValueError(f"these {given.dtype} numbers do not fit into {here.dtype}, which is needed.")
-            return whole
-        if not given.is_complex() and not self.pending and not here.is_meta and given.shape == here.shape:
-            difference = (given.detach().to(here.device).double() - here.double()).abs()
-            if bool((difference <= AVERAGING_TOLERANCE * here.double().abs()).all()):
-                return here
-        raise ValueError(
-            f"these are no integers but {given.dtype} numbers, and not the ones that this adapter has there, as a "
-            "cast leaves them or an average of adapters with different entries. Cast and average the values "
-            "('weight', 'bias') only, or load the average over an adapter with the same entries."
-        )
+        if self.is_own_average(name, given):
+            return here
+        if given.dtype not in _INTEGERS:
+            raise ValueError(
+                f"these are no integers but {given.dtype} numbers, and not the ones that this adapter has there, as a "
+                "cast leaves them or an average of adapters with different entries. Cast and average the values "
+                "('weight', 'bias') only, or load the average over an adapter with the same entries."
+            )
+        whole = given.detach().to(here.dtype)
+        if not given.is_meta and not torch.equal(whole.long(), given.detach().long()):
+            raise ValueError(f"these {given.dtype} numbers do not fit into {here.dtype}, which is needed.")
+        return whole
 
     def __setattr__(self, name: str, value: Any) -> None:
         # transformers' loader puts the file's tensor in place, in the file's dtype and as a parameter.

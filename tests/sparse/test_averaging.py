@@ -155,7 +155,7 @@ def test_an_average_of_other_entries_is_refused(share, tmp_path):
         model.load_state_dict(mixed(nn.Module.state_dict))
     with pytest.raises(ValueError, match="different entries"):
         model.save_pretrained(tmp_path, state_dict=mixed(nn.Module.state_dict))
-    with pytest.raises(ValueError, match=r"different entries.*Nothing was loaded"):
+    with pytest.raises(ValueError, match="Nothing was loaded"):
         set_peft_model_state_dict(model, mixed(adapter_of))
     assert same(fixed(model), before)
 
