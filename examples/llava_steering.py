@@ -28,7 +28,7 @@ from _steering import composing, data, running
 from _steering.methods import Method, trained_parameters
 from transformers import set_seed
 
-from peft_ext.knockout.modality_plots import plot_modality
+from peft_ext.knockout.read.modality_plots import plot_modality
 
 
 SHAPES = Path(__file__).parent / "shapes_llava"

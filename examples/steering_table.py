@@ -29,8 +29,8 @@ from tqdm import tqdm
 from transformers import AutoProcessor, LlavaForConditionalGeneration, get_cosine_schedule_with_warmup
 
 from peft_ext.files import write_atomically
-from peft_ext.knockout.modality import ModalityAttention, lmar
-from peft_ext.knockout.modality_plots import plot_modality
+from peft_ext.knockout.read.modality import ModalityAttention, lmar
+from peft_ext.knockout.read.modality_plots import plot_modality
 
 
 CHECKPOINT = Path(__file__).parent / "shapes_llava"

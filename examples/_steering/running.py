@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 from transformers import Trainer, TrainingArguments
 
-from peft_ext.knockout.modality import ModalityAttention, lmar
+from peft_ext.knockout.read.modality import ModalityAttention, lmar
 
 from .data import Collator, Sample, normalise
 

@@ -1,18 +1,18 @@
 """Where information flows in a decoder: knock out attention edges or modules and see what the answer loses."""
 
-from .attention import AttentionKnockout
-from .jaccard import topk_jaccard
-from .lens import RidgeLens, answer_probability_by_layer, answer_tokens, residual_stream
-from .modality import lmar
-from .modality_plots import plot_modality
-from .modules import ModuleKnockout
-from .norms import image_token_norms
+from .cut.attention import AttentionKnockout
+from .cut.modules import ModuleKnockout
 from .plots import plot_answer_probability, plot_jaccard, plot_sweep, plot_token_map
-from .records import read_records
-from .samples import FlowSample, LazySample
-from .sweep import layer_sweep
-from .token_groups import find_token_groups
-from .windows import windows
+from .prompts.samples import FlowSample, LazySample
+from .prompts.token_groups import find_token_groups
+from .read.jaccard import topk_jaccard
+from .read.lens import RidgeLens, answer_probability_by_layer, answer_tokens, residual_stream
+from .read.modality import lmar
+from .read.modality_plots import plot_modality
+from .read.norms import image_token_norms
+from .sweep.records import read_records
+from .sweep.sweep import layer_sweep
+from .sweep.windows import windows
 
 
 __all__ = [

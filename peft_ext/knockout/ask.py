@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .lens import answer_tokens
-from .phrases import quoted
-from .questions import Question
-from .samples import FlowSample
-from .token_groups import GROUPS, find_token_groups
+from .prompts.phrases import quoted
+from .prompts.questions import Question
+from .prompts.samples import FlowSample
+from .prompts.token_groups import GROUPS, find_token_groups
+from .read.lens import answer_tokens
 
 
 # Groups that are looked for in the text, by the part of the question that they need.

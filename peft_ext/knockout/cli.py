@@ -14,16 +14,16 @@ from tqdm.auto import tqdm
 
 from ..files import write_atomically
 from .ask import Asker, check_groups
-from .engines import ENGINES
-from .jaccard import topk_jaccard
-from .lens import answer_probability_by_layer
 from .plots import plot_answer_probability, plot_jaccard, plot_sweep
-from .processes import this_process
-from .questions import Question, read_csv, read_dataset
-from .records import Record
-from .samples import LazySample, parse_pairs
-from .sweep import layer_sweep
-from .windows import MODES
+from .prompts.questions import Question, read_csv, read_dataset
+from .prompts.samples import LazySample, parse_pairs
+from .read.jaccard import topk_jaccard
+from .read.lens import answer_probability_by_layer
+from .sweep.engines import ENGINES
+from .sweep.processes import this_process
+from .sweep.records import Record
+from .sweep.sweep import layer_sweep
+from .sweep.windows import MODES
 
 
 SUMMARY = "where information flows in a vision-language model"

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from transformers.image_utils import load_image
 
-from peft_ext.knockout.images import open_image
+from peft_ext.knockout.prompts.images import open_image
 
 
 RAMP = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)  # 257 is one step of 8 bits

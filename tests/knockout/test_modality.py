@@ -8,8 +8,8 @@ from peft import get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_ext import MoReSConfig
-from peft_ext.knockout.modality import lmar
-from peft_ext.knockout.modality_plots import plot_modality
+from peft_ext.knockout.read.modality import lmar
+from peft_ext.knockout.read.modality_plots import plot_modality
 from tests.tuners.mores._common import adapted
 from tests.tuners.mores._models import FAMILIES, IMAGE, VIDEO, build, inputs
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import normalizers
 
 from peft_ext.knockout import find_token_groups
-from peft_ext.knockout.phrases import locate
-from peft_ext.knockout.spans import Segment
+from peft_ext.knockout.prompts.phrases import locate
+from peft_ext.knockout.prompts.spans import Segment
 
 from . import _processors as make
 from ._phrases import FORMS, matches

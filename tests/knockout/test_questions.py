@@ -12,7 +12,7 @@ from PIL import Image
 
 from peft_ext.knockout import LazySample, cli, layer_sweep, read_records
 from peft_ext.knockout.ask import Asker, _plain
-from peft_ext.knockout.questions import Question, read_csv, read_dataset
+from peft_ext.knockout.prompts.questions import Question, read_csv, read_dataset
 
 from . import _processors as make
 from .test_images import nasty_files, picture, saved

@@ -13,8 +13,8 @@ from peft_ext.knockout import (
     answer_tokens,
     residual_stream,
     topk_jaccard,
-    windows,
 )
+from peft_ext.knockout.sweep import windows
 
 from . import _processors as make
 from ._models import FAMILIES, LAYERS, build, inputs

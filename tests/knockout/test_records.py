@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from peft_ext.knockout import FlowSample, LazySample, layer_sweep, read_records
-from peft_ext.knockout import sweep as sweep_module
+from peft_ext.knockout.sweep import sweep as sweep_module
 
 from ._models import LAYERS, build, inputs, row
 

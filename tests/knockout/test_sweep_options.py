@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from peft_ext.knockout import FlowSample, engines
+from peft_ext.knockout import FlowSample
+from peft_ext.knockout.sweep import engines
 
 from ._models import build, inputs, row
 from ._sweeps import PAIRS, assert_same, sweep

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architecture import Architecture
-from .attention import zero_output
+from ..cut.attention import zero_output
+from ..cut.edges import Edges
+from ..model.architecture import Architecture
+from ..model.masks import encode
+from ..model.threads import own_thread
 from .clean_run import CleanRun, LayerRun
-from .edges import Edges
-from .masks import encode
 from .prefix_cache import InPlace, Prefix
-from .threads import own_thread
 
 
 @dataclass(frozen=True)

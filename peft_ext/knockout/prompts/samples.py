@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .edges import Edges, check_mask, check_pairs
+from ..cut.edges import Edges, check_mask, check_pairs
 
 
 # What a sweep says of each sample itself.

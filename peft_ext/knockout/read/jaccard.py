@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architecture import Architecture, inspect_model
-from .attention import AttentionKnockout
-from .clean_run import NotReusable, clean_run
-from .edges import check_mask, check_pairs
-from .engines import APART_TOKENS, ENGINES, PACKED_TOKENS
-from .implementation import editable_attention
-from .modules import MODULES, ModuleKnockout
-from .records import Record
-from .replay import Knock, replay
-from .samples import last_positions
-from .threads import own_thread
-from .windows import windows
+from ..cut.attention import AttentionKnockout
+from ..cut.edges import check_mask, check_pairs
+from ..cut.modules import MODULES, ModuleKnockout
+from ..model.architecture import Architecture, inspect_model
+from ..model.implementation import editable_attention
+from ..model.threads import own_thread
+from ..prompts.samples import last_positions
+from ..sweep.clean_run import NotReusable, clean_run
+from ..sweep.engines import APART_TOKENS, ENGINES, PACKED_TOKENS
+from ..sweep.records import Record
+from ..sweep.replay import Knock, replay
+from ..sweep.windows import windows
 
 
 POOLED = ("tokens", "positions")

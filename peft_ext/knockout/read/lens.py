@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .architecture import bind, inspect_model
-from .records import Record
-from .samples import last_positions
-from .threads import own_thread
+from ..model.architecture import bind, inspect_model
+from ..model.threads import own_thread
+from ..prompts.samples import last_positions
+from ..sweep.records import Record
 
 
 @torch.no_grad()

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architecture import bind, inspect_model
+from ..model.architecture import bind, inspect_model
+from ..model.implementation import editable_attention
+from ..model.masks import Span, allowed_edges, encode, open_one, repeat_rows, span_of_call
+from ..model.position import PromptPosition
+from ..model.threads import own_thread
 from .edges import check_pairs
-from .implementation import editable_attention
-from .masks import Span, allowed_edges, encode, open_one, repeat_rows, span_of_call
-from .position import PromptPosition
-from .threads import own_thread
 
 
 class AttentionKnockout:

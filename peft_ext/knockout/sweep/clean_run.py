@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
-from ..tuners.mores import MoReSLayer
-from .architecture import Architecture, bind
-from .masks import Span, allowed_edges, cache_name
-from .threads import own_thread
+from ...tuners.mores import MoReSLayer
+from ..model.architecture import Architecture, bind
+from ..model.masks import Span, allowed_edges, cache_name
+from ..model.threads import own_thread
 
 
 class NotReusable(ValueError):

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .architecture import Architecture
-from .attention import AttentionKnockout
+from ..cut.attention import AttentionKnockout
+from ..cut.edges import Edges
+from ..model.architecture import Architecture
+from ..model.implementation import editable_attention
+from ..prompts.samples import Prompt
 from .clean_run import CleanRun, clean_run, logits_at
-from .edges import Edges
-from .implementation import editable_attention
 from .replay import Knock, replay
-from .samples import Prompt
 from .windows import Window
 
 

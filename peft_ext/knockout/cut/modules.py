@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .architecture import bind, inspect_model
+from ..model.architecture import bind, inspect_model
+from ..model.masks import repeat_rows, span_of_call
+from ..model.position import PromptPosition
+from ..model.threads import own_thread
 from .attention import zero_output
 from .edges import GENERATED, check_mask, extend, is_last
-from .masks import repeat_rows, span_of_call
-from .position import PromptPosition
-from .threads import own_thread
 
 
 MODULES = ("attention", "mlp")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .architecture import Architecture
+from ..model.architecture import Architecture
 from .clean_run import CleanRun
 from .packed import Knock, PackedPasses
 

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .architecture import Architecture, inspect_model
+from ..model.architecture import Architecture, inspect_model
+from ..prompts.samples import FlowSample, LazySample, Prompt, parse_pairs, prepare
 from .clean_run import NotReusable
 from .engines import ENGINES, Pair, Passes, Span, run_engine, span_of
 from .processes import this_process
 from .records import Record, RecordFile, read_records
-from .samples import FlowSample, LazySample, Prompt, parse_pairs, prepare
 from .windows import Window, windows
 
 

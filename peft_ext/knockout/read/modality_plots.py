@@ -1,4 +1,4 @@
-"""Figures of [`~peft_ext.knockout.modality.lmar`]'s results, several methods in one, with the data behind them."""
+"""Figures of [`~peft_ext.knockout.read.modality.lmar`], several methods in one, with the data behind them."""
 
 from __future__ import annotations
 

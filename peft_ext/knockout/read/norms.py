@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architecture import inspect_model
-from .edges import check_mask
-from .threads import own_thread
+from ..cut.edges import check_mask
+from ..model.architecture import inspect_model
+from ..model.threads import own_thread
 
 
 _CONNECTORS = ("multi_modal_projector", "connector", "merger")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..tuners.mores import MoReSLayer
+from ...tuners.mores import MoReSLayer
 
 
 CHOICES = {

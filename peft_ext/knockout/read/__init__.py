@@ -1,0 +1,1 @@
+"""What a model shows without being cut: answers by layer, attention by modality, norms, changed meanings."""
