@@ -18,7 +18,7 @@ from _benches import BENCHES
 from _benches.runs import MASKS, Run, train
 
 from peft_ext.mtl import METHODS
-from peft_ext.mtl.plots import plot_angles, plot_cosines, plot_incidence, plot_layers, read_conflicts
+from peft_ext.mtl.conflicts.plots import plot_angles, plot_cosines, plot_incidence, plot_layers, read_conflicts
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -6,20 +6,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .aggregators import METHODS, Aggregator, TorchJDAggregator, make_aggregator
-from .gramian import aggregate
+from .gradients.gramian import aggregate
 
 
 if TYPE_CHECKING:
     from .callback import GradientConflictCallback, log_gradient_conflicts
     from .config import MTLArguments, MTLConfig
-    from .conflicts import ConflictRecorder, conflict_incidence
+    from .conflicts.recorder import ConflictRecorder, conflict_incidence
     from .metrics import relative_task_drop
     from .sft import MTLSFTConfig, MTLSFTTrainer
     from .trainer import MTLTrainer, MTLTrainerMixin
 
 # Imported on first use: they pull in transformers' Trainer, TRL or matplotlib.
 _LAZY = {
-    "ConflictRecorder": "conflicts",
+    "ConflictRecorder": "conflicts.recorder",
     "GradientConflictCallback": "callback",
     "MTLArguments": "config",
     "MTLConfig": "config",
@@ -27,7 +27,7 @@ _LAZY = {
     "MTLSFTTrainer": "sft",
     "MTLTrainer": "trainer",
     "MTLTrainerMixin": "trainer",
-    "conflict_incidence": "conflicts",
+    "conflict_incidence": "conflicts.recorder",
     "log_gradient_conflicts": "callback",
     "relative_task_drop": "metrics",
 }

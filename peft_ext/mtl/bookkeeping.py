@@ -12,10 +12,10 @@ from torch import nn
 
 from .aggregators.base import Array
 from .checkpoint import read_state, write_state
-from .collation import SOURCE, Source, halves_of, parts_of
-from .conflicts import ConflictRecorder
-from .gradients import TaskGradients
-from .probe import collect_rows, cosines_of_halves, undisturbed, unlogged
+from .conflicts.recorder import ConflictRecorder
+from .data.collation import SOURCE, Source, halves_of, parts_of
+from .gradients.probe import collect_rows, cosines_of_halves, undisturbed, unlogged
+from .gradients.task_gradients import TaskGradients
 
 
 if TYPE_CHECKING:

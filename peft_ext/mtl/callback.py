@@ -14,12 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from ..sparse.sharded import is_sharded
-from .collation import TaskCollator, halves_of
-from .conflicts import ConflictRecorder
-from .gradients import TaskGradients
-from .losses import checked_losses
+from .conflicts.recorder import ConflictRecorder
+from .data.collation import TaskCollator, halves_of
+from .data.losses import checked_losses
+from .gradients.probe import collect_rows, cosines_of_halves, undisturbed
+from .gradients.task_gradients import TaskGradients
 from .parallel import processes
-from .probe import collect_rows, cosines_of_halves, undisturbed
 
 
 TaskLosses = Callable[[nn.Module, Any], Mapping[str, Tensor]]

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from .aggregators import METHODS, REDUCTIONS
-from .data import SAMPLINGS
+from .data.datasets import SAMPLINGS
 
 
 JACOBIAN_DTYPES = ("float32", "bfloat16", "float64")

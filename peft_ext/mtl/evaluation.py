@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.data_loader import DataLoaderDispatcher
 
-from .collation import PARTS, SOURCE, Source, parts_of
+from .data.collation import PARTS, SOURCE, Source, parts_of
 from .parallel import any_process, processes, sum_over_processes
 
 

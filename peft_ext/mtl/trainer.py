@@ -20,13 +20,16 @@ from .aggregators import Aggregator, Step, make_aggregator
 from .aggregators.base import Array
 from .aggregators.joint import Joint
 from .bookkeeping import TaskBookkeepingMixin
-from .collation import SOURCE, Source
-from .conflicts import ConflictRecorder
-from .data import concatenate_tasks, task_ids_of
+from .conflicts.recorder import ConflictRecorder
+from .data.collation import SOURCE, Source
+from .data.datasets import concatenate_tasks, task_ids_of
+from .data.losses import Window
+from .data.task_counts import TaskCountsMixin
+from .data.task_data import TaskDataMixin, refuse_packing
 from .evaluation import TaskEvaluationMixin
-from .feedback import FeedbackCallback, Replay
-from .gradients import TaskGradients
-from .losses import Window
+from .gradients.feedback import FeedbackCallback, Replay
+from .gradients.task_gradients import TaskGradients
+from .gradients.task_passes import TaskPassesMixin
 from .parallel import (
     any_process,
     average_gradients,
@@ -35,9 +38,6 @@ from .parallel import (
     refuse_unsupported,
     sum_over_processes,
 )
-from .task_counts import TaskCountsMixin
-from .task_data import TaskDataMixin, refuse_packing
-from .task_passes import TaskPassesMixin
 
 
 logger = logging.getLogger(__name__)

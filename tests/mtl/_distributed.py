@@ -40,7 +40,7 @@ def train(folder, options):
     }
     if split:
         from peft_ext.mtl import MTLTrainer
-        from peft_ext.mtl.data import concatenate_tasks
+        from peft_ext.mtl.data.datasets import concatenate_tasks
         from tests.mtl._models import config
         from tests.mtl.test_data import Numbers, Regression
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from peft_ext import NeuroAdaConfig
 from peft_ext.mtl import MTLSFTConfig, MTLSFTTrainer
-from peft_ext.mtl.data import concatenate_tasks
+from peft_ext.mtl.data.datasets import concatenate_tasks
 from tests.knockout._models import build
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from peft_ext.mtl import MTLTrainer
-from peft_ext.mtl.losses import count_labels, count_labels_by_id, count_labels_of_tasks, labels_of_tasks
+from peft_ext.mtl.data.losses import count_labels, count_labels_by_id, count_labels_of_tasks, labels_of_tasks
 from tests.mtl._models import TASKS, TwoLayers, assert_same_weights, config, samples, task_losses, trainer
 
 

@@ -11,8 +11,7 @@ import torch
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from peft_ext.mtl import ConflictRecorder, GradientConflictCallback, conflict_incidence, log_gradient_conflicts
-from peft_ext.mtl.conflicts import cosines_of, pair_cosines
-from peft_ext.mtl.plots import (
+from peft_ext.mtl.conflicts.plots import (
     plot_angles,
     plot_bars,
     plot_cosines,
@@ -20,6 +19,7 @@ from peft_ext.mtl.plots import (
     plot_layers,
     read_conflicts,
 )
+from peft_ext.mtl.conflicts.recorder import cosines_of, pair_cosines
 from tests.mtl._jacobians import J3, J4
 from tests.mtl._models import (
     LABELS,

@@ -9,7 +9,7 @@ from torch.nn import functional
 from transformers import AutoModelForSequenceClassification
 
 from peft_ext.mtl import MTLTrainer
-from peft_ext.mtl.data import SAMPLINGS, TaskSampler, concatenate_tasks, task_ids_of
+from peft_ext.mtl.data.datasets import SAMPLINGS, TaskSampler, concatenate_tasks, task_ids_of
 from tests.mtl._models import assert_same_weights, config
 
 

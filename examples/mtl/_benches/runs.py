@@ -12,7 +12,7 @@ from torch.utils.data import default_collate
 from transformers import PrinterCallback
 
 from peft_ext.mtl import MTLConfig, MTLTrainer
-from peft_ext.mtl.conflicts import conflict_incidence
+from peft_ext.mtl.conflicts.recorder import conflict_incidence
 
 from .base import Bench, Table
 

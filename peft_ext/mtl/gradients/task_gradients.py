@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..sparse.sharded import is_sharded
-from .aggregators import Aggregator, Step
-from .aggregators.base import Array
+from ...sparse.sharded import is_sharded
+from ..aggregators import Aggregator, Step
+from ..aggregators.base import Array
+from ..parallel import any_process, local, mean_over_processes, sum_over_processes
 from .gramian import gramian_of
-from .parallel import any_process, local, mean_over_processes, sum_over_processes
 
 
 class TaskGradients:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .aggregators.base import Array
+from ..aggregators.base import Array
 
 
 def cosines_of(gramian: Array) -> Array:
@@ -152,7 +152,7 @@ class ConflictRecorder:
         self.continues = True
         if not self.path or not os.path.isfile(self.path):
             return []
-        from ..files import write_atomically
+        from ...files import write_atomically
 
         with open(self.path, encoding="utf-8") as file:
             kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= last]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from .losses import fork_state, restore_state
+from ..data.losses import fork_state, restore_state
 
 
 class Replay:

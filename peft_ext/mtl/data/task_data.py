@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.data_loader import DataLoaderDispatcher
 
+from ..parallel import processes
 from .collation import SOURCE, TaskCollator
-from .data import MIXED_SAMPLINGS, TaskSampler, task_ids_of
+from .datasets import MIXED_SAMPLINGS, TaskSampler, task_ids_of
 from .losses import fork_state, restore_state
-from .parallel import processes
 
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .aggregators import Aggregator, Step, make_aggregator
-from .aggregators.base import Array
+from ..aggregators import Aggregator, Step, make_aggregator
+from ..aggregators.base import Array
 
 
 CHUNK = 1 << 15  # coordinates that are raised to float64 at a time

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .collation import parts_of
-from .losses import Window, checked_losses, split_labels
-from .parallel import processes, task_backward
+from ..data.collation import parts_of
+from ..data.losses import Window, checked_losses, split_labels
+from ..parallel import processes, task_backward
 from .probe import unheard
 
 

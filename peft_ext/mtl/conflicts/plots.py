@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..files import write_atomically
-from .conflicts import conflict_incidence
+from ...files import write_atomically
+from .recorder import conflict_incidence
 
 
 def read_conflicts(path: str) -> dict[str, Any]:

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .conflicts import cosines_of
+from ..conflicts.recorder import cosines_of
+from ..data.losses import fork_state, restore_state
 from .feedback import mutable_buffers, restore_buffers
-from .gradients import TaskGradients
-from .losses import fork_state, restore_state
+from .task_gradients import TaskGradients
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""The tasks' gradients of one optimiser step: collected pass by pass, compared, combined, written back."""
