@@ -6,9 +6,9 @@ from typing import Any
 from ._version import __version__
 from .conversion import convert
 from .registration import make_loading_all_or_nothing, make_saving_atomic
-from .sparse.hotswap import hotswap_adapter
-from .sparse.report import SelectionReport, selection_report
-from .sparse.scoring import SupervisedContrastiveLoss, TwoViewCollator, activation_scores, gradient_scores
+from .sparse.choose.scoring import SupervisedContrastiveLoss, TwoViewCollator, activation_scores, gradient_scores
+from .sparse.model.hotswap import hotswap_adapter
+from .sparse.report.selection_report import SelectionReport, selection_report
 from .tuners.gps import GPS_PRESETS, GPSConfig, GPSModel, gps
 from .tuners.mores import MoReSConfig, MoReSModel, unfinished_prompt, visual_tokens
 from .tuners.neuroada import NEUROADA_PRESETS, NEUROADA_SEARCH_SPACES, NeuroAdaConfig, NeuroAdaModel

@@ -27,8 +27,8 @@ from .adapter_state import naming
 from .files import check_weights
 from .saved_config import SavedConfig
 from .snapshot import Snapshot
+from .sparse.bases.projection import Projection
 from .sparse.layers import SparseLayer, SparseMultiheadAttention
-from .sparse.projection import Projection
 from .tuners.mores.model import take_out as take_out_steering
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from ._peft_internals import AuxiliaryTrainingWrapper, BaseTunerLayer
+from .sparse.bases.projection import Projection
 from .sparse.layers import SparseLayer, SparseMultiheadAttention
-from .sparse.projection import Projection
 
 
 class Snapshot:

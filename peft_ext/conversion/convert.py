@@ -13,7 +13,7 @@ from peft import PeftConfig, PeftMixedModel, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from .._peft_internals import ModulesToSaveWrapper
-from ..sparse.sharing import weight_key
+from ..sparse.bases.sharing import weight_key
 from ..tuners.neuroada import NeuroAdaConfig
 from .folder import loaded
 from .peers import Entries, check_convertible, entries_of, selection_of

@@ -12,7 +12,7 @@ from peft.tuners.shira import ShiraLayer
 from peft.utils import PeftType
 from torch import Tensor, nn
 
-from ..sparse.neurons import matrix_shape
+from ..sparse.bases.neurons import matrix_shape
 from ..sparse.support import Support, support_of
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
-from ..sparse.sharded import is_sharded
+from ..sparse.bases.sharded import is_sharded
 from .conflicts.recorder import ConflictRecorder
 from .data.collation import TaskCollator, halves_of
 from .data.losses import checked_losses

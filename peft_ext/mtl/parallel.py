@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..sparse.sharded import is_sharded
+from ..sparse.bases.sharded import is_sharded
 
 
 def local(tensor: Tensor) -> Tensor:

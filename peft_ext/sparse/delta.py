@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .bases.sharded import is_first_of, make_equal
 from .ops import ConvGeometry, add_in_place, bypass, bypass_conv, may_add_in_place
 from .ops.conv import entries_by_tap
-from .sharded import is_first_of, make_equal
 from .support import FINGERPRINT_LENGTH, Support
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_ext import NeuroAdaConfig
-from peft_ext.sparse.neurons import is_convolution
+from peft_ext.sparse.bases.neurons import is_convolution
 from peft_ext.sparse.selection import select_supports
 from peft_ext.sparse.support import Support, offsets_from_counts
 from peft_ext.tuners.neuroada import NeuroAdaConv, NeuroAdaLinear

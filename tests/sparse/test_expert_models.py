@@ -7,8 +7,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from peft_ext import NeuroAdaConfig
+from peft_ext.sparse.bases.neurons import gives_one_output
 from peft_ext.sparse.layers import SparseLayer
-from peft_ext.sparse.neurons import gives_one_output
 
 
 SIZES = {

@@ -7,7 +7,7 @@ from torch.nn.utils import parametrizations
 from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
 from transformers.pytorch_utils import Conv1D
 
-from peft_ext.sparse.neurons import is_plain, is_supported, neuron_view, values_dtype_of
+from peft_ext.sparse.bases.neurons import is_plain, is_supported, neuron_view, values_dtype_of
 
 from ._inputs import random_linear
 

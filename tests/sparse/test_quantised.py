@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from peft_ext import NeuroAdaConfig
 from peft_ext._peft_internals import ForwardOnlyQuantizationBackend
-from peft_ext.sparse import targets
+from peft_ext.sparse.bases.quantised import float_weight
+from peft_ext.sparse.choose import targets
 from peft_ext.sparse.layers import SparseLayer
-from peft_ext.sparse.quantised import float_weight
 
 
 bnb = pytest.importorskip("bitsandbytes")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...sparse.sharded import is_sharded
+from ...sparse.bases.sharded import is_sharded
 from ..parallel import any_process, processes, sum_over_processes
 from .collation import PARTS, SOURCE, Source, batch_size_of, parts_of
 from .losses import Window, count_labels, count_labels_by_id, count_labels_of_tasks

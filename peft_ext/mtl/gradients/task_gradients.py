@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...sparse.sharded import is_sharded
+from ...sparse.bases.sharded import is_sharded
 from ..aggregators import Aggregator, Step
 from ..aggregators.base import Array
 from ..parallel import any_process, local, mean_over_processes, sum_over_processes

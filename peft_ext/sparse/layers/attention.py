@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..._peft_internals import BaseTunerLayer
 from ...adapter_state import without_wrappers
-from ..projection import PROJECTIONS, Projection
+from ..bases.projection import PROJECTIONS, Projection
 from .attention_inputs import check_attention_inputs
 from .base_attributes import BaseAttributes
 from .linear import SparseLinear

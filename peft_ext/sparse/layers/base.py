@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..._peft_internals import BaseTunerLayer, QuantizationBackend, in_out_features, quantization_extra_repr
+from ..bases.neurons import CONVOLUTIONS, is_plain, neuron_view, stored_weight, taps_of, values_dtype_of, weight_view
+from ..bases.offloaded import execution_device, is_offloaded
+from ..bases.projection import Projection
 from ..config import SparseConfig
 from ..delta import SparseDelta
-from ..neurons import CONVOLUTIONS, is_plain, neuron_view, stored_weight, taps_of, values_dtype_of, weight_view
-from ..offloaded import execution_device, is_offloaded
 from ..ops.reference import dense_delta
-from ..projection import Projection
 from ..support import Support
 from .base_attributes import BaseAttributes
 from .merging import MergingMixin

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..neurons import neuron_view
+from ..bases.neurons import neuron_view
 from ..ops import choose_backend, dense, folded
 from ..ops.reference import sparse_linear
 from .base import SparseLayer

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..._peft_internals import QuantizationBackend, check_adapters_to_merge, onload_layer
+from ..bases.neurons import has_writable_weight, neuron_view, parameter_of
+from ..bases.offloaded import is_offloaded
+from ..bases.projection import Projection
+from ..bases.quantised import dense_layer, float_weight, requantised_layer
+from ..bases.sharded import is_sharded
 from ..delta import SparseDelta
-from ..neurons import has_writable_weight, neuron_view, parameter_of
-from ..offloaded import is_offloaded
-from ..projection import Projection
-from ..quantised import dense_layer, float_weight, requantised_layer
-from ..sharded import is_sharded
 from ..support import Support
 
 
@@ -48,7 +48,7 @@ class MergingMixin:
     Attributes:
         copied_to_merge (`tuple[str, ...]`): which of the base layer's parameters (`"weight"`, `"bias"`) merging
             replaces by copies, since something else uses their memory: a module that is not adapted in the same way,
-            or another process. Set by [`~sharing.note_sharing`].
+            or another process. Set by [`~peft_ext.sparse.model.merge_once.note_sharing`].
         follows (`bool`): whether another layer with the same weight and adapters merges for both.
         requantize (`bool`): whether a merged weight is quantised again.
         requantization_error (`float`, *optional*): relative error that this made.

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..._peft_internals import BaseTunerLayer, QuantizationBackend
-from ..neurons import is_convolution
+from ..bases.neurons import is_convolution
 from .attention import SparseMultiheadAttention
 from .base import SparseLayer
 from .conv import SparseConv

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..neurons import neuron_view
+from ..bases.neurons import neuron_view
 
 
 def uncompiled(name: str) -> str:

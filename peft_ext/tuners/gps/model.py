@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from ...sparse.choose.heads import heads_to_save
+from ...sparse.choose.targets import ALL_NEURONS
 from ...sparse.config import SparseConfig
-from ...sparse.heads import heads_to_save
-from ...sparse.model import SparseModel
-from ...sparse.targets import ALL_NEURONS
+from ...sparse.model.sparse_model import SparseModel
 
 
 class GPSModel(SparseModel):

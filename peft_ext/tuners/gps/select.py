@@ -8,7 +8,7 @@ from typing import Any
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from ...sparse.scoring import gradient_scores
+from ...sparse.choose.scoring import gradient_scores
 from ...sparse.selection import parse_selection
 from .config import GPSConfig
 

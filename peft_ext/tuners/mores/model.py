@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..._peft_internals import BaseTuner
 from ...injection import clean_refusal
-from ...sparse.sharded import with_wrapped
+from ...sparse.bases.sharded import with_wrapped
 from .architecture import Architecture, inspect_model
 from .checkpoint import check_checkpoint
 from .config import MoReSConfig

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...sparse.model import SparseModel
+from ...sparse.model.sparse_model import SparseModel
 
 
 class NeuroAdaModel(SparseModel):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from ...sparse.model import SparseModel
-from ...sparse.targets import ALL_NEURONS
+from ...sparse.choose.targets import ALL_NEURONS
+from ...sparse.model.sparse_model import SparseModel
 
 
 class PSNModel(SparseModel):

@@ -10,7 +10,7 @@ from peft import PeftModel, get_layer_status, get_model_status, get_peft_model
 from torch import nn
 
 from peft_ext import NeuroAdaConfig
-from peft_ext.sparse.projection import PROJECTIONS, Projection
+from peft_ext.sparse.bases.projection import PROJECTIONS, Projection
 from peft_ext.tuners.neuroada import NeuroAdaLinear, NeuroAdaMultiheadAttention
 
 from .._asserts import assert_same_bits, bits

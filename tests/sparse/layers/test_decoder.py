@@ -8,8 +8,8 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_ext import NeuroAdaConfig
+from peft_ext.sparse.bases.projection import Projection
 from peft_ext.sparse.layers import SparseLayer
-from peft_ext.sparse.projection import Projection
 
 
 WIDTH, TARGET, MEMORY = 8, 5, 7

@@ -8,9 +8,9 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_ext import NeuroAdaConfig
+from peft_ext.sparse.bases.projection import Projection
 from peft_ext.sparse.layers import SparseLayer
 from peft_ext.sparse.ops import BACKENDS
-from peft_ext.sparse.projection import Projection
 
 from .._asserts import assert_same_bits, bits
 from ._networks import NETWORKS, make_network

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import ConvNextConfig, ConvNextForImageClassification, SwinConfig, SwinForImageClassification
 
 from peft_ext import NeuroAdaConfig, SupervisedContrastiveLoss, gradient_scores
-from peft_ext.sparse.neurons import is_supported
+from peft_ext.sparse.bases.neurons import is_supported
 from tests.sparse._probes import peak_bytes
 
 

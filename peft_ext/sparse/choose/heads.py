@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import MODEL_MAPPING, PreTrainedModel
 
-from .neurons import is_supported
+from ..bases.neurons import is_supported
 
 
 # Heads of transformers' classification and question-answering models: never adapted by default.

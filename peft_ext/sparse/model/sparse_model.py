@@ -10,27 +10,25 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .._peft_internals import (
-    INCLUDE_LINEAR_LAYERS_SHORTHAND,
-    BaseTuner,
-)
-from ..injection import clean_refusal
+from ..._peft_internals import INCLUDE_LINEAR_LAYERS_SHORTHAND, BaseTuner
+from ...injection import clean_refusal
+from ..bases.neurons import SUPPORTED, check_real, is_supported, matrix_shape, neuron_view, parameter_of, weights_of
+from ..bases.offloaded import is_offloaded
+from ..bases.quantised import backend_of, float_weight
+from ..bases.sharded import check_gatherable
+from ..bases.sharing import weight_key
+from ..choose.targets import base_of, check_names, inside_adapter, named_by_target, resolve_targets, without_parts
+from ..config import SparseConfig
+from ..delta import SparseDelta
+from ..layers import LayerTypes, SparseLayer, SparseMultiheadAttention, attention_biases, weights_of_layer
+from ..memory import Region
+from ..selection import SCORED, ScoreMatrices, parse_selection, select_supports
+from ..selection.plan import kept_neurons
+from ..support import Support
 from .checkpoint import CheckpointMixin
-from .config import SparseConfig
-from .delta import SparseDelta
-from .layers import LayerTypes, SparseLayer, SparseMultiheadAttention, attention_biases, weights_of_layer
-from .memory import Region
 from .merge import MergeMixin
+from .merge_once import note_sharing
 from .mixed_batch import MixedBatchMixin
-from .neurons import SUPPORTED, check_real, is_supported, matrix_shape, neuron_view, parameter_of, weights_of
-from .offloaded import is_offloaded
-from .quantised import backend_of, float_weight
-from .selection import SCORED, ScoreMatrices, parse_selection, select_supports
-from .selection.plan import kept_neurons
-from .sharded import check_gatherable
-from .sharing import note_sharing, weight_key
-from .support import Support
-from .targets import base_of, check_names, inside_adapter, named_by_target, resolve_targets, without_parts
 from .weighted import WeightedAdapterMixin
 
 

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..checks import check_flag
-from ..config import SparseConfig
+from ...checks import check_flag
+from ...config import SparseConfig
 from .arguments import Classes, check_loss, check_scoring
 from .batches import batches, forward, labels_of, loss_of
 from .contrastive import SupervisedContrastiveLoss

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_loader
-from ..config import SparseConfig
-from ..neurons import neuron_view
-from ..projection import Projection
+from ...bases.neurons import neuron_view
+from ...bases.projection import Projection
+from ...checks import check_loader
+from ...config import SparseConfig
 from .arguments import check_scoring
 from .batches import batches, forward
 from .modules import scored_modules

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._peft_internals import load_peft_weights, mapping
-from ..adapter_state import naming
-from .model import SparseModel
+from ..._peft_internals import load_peft_weights, mapping
+from ...adapter_state import naming
+from .sparse_model import SparseModel
 
 
 @torch.no_grad()

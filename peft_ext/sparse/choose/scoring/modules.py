@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..._peft_internals import INCLUDE_LINEAR_LAYERS_SHORTHAND, check_target_module_exists
-from ..config import SparseConfig
+from ...._peft_internals import INCLUDE_LINEAR_LAYERS_SHORTHAND, check_target_module_exists
+from ...bases.neurons import has_writable_weight, is_supported, weights_of
+from ...bases.projection import Projection
+from ...config import SparseConfig
+from ...selection.given import uncompiled
 from ..heads import HEADS, heads_of
-from ..neurons import has_writable_weight, is_supported, weights_of
-from ..projection import Projection
-from ..selection.given import uncompiled
 from ..targets import ALL_NEURONS, base_of, inside_adapter, is_part
 
 

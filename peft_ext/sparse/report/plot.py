@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .report import SelectionReport, short_names
+from .selection_report import SelectionReport, short_names
 
 
 if TYPE_CHECKING:

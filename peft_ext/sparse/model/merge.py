@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from .layers import SparseLayer
-from .quantised import forget_quantisation
-from .sharing import note_sharing
+from ..bases.quantised import forget_quantisation
+from ..layers import SparseLayer
+from .merge_once import note_sharing
 
 
 class MergeMixin:

@@ -12,17 +12,17 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
-from .._peft_internals import (
+from ..._peft_internals import (
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
     AuxiliaryTrainingWrapper,
     BaseTunerLayer,
     resolve_all_linear,
 )
-from .config import SparseConfig
+from ..bases.neurons import gives_one_output, is_supported
+from ..bases.projection import PROJECTIONS
+from ..bases.quantised import backend_of
+from ..config import SparseConfig
 from .heads import HEADS, heads_of, outside_body
-from .neurons import gives_one_output, is_supported
-from .projection import PROJECTIONS
-from .quantised import backend_of
 
 
 # `target_modules` that stands for every layer that has neurons, as PEFT's "all-linear" does for the linear ones.

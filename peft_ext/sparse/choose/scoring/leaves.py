@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..memory import Region
-from ..projection import Projection
-from ..sharing import Uses
+from ...bases.projection import Projection
+from ...bases.sharing import Uses
+from ...memory import Region
 
 
 @contextmanager

@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..adapter_state import MalformedAdapter, check_state, without_wrappers
-from .layers import SparseLayer, attention_biases
-from .sharded import with_wrapped
-from .support import Support, is_unknown, narrowest_index_dtype
+from ...adapter_state import MalformedAdapter, check_state, without_wrappers
+from ..bases.sharded import with_wrapped
+from ..layers import SparseLayer, attention_biases
+from ..support import Support, is_unknown, narrowest_index_dtype
 
 
 if TYPE_CHECKING:
-    from .config import SparseConfig
+    from ..config import SparseConfig
 
 
 class CheckpointMixin:

@@ -7,56 +7,11 @@ from collections.abc import Hashable
 from typing import Any
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from .layers import SparseLayer
-from .memory import Maps, Region, why_not_ours
-from .neurons import parameter_of
-from .offloaded import is_offloaded
-from .projection import Projection
-
-
-def weight_key(base_layer: Any) -> Hashable:
-    """
-    Equal for layers that see one memory as the same neurons, also through different parameters; `None` for weights
-    that are no parameter or offloaded.
-    """
-    region = None if is_offloaded(base_layer) else _weight_region(base_layer)
-    if region is None:  # no parameter, or an offloaded one, which is another after each call
-        return None
-    # The projections of an attention whose weight has no memory here (meta, sharded) are told apart by their names.
-    part = base_layer.name if isinstance(base_layer, Projection) and region.layout is None else None
-    return region, part, isinstance(base_layer, Conv1D)
-
-
-def _weight_region(base_layer: Any) -> Region | None:
-    if isinstance(base_layer, Projection):
-        whole = Region.of(base_layer.parameter)
-        return whole if whole.layout is None else Region.of(base_layer.weight)
-    weight = base_layer._parameters.get("weight")
-    return None if weight is None else Region.of(weight)
-
-
-class Uses:
-    """
-    How often the modules of a model reach each memory by their parameters and buffers.
-
-    Args:
-        model (`nn.Module`): the model.
-        distinct (`bool`, *optional*, defaults to `False`): count a module once, by however many paths it is reached.
-    """
-
-    def __init__(self, model: nn.Module, distinct: bool = False) -> None:
-        self._regions: dict[Hashable, list[Region]] = defaultdict(list)
-        for _, module in model.named_modules(remove_duplicate=distinct):
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None:
-                    region = Region.of(tensor)
-                    self._regions[region.space].append(region)
-
-    def of(self, region: Region) -> int:
-        """Of a memory, whole or in part."""
-        return sum(region.overlaps(other) for other in self._regions[region.space])
+from ..bases.neurons import parameter_of
+from ..bases.sharing import Uses, weight_key, weight_region
+from ..layers import SparseLayer
+from ..memory import Maps, Region, why_not_ours
 
 
 def note_sharing(model: nn.Module, layer_cls: type[SparseLayer]) -> None:
@@ -93,7 +48,7 @@ def note_sharing(model: nn.Module, layer_cls: type[SparseLayer]) -> None:
 def _written(layer: SparseLayer, maps: Maps) -> dict[str, tuple[Region, bool]]:
     """What merging into a layer writes, by the names of its parameters: where it lies, and whether others see it."""
     base: Any = layer.get_base_layer()
-    weight = _weight_region(base)
+    weight = weight_region(base)
     assert weight is not None
     written = {"weight": (weight, why_not_ours(parameter_of(base), maps) is not None)}
     if any(delta.bias is not None for delta in layer.deltas.values()):

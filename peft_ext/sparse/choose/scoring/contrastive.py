@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_flag
+from ...checks import check_flag
 from .batches import IGNORED
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..files import write_atomically
-from .layers import SparseLayer
+from ...files import write_atomically
+from ..layers import SparseLayer
 
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class SelectionReport:
         A bar plot of every adapter's distribution over the blocks (thesis figs. 6 and 13), and the overlaps beside it
         where there are several adapters. Needs matplotlib: `pip install 'peft-ext[plot]'`.
         """
-        from .report_plot import draw
+        from .plot import draw
 
         return draw(self)
 

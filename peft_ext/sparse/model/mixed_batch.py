@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._peft_internals import AuxiliaryTrainingWrapper
-from .layers import BASE_ADAPTER, SparseLayer
+from ..._peft_internals import AuxiliaryTrainingWrapper
+from ..layers import BASE_ADAPTER, SparseLayer
 
 
 class MixedBatchMixin:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from .._peft_internals import ModulesToSaveWrapper, calculate_majority_sign_mask, disjoint_merge, prune
-from .checks import check_share
-from .support import Support, union
+from ..._peft_internals import ModulesToSaveWrapper, calculate_majority_sign_mask, disjoint_merge, prune
+from ..checks import check_share
+from ..support import Support, union
 
 
 if TYPE_CHECKING:
-    from .config import SparseConfig
-    from .layers import SparseLayer
+    from ..config import SparseConfig
+    from ..layers import SparseLayer
 
 CombinationType = Literal["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 _PRUNING = {"ties": "magnitude", "magnitude_prune": "magnitude", "dare_linear": "random", "dare_ties": "random"}

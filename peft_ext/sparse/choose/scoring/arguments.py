@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..checks import check_count, check_flag, check_loader, check_model
-from ..config import SparseConfig
+from ...checks import check_count, check_flag, check_loader, check_model
+from ...config import SparseConfig
 from .batches import IGNORED
 
 

@@ -1,0 +1,1 @@
+"""Which layers are adapted, and what their entries are scored by."""

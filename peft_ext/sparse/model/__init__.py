@@ -1,0 +1,1 @@
+"""A model with sparse adapters: putting them in, merging, saving, combining, swapping."""

@@ -1,0 +1,1 @@
+"""What was selected, in numbers and as a figure."""
