@@ -28,7 +28,7 @@ from _steering.methods import LEARNING_RATES, Method, trained_parameters
 from tqdm import tqdm
 from transformers import AutoProcessor, LlavaForConditionalGeneration, get_cosine_schedule_with_warmup
 
-from peft_ext.files import write_atomically
+from peft_ext.io import write_atomically
 from peft_ext.knockout.read.modality import ModalityAttention, lmar
 from peft_ext.knockout.read.modality_plots import plot_modality
 

@@ -12,7 +12,7 @@ import torch
 from peft import PeftConfig, PeftMixedModel, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from .._peft_internals import ModulesToSaveWrapper
+from ..hf.internals import ModulesToSaveWrapper
 from ..sparse.bases.sharing import weight_key
 from ..tuners.neuroada import NeuroAdaConfig
 from .folder import loaded

@@ -13,9 +13,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .._peft_internals import AuxiliaryTrainingWrapper, BaseTunerLayer, load_peft_weights
-from ..adapter_state import MalformedAdapter, check_others, naming
-from ..injection import check_adapter_name
+from ..hf.adapter_state import MalformedAdapter, check_others, naming
+from ..hf.injection import check_adapter_name
+from ..hf.internals import AuxiliaryTrainingWrapper, BaseTunerLayer, load_peft_weights
 from .peers import CONVERTIBLE, check_convertible
 from .unchanged import unchanged_on_error
 

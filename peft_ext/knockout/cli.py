@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from ..files import write_atomically
+from ..io import write_atomically
 from .ask import Asker, check_groups
 from .plots import plot_answer_probability, plot_jaccard, plot_sweep
 from .prompts.questions import Question, read_csv, read_dataset

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..files import write_atomically
+from ..io import write_atomically
 
 
 LEVEL = 0.95

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..files import _replace
+from ..io import replace
 
 
 STATE_NAME = "mtl_state.pt"
@@ -16,7 +16,7 @@ STATE_NAME = "mtl_state.pt"
 def write_state(folder: str, state: dict[str, Any]) -> None:
     """Write a state of tensors and plain values; an interruption leaves the old file whole."""
     os.makedirs(folder, exist_ok=True)
-    _replace(os.path.join(folder, STATE_NAME), lambda temporary: torch.save(state, temporary))
+    replace(os.path.join(folder, STATE_NAME), lambda temporary: torch.save(state, temporary))
 
 
 def read_state(folder: str, method: str, tasks: list[str] | None) -> dict[str, Any] | None:

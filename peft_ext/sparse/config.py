@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..saved_config import SavedConfig
+from ..hf.config import SavedConfig
 from .checks import check_count, check_flag, check_share
 from .ops import BACKENDS
 from .selection import parse_selection
@@ -72,7 +72,7 @@ class SparseConfig(SavedConfig):
         support_sizes (`dict[str, int]`, *optional*):
             Filled in where the other options don't say how many entries each module has, as after network-wide
             selections, `add_weighted_adapter` and [`~peft_ext.convert`]: number of entries per module.
-        peft_ext_version, requires: see [`~peft_ext.saved_config.SavedConfig`].
+        peft_ext_version, requires: see [`~peft_ext.hf.config.SavedConfig`].
     """
 
     peft_type: Any = field(default=None, metadata={"help": "Set by each method."})

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from peft_ext import NeuroAdaConfig
-from peft_ext._peft_internals import ForwardOnlyQuantizationBackend
+from peft_ext.hf.internals import ForwardOnlyQuantizationBackend
 from peft_ext.sparse.bases.quantised import float_weight
 from peft_ext.sparse.choose import targets
 from peft_ext.sparse.layers import SparseLayer

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from peft_ext.files import write_atomically
+from peft_ext.io import write_atomically
 
 
 PACKAGES = ("torch", "peft", "transformers", "peft-ext", "triton")

@@ -9,7 +9,7 @@ from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
-from ...files import write_atomically
+from ...io import write_atomically
 
 
 Record = dict[str, Any]

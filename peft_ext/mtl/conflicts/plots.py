@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ...files import write_atomically
+from ...io import write_atomically
 from .recorder import conflict_incidence
 
 

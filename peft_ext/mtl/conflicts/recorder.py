@@ -152,7 +152,7 @@ class ConflictRecorder:
         self.continues = True
         if not self.path or not os.path.isfile(self.path):
             return []
-        from ...files import write_atomically
+        from ...io import write_atomically
 
         with open(self.path, encoding="utf-8") as file:
             kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= last]

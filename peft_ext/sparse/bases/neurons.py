@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
-from ..._peft_internals import QuantizationBackend
+from ...hf.internals import QuantizationBackend
 from .projection import PROJECTIONS, Projection
 from .sharded import shape_of
 

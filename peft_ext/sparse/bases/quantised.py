@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._peft_internals import QuantizationBackend, get_quantization_kwargs, resolve_quantization_backend
+from ...hf.internals import QuantizationBackend, get_quantization_kwargs, resolve_quantization_backend
 from .offloaded import onloaded
 from .projection import Projection
 from .sharded import whole

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..._peft_internals import adapter_key_prefixes, filter_by_key_prefixes
-from ...adapter_state import without_wrappers
+from ...hf.adapter_state import without_wrappers
+from ...hf.internals import adapter_key_prefixes, filter_by_key_prefixes
 
 
 def is_sharded(weight: Tensor) -> bool:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
-from ..._peft_internals import (
+from ...hf.internals import (
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
     AuxiliaryTrainingWrapper,
     BaseTunerLayer,

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..._peft_internals import BaseTunerLayer
-from ...adapter_state import without_wrappers
+from ...hf.adapter_state import without_wrappers
+from ...hf.internals import BaseTunerLayer
 from ..bases.projection import PROJECTIONS, Projection
 from .attention_inputs import check_attention_inputs
 from .base_attributes import BaseAttributes

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..._peft_internals import BaseTunerLayer, QuantizationBackend, in_out_features, quantization_extra_repr
+from ...hf.internals import BaseTunerLayer, QuantizationBackend, in_out_features, quantization_extra_repr
 from ..bases.neurons import CONVOLUTIONS, is_plain, neuron_view, stored_weight, taps_of, values_dtype_of, weight_view
 from ..bases.offloaded import execution_device, is_offloaded
 from ..bases.projection import Projection

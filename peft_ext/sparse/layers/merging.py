@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._peft_internals import QuantizationBackend, check_adapters_to_merge, onload_layer
+from ...hf.internals import QuantizationBackend, check_adapters_to_merge, onload_layer
 from ..bases.neurons import has_writable_weight, neuron_view, parameter_of
 from ..bases.offloaded import is_offloaded
 from ..bases.projection import Projection

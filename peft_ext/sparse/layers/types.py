@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..._peft_internals import BaseTunerLayer, QuantizationBackend
+from ...hf.internals import BaseTunerLayer, QuantizationBackend
 from ..bases.neurons import is_convolution
 from .attention import SparseMultiheadAttention
 from .base import SparseLayer

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ...adapter_state import MalformedAdapter, check_state, without_wrappers
+from ...hf.adapter_state import MalformedAdapter, check_state, without_wrappers
 from ..bases.sharded import with_wrapped
 from ..layers import SparseLayer, attention_biases
 from ..support import Support, is_unknown, narrowest_index_dtype
@@ -128,7 +128,7 @@ class CheckpointMixin:
             config ([`SparseConfig`]): the adapter's options.
             adapter_name (`str`): the adapter.
             tensors (`dict[str, torch.Tensor]`): by their names in the model; they are not changed.
-            whole_may_differ (`bool`): see `peft_ext.adapter_state.check_state`.
+            whole_may_differ (`bool`): see `peft_ext.hf.adapter_state.check_state`.
 
         Raises:
             [`MalformedAdapter`]: if they are not the whole adapter and nothing else, if values are not finite or

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..._peft_internals import load_peft_weights, mapping
-from ...adapter_state import naming
+from ...hf.adapter_state import naming
+from ...hf.internals import load_peft_weights, mapping
 from .sparse_model import SparseModel
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..._peft_internals import AuxiliaryTrainingWrapper
+from ...hf.internals import AuxiliaryTrainingWrapper
 from ..layers import BASE_ADAPTER, SparseLayer
 
 

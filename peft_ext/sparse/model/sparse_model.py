@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..._peft_internals import INCLUDE_LINEAR_LAYERS_SHORTHAND, BaseTuner
-from ...injection import clean_refusal
+from ...hf.injection import clean_refusal
+from ...hf.internals import INCLUDE_LINEAR_LAYERS_SHORTHAND, BaseTuner
 from ..bases.neurons import SUPPORTED, check_real, is_supported, matrix_shape, neuron_view, parameter_of, weights_of
 from ..bases.offloaded import is_offloaded
 from ..bases.quantised import backend_of, float_weight

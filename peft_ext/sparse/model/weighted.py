@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from ..._peft_internals import ModulesToSaveWrapper, calculate_majority_sign_mask, disjoint_merge, prune
+from ...hf.internals import ModulesToSaveWrapper, calculate_majority_sign_mask, disjoint_merge, prune
 from ..checks import check_share
 from ..support import Support, union
 

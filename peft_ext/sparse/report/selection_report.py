@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ...files import write_atomically
+from ...io import write_atomically
 from ..layers import SparseLayer
 
 

@@ -1,6 +1,6 @@
 """GPS, gradient-based parameter selection: of every neuron the k inputs of largest gradient (thesis chapter 4)."""
 
-from ...registration import register
+from ...hf.registration import register
 from .config import GPSConfig
 from .model import GPSConv, GPSLinear, GPSModel
 from .presets import GPS_PRESETS, GPSPreset

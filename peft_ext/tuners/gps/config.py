@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ...registration import peft_type
+from ...hf.registration import peft_type
 from ...sparse.config import SparseConfig
 
 

@@ -1,6 +1,6 @@
 """MoReS: steer some visual tokens' hidden states in a small subspace (Bi et al., LLaVA Steering)."""
 
-from ...registration import register
+from ...hf.registration import register
 from .config import MoReSConfig
 from .layer import MoReSLayer
 from .model import MoReSModel

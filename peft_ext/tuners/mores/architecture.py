@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..._peft_internals import BaseTunerLayer
+from ...hf.internals import BaseTunerLayer
 
 
 REMEDY = "MoReS needs a decoder that attends to visual tokens in its own sequence, such as LLaVA's or Qwen-VL's."

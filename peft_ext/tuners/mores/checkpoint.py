@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...adapter_state import MalformedAdapter, check_state, without_wrappers
+from ...hf.adapter_state import MalformedAdapter, check_state, without_wrappers
 from .layer import MoReSLayer
 
 
@@ -19,7 +19,7 @@ def check_checkpoint(
         model (`torch.nn.Module`): the model with the adapter's layers.
         adapter_name (`str`): the adapter.
         tensors (`dict[str, torch.Tensor]`): by their names in the model.
-        whole_may_differ (`bool`): see `peft_ext.adapter_state.check_state`.
+        whole_may_differ (`bool`): see `peft_ext.hf.adapter_state.check_state`.
 
     Raises:
         [`MalformedAdapter`]: if they are not the whole adapter and nothing else, or cannot be an adapter's.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ...registration import peft_type
-from ...saved_config import SavedConfig
+from ...hf.config import SavedConfig
+from ...hf.registration import peft_type
 from ...sparse.checks import check_count, check_flag
 from .selection import GROUPINGS, SELECTIONS, parse_positions
 from .steering import INITIALISATIONS
@@ -69,7 +69,7 @@ class MoReSConfig(SavedConfig):
             Further modules trained and saved whole.
         trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
             Tokens whose embeddings are trained too, as in PEFT.
-        peft_ext_version, requires: see [`~peft_ext.saved_config.SavedConfig`].
+        peft_ext_version, requires: see [`~peft_ext.hf.config.SavedConfig`].
 
     Example:
 

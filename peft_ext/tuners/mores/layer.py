@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper, CheckpointWrapper
 
-from ..._peft_internals import BaseTunerLayer, check_adapters_to_merge
+from ...hf.internals import BaseTunerLayer, check_adapters_to_merge
 from .config import MoReSConfig
 from .finder import TokenFinder
 from .steering import Steering

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..._peft_internals import BaseTuner
-from ...injection import clean_refusal
+from ...hf.injection import clean_refusal
+from ...hf.internals import BaseTuner
 from ...sparse.bases.sharded import with_wrapped
 from .architecture import Architecture, inspect_model
 from .checkpoint import check_checkpoint

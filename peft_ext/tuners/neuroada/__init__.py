@@ -1,6 +1,6 @@
 """NeuroAda: per neuron, a trainable bypass on its k largest-magnitude inputs (thesis chapter 5)."""
 
-from ...registration import register
+from ...hf.registration import register
 from .config import NeuroAdaConfig
 from .model import NeuroAdaConv, NeuroAdaLinear, NeuroAdaModel, NeuroAdaMultiheadAttention
 from .presets import NEUROADA_PRESETS, NEUROADA_SEARCH_SPACES, Preset, SearchSpace

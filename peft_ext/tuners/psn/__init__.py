@@ -1,6 +1,6 @@
 """PSN: sparse training of the K largest-magnitude inputs of every neuron (thesis chapter 6)."""
 
-from ...registration import register
+from ...hf.registration import register
 from .config import PSNConfig
 from .model import PSNConv, PSNLinear, PSNModel
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from ...registration import peft_type
+from ...hf.registration import peft_type
 from ...sparse.checks import check_share
 from ...sparse.config import SparseConfig
 

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from peft_ext import NeuroAdaConfig
+from peft_ext.sparse.model import sparse_model
 from tests.sparse._probes import tensors_of
 from tests.tuners.neuroada._common import (
     HALF_TYPES,

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...._peft_internals import INCLUDE_LINEAR_LAYERS_SHORTHAND, check_target_module_exists
+from ....hf.internals import INCLUDE_LINEAR_LAYERS_SHORTHAND, check_target_module_exists
 from ...bases.neurons import has_writable_weight, is_supported, weights_of
 from ...bases.projection import Projection
 from ...config import SparseConfig

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import peft_ext
-from peft_ext import autoload
+from peft_ext.install import autoload
 
 
 PACKAGES = [str(Path(peft_ext.__file__).parents[1]), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ._peft_internals import AuxiliaryTrainingWrapper
+from .internals import AuxiliaryTrainingWrapper
 
 
 _PEFT_PREFIX = "base_model.model."

@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import wraps
 from typing import Any
 
@@ -18,39 +16,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..io import replace, write_atomically
+
 
 REQUIRES = "peft_ext: run `pip install peft-ext`, then `import peft_ext` before loading this adapter"
 CHECKSUM_KEY = "peft_ext_sha256"
 _README_MARK = "<!-- peft_ext -->"
-
-
-def write_atomically(path: str, text: str) -> None:
-    """Write a text file; an interruption leaves the old file whole."""
-    _replace(path, lambda temporary: _write_text(temporary, text))
-
-
-def _write_text(path: str, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-
-
-def _replace(path: str, write: Callable[[str], None]) -> None:
-    """Let `write` fill a new file beside `path`, then put it in the place of `path` in one step."""
-    folder, name = os.path.split(os.path.abspath(path))
-    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
-    os.close(descriptor)
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's 0600 would lock out the readers that an ordinary file has
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.remove(temporary)
-        raise
 
 
 def atomic_saver(save_file: Callable[..., None]) -> Callable[..., None]:
@@ -67,7 +38,7 @@ def atomic_saver(save_file: Callable[..., None]) -> Callable[..., None]:
         _check_whole(tensors)
         if any(key.endswith(".fingerprint") or ".mores_steering." in key for key in tensors):
             metadata = {**(metadata or {}), CHECKSUM_KEY: _checksum(tensors)}
-        _replace(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        replace(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     save.is_atomic = True  # type: ignore[attr-defined]
     return save

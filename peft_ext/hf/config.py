@@ -10,8 +10,9 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
-from ._version import __version__
-from .files import REQUIRES, check_weights, explain_requirement, write_atomically
+from .._version import __version__
+from ..io import write_atomically
+from .files import REQUIRES, check_weights, explain_requirement
 
 
 @dataclass

@@ -25,7 +25,7 @@ from peft.mapping import (
 
 import peft_ext
 import peft_ext.tuners.neuroada
-from peft_ext.registration import peft_type, register
+from peft_ext.hf.registration import peft_type, register
 
 
 MEMBER = PeftType["NEUROADA"]

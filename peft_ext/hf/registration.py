@@ -9,8 +9,8 @@ import peft.peft_model
 import transformers.modeling_utils
 from transformers.integrations.peft import PeftAdapterMixin
 
-from ._peft_internals import PeftType, mapping, register_peft_method
 from .files import atomic_saver
+from .internals import PeftType, mapping, register_peft_method
 
 
 def peft_type(name: str) -> PeftType:
@@ -67,7 +67,7 @@ def _is_ours(cls: Any) -> bool:
 
 def make_loading_all_or_nothing() -> None:
     """Let PEFT and transformers load our adapters whole or not at all; see `loading.py`."""
-    from .loading import all_or_nothing  # knows the tuners, which need this file first
+    from ..install.loading import all_or_nothing  # knows the tuners, which need this file first
 
     for owner, path_argument in ((peft.PeftModel, "model_id"), (PeftAdapterMixin, "peft_model_id")):
         if not hasattr(owner.load_adapter, "is_all_or_nothing"):

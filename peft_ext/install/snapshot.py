@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from ._peft_internals import AuxiliaryTrainingWrapper, BaseTunerLayer
-from .sparse.bases.projection import Projection
-from .sparse.layers import SparseLayer, SparseMultiheadAttention
+from ..hf.internals import AuxiliaryTrainingWrapper, BaseTunerLayer
+from ..sparse.bases.projection import Projection
+from ..sparse.layers import SparseLayer, SparseMultiheadAttention
 
 
 class Snapshot:

@@ -9,7 +9,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 
-import peft_ext.files
+import peft_ext.hf.files
+import peft_ext.io
 from peft_ext import NeuroAdaConfig
 from tests.tuners.neuroada._common import adapted, assert_equal_bits, fill, logits
 
@@ -34,7 +35,7 @@ def _write_half_of_the_weights(monkeypatch):
 
 def _write_half_of_a_text(monkeypatch, part):
     """Interrupt the writing of a text that contains `part`."""
-    whole = peft_ext.files._write_text
+    whole = peft_ext.io._write_text
 
     def write_half(path, text):
         if part not in text:
@@ -42,7 +43,7 @@ def _write_half_of_a_text(monkeypatch, part):
         whole(path, text[: len(text) // 2])
         raise Interrupted
 
-    monkeypatch.setattr(peft_ext.files, "_write_text", write_half)
+    monkeypatch.setattr(peft_ext.io, "_write_text", write_half)
 
 
 def _content(folder):
@@ -145,7 +146,7 @@ def test_same_adapter_gives_the_same_files_through_peft_and_transformers(tiny, t
     for folder, save in zip(folders, [_through_peft, _through_peft, *[_through_transformers] * 2], strict=True):
         save(tiny("llama"), folder, seed=1)
     metadata, tensors = _tensors(folders[0])
-    assert metadata.keys() == {"format", peft_ext.files.CHECKSUM_KEY}
+    assert metadata.keys() == {"format", peft_ext.hf.files.CHECKSUM_KEY}
     for folder in folders[1:]:
         other_metadata, other_tensors = _tensors(folder)
         assert other_metadata == metadata
@@ -163,9 +164,9 @@ def test_checksum_covers_names_types_shapes_and_content():
         {"a.fingerprint": torch.arange(6), "b": torch.ones(2, 3) + torch.eye(2, 3) * 1e-7},
         {"a.fingerprint": torch.arange(6)},
     ]
-    sums = [peft_ext.files._checksum(content) for content in [tensors, *changed]]
+    sums = [peft_ext.hf.files._checksum(content) for content in [tensors, *changed]]
     assert len(set(sums)) == len(sums)
-    assert peft_ext.files._checksum(dict(reversed(tensors.items()))) == sums[0]
+    assert peft_ext.hf.files._checksum(dict(reversed(tensors.items()))) == sums[0]
 
 
 def test_files_of_other_methods_are_as_without_us(llama, tmp_path, monkeypatch):
@@ -178,7 +179,7 @@ def test_files_of_other_methods_are_as_without_us(llama, tmp_path, monkeypatch):
 
 def test_ordinary_models_are_saved_as_without_us(llama, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(peft_ext.files, "_replace", lambda *args: calls.append(args))
+    monkeypatch.setattr(peft_ext.hf.files, "replace", lambda *args: calls.append(args))
     llama.save_pretrained(tmp_path)
     assert not calls
     assert (tmp_path / "model.safetensors").stat().st_size > 0

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from ._peft_internals import AuxiliaryTrainingWrapper, mapping
-from .adapter_state import naming
-from .files import check_weights
-from .saved_config import SavedConfig
+from ..hf.adapter_state import naming
+from ..hf.config import SavedConfig
+from ..hf.files import check_weights
+from ..hf.internals import AuxiliaryTrainingWrapper, mapping
+from ..sparse.bases.projection import Projection
+from ..sparse.layers import SparseLayer, SparseMultiheadAttention
+from ..tuners.mores.model import take_out as take_out_steering
 from .snapshot import Snapshot
-from .sparse.bases.projection import Projection
-from .sparse.layers import SparseLayer, SparseMultiheadAttention
-from .tuners.mores.model import take_out as take_out_steering
 
 
 def all_or_nothing(load_adapter: Callable[..., Any], path_argument: str) -> Callable[..., Any]:
