@@ -14,11 +14,11 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from ...hf.internals import QuantizationBackend
+from .padding import CONVOLUTIONS, OwnPadding, has_own_forward
 from .projection import PROJECTIONS, Projection
 from .sharded import shape_of
 
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 SUPPORTED = (
     "torch.nn.Linear, Conv1d, Conv2d, Conv3d and MultiheadAttention, transformers' Conv1D, and quantised linear "
     "layers that PEFT has a backend for"
@@ -34,13 +34,9 @@ def weights_of(name: str, module: nn.Module) -> dict[str, Any]:
 
 def is_convolution(base_layer: nn.Module) -> bool:
     """Whether a layer is a convolution that computes what its class says, with a weight per output channel."""
-    return isinstance(base_layer, CONVOLUTIONS) and _forward_of(base_layer) in map(_forward_of, CONVOLUTIONS)
-
-
-def _forward_of(conv: Any) -> tuple[Any, Any]:
-    """What computes a convolution: a subclass may pad or standardise its weight here, which the update must share."""
-    kind: Any = conv if isinstance(conv, type) else type(conv)
-    return kind.forward, kind._conv_forward
+    if not isinstance(base_layer, CONVOLUTIONS):
+        return False
+    return not has_own_forward(base_layer) or OwnPadding.of(base_layer) is not None
 
 
 def is_supported(base_layer: nn.Module, backend: QuantizationBackend | None) -> bool:

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..ops import ConvGeometry, choose_conv_backend, folded_conv
+from ...hf.internals import QuantizationBackend
+from ..bases.padding import OwnPadding, convolved, has_own_forward
+from ..ops import choose_conv_backend, folded_conv
 from ..ops.folded_conv import copied_conv, reference_conv
-from ..ops.geometry import pad
 from .base import SparseLayer
 
 
 class SparseConv(SparseLayer):
-    """An `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` with sparse adapters: any groups, stride, dilation and padding."""
+    """
+    An `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` with sparse adapters: any groups, stride, dilation and padding, also
+    padding by a subclass's own forward.
+    """
+
+    def __init__(self, base_layer: nn.Module, quantization_backend: QuantizationBackend | None = None) -> None:
+        super().__init__(base_layer, quantization_backend)
+        base = self.get_base_layer()
+        self.own_padding = OwnPadding.of(base) if has_own_forward(base) else None
 
     def _with_base(self, adapter_name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         delta = self._ready(adapter_name, x)
@@ -24,8 +33,7 @@ class SparseConv(SparseLayer):
             return self._add(adapter_name, self._base_result(x, *args, **kwargs), x)
         base_layer = self.get_base_layer()
         bias = self._bias_with(delta)
-        geometry = ConvGeometry.of(base_layer)
-        x = pad(base_layer, x)
+        x, geometry = convolved(base_layer, self.own_padding, x)
         if path in ("copied", "reference"):
             convolve = copied_conv if path == "copied" else reference_conv
             return convolve(x, weight, bias, delta.weight, delta.indices, delta.offsets, geometry)
@@ -35,5 +43,4 @@ class SparseConv(SparseLayer):
         )  # fmt: skip
 
     def _add(self, adapter_name: str, result: Tensor, x: Tensor) -> Tensor:
-        base_layer = self.get_base_layer()
-        return self._ready(adapter_name, x)(result, pad(base_layer, x), ConvGeometry.of(base_layer))
+        return self._ready(adapter_name, x)(result, *convolved(self.get_base_layer(), self.own_padding, x))
