@@ -15,7 +15,7 @@ export MYPY_CACHE_DIR := $(CACHE)/mypy
 export RUFF_CACHE_DIR := $(CACHE)/ruff
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart evidence test test-peft lint format types bench clean
+.PHONY: help setup quickstart evidence test test-peft lint format types bench gpu-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -58,6 +58,9 @@ types: $(STAMP) ## mypy over the package
 
 bench: $(STAMP) ## time and memory of one training step, method by method
 	$(BIN)/python examples/benchmarks/step.py $(ARGS)
+
+gpu-check: ## what a GPU has to show, in minutes, with the python3 of the machine that has one; ARGS="--minutes 5"
+	$(PYTHON) examples/benchmarks/gpu_check.py $(ARGS)
 
 clean: ## remove .venv
 	rm -rf $(VENV)

@@ -22,6 +22,7 @@ import json
 import re
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,9 +56,9 @@ MOST_LAYERS = 256
 def random_support(rows: int, fan_in: int, k: int, uneven: bool, generator: torch.Generator) -> Support:
     """k entries of each row, or as many anywhere in the weight."""
     if not uneven:
-        indices = torch.rand(rows, fan_in, generator=generator).topk(k).indices
+        indices = torch.rand(rows, fan_in, generator=generator, device=generator.device).topk(k).indices
         return Support(indices.sort(1).values.to(torch.int32), fan_in)
-    positions = torch.randperm(rows * fan_in, generator=generator)[: rows * k]
+    positions = torch.randperm(rows * fan_in, generator=generator, device=generator.device)[: rows * k]
     return support_of(positions.sort().values, rows, fan_in)
 
 
@@ -69,11 +70,12 @@ class Layers:
 
     def __init__(self, point: tuple[int, ...], uneven: bool, dtype: torch.dtype, device: torch.device) -> None:
         rows, fan_in, k, tokens = point
-        generator = torch.Generator().manual_seed(0)
-        self.x = torch.randn(tokens, fan_in, generator=generator).to(device, dtype).requires_grad_(True)
-        self.grad = torch.randn(tokens, rows, generator=generator).to(device, dtype)
-        weight = (torch.randn(rows, fan_in, generator=generator) / fan_in**0.5).to(device, dtype)
-        support = random_support(rows, fan_in, k, uneven, generator).to(device)
+        generator = torch.Generator(device).manual_seed(0)
+        draw = partial(torch.randn, generator=generator, device=device)
+        self.x = draw(tokens, fan_in).to(dtype).requires_grad_(True)
+        self.grad = draw(tokens, rows).to(dtype)
+        weight = (draw(rows, fan_in) / fan_in**0.5).to(dtype)
+        support = random_support(rows, fan_in, k, uneven, generator)
         values = torch.zeros(support.indices.shape, device=device)
         tables = support.transposed()
         count = max(2, min(MOST_LAYERS, -(-COLD_BYTES // weight.nbytes)))

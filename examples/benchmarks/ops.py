@@ -6,8 +6,10 @@ Bandwidth of the bypass's products, beside what the device reaches in a plain co
 
 Bytes are those that any implementation has to move once: the activations that a product reads and writes, the indices
 and the values. What caches save or repeat does not count, so shares of the copy's bandwidth are comparable between k.
-Every product is compared with dense matrices in fp64 first; if one differs, nothing is timed. Inputs rotate through
-more memory than the caches hold.
+Every product is compared with dense matrices in fp64 first; if one differs, nothing is timed. On a CPU inputs rotate
+through more memory than the caches hold; on a GPU its cache is emptied before each call, and calls are replayed from a
+CUDA graph, so that the time is the device's and not that of launching. Beside a large copy stands one that moves as
+many bytes as the product: a few tokens are over before any device is at its bandwidth.
 """
 
 from __future__ import annotations
@@ -65,44 +67,54 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def seconds(works: Sequence[Callable[[], object]], rounds: int, device: torch.device) -> float:
-    """Median over rounds of the mean time of one work; the works of a round are queued without a pause."""
+    """Median over rounds of the mean time of one work; on a GPU of many calls of the first one."""
+    if device.type == "cuda":
+        return device_seconds(works[0], device)
     for work in works:
         work()
     times = []
     for _ in range(rounds):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            stream = torch.cuda.current_stream(device)  # not that of the current device, which may be another
-            torch.cuda.synchronize(device)
-            start.record(stream)
-            for work in works:
-                work()
-            end.record(stream)
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1000)
-        else:
-            begin = time.perf_counter()
-            for work in works:
-                work()
-            times.append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+        for work in works:
+            work()
+        times.append(time.perf_counter() - begin)
     return statistics.median(times) / len(works)
+
+
+def device_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Median of many calls without what launching them takes, each after the cache was emptied."""
+    from triton.testing import do_bench
+
+    with torch.cuda.device(device):
+        work()  # compiles and chooses
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        return do_bench(graph.replay, warmup=5, rep=30, return_mode="median") / 1000
+
+
+def copy_seconds(moved: int, rounds: int, device: torch.device) -> float:
+    """Time of a copy that reads and writes so many bytes together."""
+    source = torch.ones(max(1, moved // 8), device=device)
+    target = torch.empty_like(source)
+    return seconds([lambda: target.copy_(source)], rounds, device)
 
 
 def copy_bandwidth(device: torch.device, rounds: int, mebibytes: int) -> float:
     """Bytes read and written per second by a large copy."""
-    source = torch.ones(mebibytes * 2**20 // 4, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds([lambda: target.copy_(source)], rounds, device)
+    moved = 2 * mebibytes * 2**20
+    return moved / copy_seconds(moved, rounds, device)
 
 
 class Layer:
     """One sparse update at one shape, and several sets of activations for it."""
 
     def __init__(self, rows: int, fan_in: int, k: int, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-        generator = torch.Generator().manual_seed(0)
-        indices = torch.rand(rows, fan_in, generator=generator).topk(k).indices.sort(1).values.to(torch.int32)
-        self.support = Support(indices, fan_in).to(device)
-        self.values = torch.randn(rows, k, generator=generator).to(device)
+        generator = torch.Generator(device).manual_seed(0)
+        scores = torch.rand(rows, fan_in, generator=generator, device=device)
+        self.support = Support(scores.topk(k).indices.sort(1).values.to(torch.int32), fan_in)
+        self.values = torch.randn(rows, k, generator=generator, device=device)
         self.transposed = self.support.transposed()
         self.sizes, self.dtype, self.device = (tokens, rows, fan_in), dtype, device
 
@@ -168,6 +180,29 @@ def chosen() -> dict[str, str]:
     return {str(key): str(config) for key, config in tuning._chosen.items()}
 
 
+def measured(layer: Layer, copy: float, rounds: int, mebibytes: int) -> list[dict[str, Any]]:
+    """Time and bandwidth of each product of a layer; `mebibytes`: what its sets of inputs fill on a CPU."""
+    errors, moved_bytes, device = layer.check(), layer.bytes(), layer.device
+    tokens, rows, fan_in = layer.sizes
+    each = tokens * (rows + fan_in) * layer.dtype.itemsize
+    count = 1 if device.type == "cuda" else max(2, -(-mebibytes * 2**20 // each))
+    products = [layer.products(*layer.activations(seed)) for seed in range(count)]
+    copies = {moved: copy_seconds(moved, rounds, device) for moved in {moved_bytes[name] for name in products[0]}}
+    results = []
+    for name in products[0]:
+        moved = moved_bytes[name]
+        elapsed = seconds([product[name] for product in products], rounds, device)
+        results.append(
+            {
+                "product": name, "rows": rows, "fan_in": fan_in, "k": layer.values.shape[1], "tokens": tokens,
+                "microseconds": 1e6 * elapsed, "bytes": moved, "bytes_per_second": moved / elapsed,
+                "share_of_copy": moved / elapsed / copy, "share_of_same_copy": copies[moved] / elapsed,
+                "error": errors[name],
+            }
+        )  # fmt: skip
+    return results
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     torch.set_num_threads(args.threads)
@@ -177,21 +212,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cases = [(*sizes, k, tokens) for sizes in args.shapes for k in args.k for tokens in args.tokens]
     for rows, fan_in, k, tokens in tqdm(cases, unit="case"):
         layer = Layer(rows, fan_in, k, tokens, dtype, device)
-        errors = layer.check()
-        each = tokens * (rows + fan_in) * dtype.itemsize
-        sets = [layer.activations(seed) for seed in range(max(2, -(-args.working_set * 2**20 // each)))]
-        products = [layer.products(*activations) for activations in sets]
-        moved_bytes = layer.bytes()
-        for name in products[0]:
-            moved = moved_bytes[name]
-            elapsed = seconds([product[name] for product in products], args.rounds, device)
-            results.append(
-                {
-                    "product": name, "rows": rows, "fan_in": fan_in, "k": k, "tokens": tokens,
-                    "microseconds": 1e6 * elapsed, "bytes": moved, "bytes_per_second": moved / elapsed,
-                    "share_of_copy": moved / elapsed / copy, "error": errors[name],
-                }
-            )  # fmt: skip
+        results += measured(layer, copy, args.rounds, args.working_set)
     lines = [
         {
             "product": str(row["product"]),
@@ -199,6 +220,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "µs": f"{row['microseconds']:.1f}",
             "GB/s": f"{row['bytes_per_second'] / 1e9:.1f}",
             "/ copy": f"{row['share_of_copy']:.2f}",
+            "/ same copy": f"{row['share_of_same_copy']:.2f}",
         }
         for row in results
     ]

@@ -1,4 +1,4 @@
-"""Where and with what a benchmark ran, the file with its results, and aligned tables."""
+"""Where and with what a benchmark ran, and the file with its results."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from typing import Any
 import torch
 
 from peft_ext.io import write_atomically
+
+from .tables import mebibytes as mebibytes
+from .tables import table as table
 
 
 PACKAGES = ("torch", "peft", "transformers", "peft-ext", "triton")
@@ -56,21 +59,3 @@ def write_report(path: Path, content: Mapping[str, Any]) -> None:
     text = json.dumps(content, indent=1) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(str(path), text)
-
-
-def table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows as aligned columns: the first to the left, the others to the right."""
-    header = list(rows[0])
-    lines = [header, *([row[name] for name in header] for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
-
-
-def mebibytes(count: int) -> str:
-    return f"{count / 2**20:.2f}"
