@@ -12,7 +12,7 @@ goes on after a failed case, and keeps what it found in OUT/<stage>.json after e
 - `bandwidth`: the products of `ops.py`, beside copies of as many bytes;
 - `steps`: a training step at Llama-3-8B's blocks, method by method, without and with checkpointing;
 - `startup`: choosing, saving, merging and loading at all 32 layers of these shapes;
-- `crossovers`: the paths of `crossover.py` over its grid, fp32;
+- `crossovers`: the paths of `crossover.py` at larger layers, fp32;
 - `suite`: a sample of `pytest -m gpu`.
 
 It runs from a checkout on what PyTorch 2.11, its Triton, transformers 5.17, accelerate, numpy, tqdm and (for `suite`)
@@ -34,7 +34,7 @@ from pathlib import Path
 
 
 # Most informative first, with its share of the time; what a stage does not need goes to those after it.
-STAGES = {"kernels": 5, "bandwidth": 5, "steps": 7, "startup": 5, "crossovers": 3, "suite": 4}
+STAGES = {"kernels": 6, "bandwidth": 5, "steps": 7, "startup": 5, "crossovers": 3, "suite": 4}
 ROOT = Path(__file__).resolve().parents[2]
 PEFT = (0, 21)
 ENVIRONMENT = {
