@@ -15,7 +15,7 @@ export MYPY_CACHE_DIR := $(CACHE)/mypy
 export RUFF_CACHE_DIR := $(CACHE)/ruff
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart evidence test test-peft lint format types bench gpu-check clean
+.PHONY: help setup quickstart evidence test test-peft lint format types docs bench gpu-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -55,6 +55,9 @@ format: $(STAMP) ## let ruff mend what it can
 
 types: $(STAMP) ## mypy over the package
 	$(BIN)/mypy peft_ext
+
+docs: $(STAMP) ## the documentation, in .venv/docs; a broken link or name is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir $(VENV)/docs
 
 bench: $(STAMP) ## time and memory of one training step, method by method
 	$(BIN)/python examples/benchmarks/step.py $(ARGS)

@@ -1,0 +1,97 @@
+"""What the documentation's snippets name: tiny models under their Hub ids, as folders, and data sets."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+import transformers as hf
+from datasets import Dataset
+from PIL import Image
+
+from tests.knockout._processors import tokenizer
+
+
+SHAPES_LLAVA = Path(__file__).parents[2] / "examples" / "shapes_llava"
+LANGUAGE_MODELS = ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.1-8B")
+
+
+def make_hub(folder):
+    """Folders that `from_pretrained` and `load_dataset` find by the ids that the snippets give."""
+    words = tokenizer()
+    small = {"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"vocab_size": len(words), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    llama = hf.LlamaForCausalLM(hf.LlamaConfig(hidden_size=32, **small, **ids))
+    for name in LANGUAGE_MODELS:
+        llama.save_pretrained(folder / name)
+        words.save_pretrained(folder / name)
+    bert = hf.DistilBertConfig(dim=32, hidden_dim=48, n_layers=2, n_heads=4, vocab_size=len(words), pad_token_id=0)
+    hf.DistilBertModel(bert).save_pretrained(folder / "distilbert/distilbert-base-uncased")
+    words.save_pretrained(folder / "distilbert/distilbert-base-uncased")
+    vit = hf.ViTConfig(hidden_size=32, image_size=16, patch_size=8, **small)
+    hf.ViTModel(vit).save_pretrained(folder / "google/vit-base-patch16-224-in21k")
+    processor = hf.ViTImageProcessor(size={"height": 16, "width": 16})
+    processor.save_pretrained(folder / "google/vit-base-patch16-224-in21k")
+    shutil.copytree(SHAPES_LLAVA, folder / "llava-hf/llava-1.5-7b-hf")
+    (folder / "trl-lib/Capybara").mkdir(parents=True)
+    with open(folder / "trl-lib/Capybara/train.jsonl", "w") as file:
+        for _ in range(8):
+            file.write(json.dumps({"text": "Is the mirror to the left of the bed?"}) + "\n")
+
+
+def _classifier(name="distilbert/distilbert-base-uncased"):
+    return hf.AutoModelForSequenceClassification.from_pretrained(name, num_labels=2)
+
+
+def _sentences():
+    ids = torch.randint(4, 60, (8, 12))
+    return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": i % 2} for i, row in enumerate(ids)]
+
+
+def _images():
+    return [{"pixel_values": torch.randn(3, 16, 16), "labels": i % 2} for i in range(8)]
+
+
+def _texts():
+    return Dataset.from_list([{"text": "Is the mirror to the left of the bed?"}] * 8)
+
+
+def _loader(rows, size=4):
+    return torch.utils.data.DataLoader(rows, batch_size=size)
+
+
+def _language_rows():
+    return [{**row, "labels": row["input_ids"]} for row in _sentences()]
+
+
+def _question():
+    """A model of the shapes world with an image, a question, and the inputs made of them."""
+    model = hf.AutoModelForImageTextToText.from_pretrained("llava-hf/llava-1.5-7b-hf")
+    processor = hf.AutoProcessor.from_pretrained("llava-hf/llava-1.5-7b-hf")
+    image, question = Image.new("RGB", (64, 64), "red"), "what color is the circle ?"
+    inputs = processor(images=image, text=f"<image> {question}", return_tensors="pt")
+    return {"model": model, "processor": processor, "image": image, "question": question, "inputs": inputs}
+
+
+def names_for(page):
+    """What the snippets of a page take for granted."""
+    made = {
+        "index.md": lambda: {"model": _classifier()},
+        "get-started.md": lambda: {"train_dataset": _sentences()},
+        "methods/neuroada.md": lambda: {"model": _classifier(), "inputs": {"input_ids": torch.tensor([[5, 6]])}},
+        "methods/gps.md": lambda: {
+            "model": _classifier(), "base_model": _classifier(), "dataloader": _loader(_sentences())
+        },
+        "methods/psn.md": lambda: {"model": _classifier()},
+        "methods/mores.md": lambda: {"llava": _question()["model"]},
+        "methods/multi-task.md": lambda: {
+            "model": _classifier(), "sentiment_dataset": _sentences(), "topic_dataset": _sentences()
+        },
+        "methods/knockout.md": _question,
+        "how-to/trl.md": lambda: {"dataloader": _loader(_language_rows())},
+        "how-to/images.md": lambda: {"dataloader": _loader(_images()), "train_dataset": _images()},
+        "how-to/multi-task.md": lambda: {"summaries": _texts(), "questions": _texts()},
+        "how-to/steering.md": lambda: {"image": Image.new("RGB", (64, 64))},
+        "how-to/information-flow.md": _question,
+    }  # fmt: skip
+    return made.get(page, dict)()
