@@ -6,6 +6,7 @@ import argparse
 from dataclasses import asdict, replace
 from typing import Any
 
+import ops
 import torch
 from _common.gate import gate
 from _common.memory import peak_bytes, resident_bytes
@@ -23,6 +24,7 @@ GROUPS = [
     ("frozen", "neuroada-k20", "lora-r8"),
     ("supertuning-k20",),
     ("masked-k20",),
+    ("frozen", "neuroada-k4", "neuroada-k20@dense"),
 ]
 # SHiRA draws its masks on the CPU, a minute for 16 blocks: beside these methods in a model of a few.
 SLOW_TO_BUILD = ("frozen", "neuroada-k20", "lora-r8", "shira-k20")
@@ -90,6 +92,7 @@ def run(record: Record, args: argparse.Namespace) -> None:
         for names in GROUPS:
             case = {"layers": shape.layers, "checkpointing": checkpointing}
             record.attempt(case, lambda names=names: group_rows(base, names, shape, args))
+            record.content["configurations"] = ops.chosen()
             free(record.device)
     few = replace(shape, layers=FEW)
     record.attempt(

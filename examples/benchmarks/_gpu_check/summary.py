@@ -122,7 +122,7 @@ def summary(out: Path, ended: Mapping[str, str]) -> str:
         content = json.loads(path.read_text())
         results = content["results"]
         parts += TABLES[name](results) if results else []
-        parts += [f"FAILED {row}"[:500] for row in results if "failed" in row][:SHOWN]
+        parts += [f"FAILED {row}"[:500] for row in results if row.get("failed")][:SHOWN]
         if isinstance(content.get("gate"), str):
             parts.append(f"GATE {content['gate']}")
         else:
