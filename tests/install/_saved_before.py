@@ -1,4 +1,4 @@
-"""Adapters as an earlier version wrote them; with that version `python -m tests.install._saved_before FOLDER` did it."""
+"""Adapters as an earlier version wrote them, by `python -m tests.install._saved_before FOLDER` with that version."""
 
 import json
 import sys
