@@ -33,7 +33,9 @@ class SparseConfig(SavedConfig):
             layer that has neurons, so also the convolutions of a ResNet or ConvNeXt and the attention of
             `nn.MultiheadAttention`, except output layers, heads and `modules_to_save`. By default all linear layers of
             a transformers model except its output layer. Of experts, routers that give more than one tensor are left
-            out of all but names and regular expressions.
+            out of all but names and regular expressions. Layers whose weight a model reads without calling them (the
+            `conv1d` and `dt_proj` of Mamba, the attention of WavLM), and those whose weight a parametrization computes
+            (the positional convolution of wav2vec 2.0), are left out, and refused by name.
         exclude_modules (`list[str]` or `str`, *optional*):
             Modules to leave out, matched in the same way.
         selection (`str`, *optional*, defaults to `"magnitude"`):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
-from ...hf.internals import QuantizationBackend
+from ...hf.internals import BaseTunerLayer, QuantizationBackend
 from .padding import CONVOLUTIONS, OwnPadding, has_own_forward
 from .projection import PROJECTIONS, Projection
 from .sharded import shape_of
@@ -23,6 +23,11 @@ SUPPORTED = (
     "torch.nn.Linear, Conv1d, Conv2d, Conv3d and MultiheadAttention, transformers' Conv1D, and quantised linear "
     "layers that PEFT has a backend for"
 )
+
+
+def base_of(module: nn.Module) -> Any:
+    """The layer inside a tuner's layer, or the module itself."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def weights_of(name: str, module: nn.Module) -> dict[str, Any]:

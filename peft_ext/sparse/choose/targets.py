@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,11 +17,12 @@ from ...hf.internals import (
     BaseTunerLayer,
     resolve_all_linear,
 )
-from ..bases.neurons import gives_one_output, is_supported
+from ..bases.neurons import base_of, gives_one_output, is_supported
 from ..bases.projection import PROJECTIONS
 from ..bases.quantised import backend_of
 from ..config import SparseConfig
 from .heads import HEADS, heads_of, outside_body
+from .unsuitable import unsuitable_layers
 
 
 # `target_modules` that stands for every layer that has neurons, as PEFT's "all-linear" does for the linear ones.
@@ -56,7 +56,7 @@ def resolve_targets(config: SparseConfig, model: nn.Module, default: str) -> Non
     elif isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         resolve_all_linear(config, model)
         # PEFT finds an attention's output projection, which is not called, and not its others.
-        linear = {name for name in config.target_modules or () if not is_part(model, name)}
+        linear = set(config.target_modules or ()) - unsuitable_layers(model).keys()
         config.target_modules = sorted(
             {name for name in linear if _gives_one_output(model, name)} | set(_attentions(model))
         )
@@ -95,6 +95,7 @@ def _layers_with_neurons(config: SparseConfig, model: nn.Module) -> Iterator[str
     output = getattr(model, "get_output_embeddings", lambda: None)()
     whole = {*(config.modules_to_save or ()), *(HEADS if isinstance(model, PreTrainedModel) else ())}
     heads = heads_of(model) if isinstance(model, PreTrainedModel) else {}
+    unsuitable = unsuitable_layers(model)
     for name, module in model.named_modules():
         base = base_of(module)
         if (
@@ -104,7 +105,7 @@ def _layers_with_neurons(config: SparseConfig, model: nn.Module) -> Iterator[str
             and whole.isdisjoint(name.split("."))
             and not inside_adapter(model, name)
             and not _is_trained_whole(model, name)
-            and not is_part(model, name)
+            and name not in unsuitable
             and is_supported(base, backend_of(model, base))
             and _gives_one_output(model, name)
         ):
@@ -133,7 +134,7 @@ def _attentions(model: nn.Module) -> Iterator[str]:
             yield name
 
 
-def is_part(model: nn.Module, name: str) -> bool:
+def _is_part(model: nn.Module, name: str) -> bool:
     """Whether a module belongs to an `nn.MultiheadAttention`, which reads its weight without calling it."""
     parent, _, _ = name.rpartition(".")
     return isinstance(base_of(model.get_submodule(parent)), nn.MultiheadAttention)
@@ -146,7 +147,7 @@ def without_parts(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, 
     Raises:
         `ValueError`: if a part is targeted without the attention.
     """
-    parts = {name for name in targets if is_part(model, name)}
+    parts = {name for name in targets if _is_part(model, name)}
     for name in sorted(parts):
         attention = name.rpartition(".")[0]
         if attention not in targets:
@@ -247,11 +248,6 @@ def named_by_target(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str
         part = next((part for part in parts if key.startswith(part)), None)
         renamed[key if part is None else parts[part] + key.removeprefix(part)] = tensor
     return renamed
-
-
-def base_of(module: nn.Module) -> Any:
-    """The layer inside a tuner's layer, or the module itself."""
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def inside_adapter(model: nn.Module, name: str) -> bool:

@@ -12,12 +12,22 @@ from torch import Tensor, nn
 
 from ...hf.injection import clean_refusal
 from ...hf.internals import INCLUDE_LINEAR_LAYERS_SHORTHAND, BaseTuner
-from ..bases.neurons import SUPPORTED, check_real, is_supported, matrix_shape, neuron_view, parameter_of, weights_of
+from ..bases.neurons import (
+    SUPPORTED,
+    base_of,
+    check_real,
+    is_supported,
+    matrix_shape,
+    neuron_view,
+    parameter_of,
+    weights_of,
+)
 from ..bases.offloaded import is_offloaded
 from ..bases.quantised import backend_of, float_weight
 from ..bases.sharded import check_gatherable
 from ..bases.sharing import weight_key
-from ..choose.targets import base_of, check_names, inside_adapter, named_by_target, resolve_targets, without_parts
+from ..choose.targets import check_names, inside_adapter, named_by_target, resolve_targets, without_parts
+from ..choose.unsuitable import check_suitable
 from ..config import SparseConfig
 from ..delta import SparseDelta
 from ..layers import LayerTypes, SparseLayer, SparseMultiheadAttention, attention_biases, weights_of_layer
@@ -76,9 +86,10 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         self._deltas: dict[Any, SparseDelta] = {}  # of this adapter, by the weight that they are for
         self._dense_dtype = _float_dtype(model)
         self._kept_padded = getattr(self, "_kept_padded", [])
-        self._inject_by_state_dict = state_dict is not None
+        self._in_state_dict: set[str] | None = None
         if state_dict is not None:
             state_dict = named_by_target(model, state_dict)
+            self._in_state_dict = {key.rpartition(f".{self.prefix}")[0] for key in state_dict}
         try:
             with clean_refusal(self.peft_config, model, adapter_name):
                 super().inject_adapter(
@@ -99,15 +110,18 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         return peft_config
 
     def _prepare_model(self, peft_config: SparseConfig, model: nn.Module) -> None:
-        if self._inject_by_state_dict:
-            return  # the state dict's keys decide what is adapted
+        if self._in_state_dict is not None:  # whose keys decide what is adapted
+            check_suitable(model, self._in_state_dict, trained=True)
+            return
         check_names(model, peft_config)
         targets = {
             name: module
             for name, module in model.named_modules()
             if name and not inside_adapter(model, name) and self._check_target_module_exists(peft_config, name)
         }
-        self._plan = self._make_plan(peft_config, without_parts(model, targets))
+        targets = without_parts(model, targets)
+        check_suitable(model, targets, trained=peft_config.from_checkpoint)
+        self._plan = self._make_plan(peft_config, targets)
 
     def _make_plan(self, config: SparseConfig, targets: dict[str, nn.Module]) -> dict[str, Planned]:
         """Check the targets and choose their entries.

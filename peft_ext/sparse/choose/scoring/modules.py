@@ -7,12 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ....hf.internals import INCLUDE_LINEAR_LAYERS_SHORTHAND, check_target_module_exists
-from ...bases.neurons import has_writable_weight, is_supported, weights_of
+from ...bases.neurons import base_of, is_supported, weights_of
 from ...bases.projection import Projection
 from ...config import SparseConfig
 from ...selection.given import uncompiled
 from ..heads import HEADS, heads_of
-from ..targets import ALL_NEURONS, base_of, inside_adapter, is_part
+from ..targets import ALL_NEURONS, inside_adapter, without_parts
+from ..unsuitable import check_suitable, unsuitable_layers
 
 
 def scored_modules(model: nn.Module, config: SparseConfig | None) -> dict[str, Any]:
@@ -26,25 +27,32 @@ def scored_modules(model: nn.Module, config: SparseConfig | None) -> dict[str, A
 
     Raises:
         `TypeError`: if a layer's weight is quantised, so that there is no gradient for it.
-        `ValueError`: if no layer is left.
+        `ValueError`: if no layer is left, or the config names one that an adapter does not suit.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     shorthands = (None, INCLUDE_LINEAR_LAYERS_SHORTHAND, ALL_NEURONS)
     named = config is not None and config.target_modules not in shorthands
     heads = {*HEADS, *heads_of(model)}
-    found: dict[str, Any] = {}
+    targets: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         base, name = base_of(module), uncompiled(path)
-        if not is_supported(base, None) or inside_adapter(model, path) or is_part(model, path):
+        if not is_supported(base, None) or inside_adapter(model, path):
             continue
         if (
             check_target_module_exists(config, name)
             if named
             else base is not output and name.partition(".")[0] not in heads
         ):
-            layers = weights_of(name, base)
-            found.update({key: layer for key, layer in layers.items() if has_writable_weight(layer)})
+            targets[path] = base
+    if named:
+        targets = without_parts(model, targets)
+        check_suitable(model, targets)
+    unsuitable = unsuitable_layers(model)
+    found: dict[str, Any] = {}
+    for path, base in targets.items():
+        if path not in unsuitable:
+            found.update(weights_of(uncompiled(path), base))
     if not found:
         raise ValueError(
             "The model has no layers to score"

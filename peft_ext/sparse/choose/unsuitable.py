@@ -1,0 +1,90 @@
+"""Layers that an adapter does not suit: it would not be computed on them, or could not be merged."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..bases.neurons import base_of, has_writable_weight, is_supported, weights_of
+from .weight_reads import layers_read
+
+
+@dataclass(frozen=True)
+class Unsuitable:
+    """Why an adapter does not suit a layer: the class `owner` reads the layer's weight; or, if `None`, a
+    parametrization computes it."""
+
+    owner: str | None
+
+    @property
+    def reason(self) -> str:
+        """A sentence about the layer, and a remedy, to be continued with another one."""
+        if self.owner is None:
+            return (
+                "A parametrization computes its weight, so nothing could be merged into it. Remove that first "
+                "(torch.nn.utils.parametrize.remove_parametrizations)"
+            )
+        return (
+            f"{self.owner} computes with its weight without calling it, always or on some paths, so an adapter on it "
+            "would not be computed. Name other layers"
+        )
+
+
+def unsuitable_layers(model: nn.Module) -> dict[str, Unsuitable]:
+    """
+    The layers of a model that `"all-linear"`, `"all-neurons"` and the default leave out, by name.
+
+    Args:
+        model (`torch.nn.Module`): the model, perhaps with adapters in it.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        base = base_of(module)
+        if is_supported(base, None) and not all(map(has_writable_weight, weights_of(name, base).values())):
+            found[name] = Unsuitable(None)
+        for layer in _layers_read(module, base):
+            if is_supported(base_of(module.get_submodule(layer)), None):
+                found[f"{name}.{layer}".lstrip(".")] = Unsuitable(type(base).__name__)
+    return found
+
+
+def _layers_read(module: nn.Module, base: nn.Module) -> Iterable[str]:
+    if isinstance(base, nn.MultiheadAttention):
+        return [name for name, _ in module.named_children()]
+    return layers_read(module) if module is base else ()  # an adapter reads the layer that it is on
+
+
+def check_suitable(model: nn.Module, targets: Iterable[str], trained: bool = False) -> None:
+    """
+    Check the names of targets.
+
+    Args:
+        model (`torch.nn.Module`): the model.
+        targets: names of modules.
+        trained (`bool`, *optional*, defaults to `False`): only warn, for an adapter that exists has them already.
+
+    Raises:
+        `ValueError`: if an adapter does not suit one of them.
+    """
+    unsuitable = unsuitable_layers(model)
+    named = [name for name in sorted(targets) if name in unsuitable]
+    if trained:
+        named = [name for name in named if unsuitable[name].owner is not None]  # of others, merging says so
+    if not named:
+        return
+    first = f"'{named[0]}'" + (f" ({len(named)} such layers in all)" if len(named) > 1 else "")
+    if not trained:
+        ends = sorted({name.rpartition(".")[2] for name in named})
+        raise ValueError(
+            f"target_modules has {first}. {unsuitable[named[0]].reason}, or add {', '.join(map(repr, ends))} to "
+            "`exclude_modules`."
+        )
+    warnings.warn(
+        f"The adapter has values on {first}. {unsuitable[named[0]].owner} computes with its weight without calling "
+        "it, always or on some paths. There the values are not computed, and merging them changes what the model "
+        "gives. Train the adapter anew without these layers.",
+        stacklevel=3,
+    )
