@@ -36,6 +36,9 @@ class SparseLayer(BaseAttributes, MergingMixin, nn.Module, BaseTunerLayer):
             The layer to adapt, or another tuner's layer around it.
         quantization_backend (`QuantizationBackend`, *optional*):
             PEFT's access to a quantised weight.
+
+    Attributes:
+        called (`bool`): whether the layer has ever been called, but by compiled code.
     """
 
     # Of PEFT's mixin, which has no types.
@@ -56,6 +59,7 @@ class SparseLayer(BaseAttributes, MergingMixin, nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.backends: dict[str, str] = {}
+        self.called = False
         base: Any = self.get_base_layer()
         if isinstance(base, Projection):  # PEFT warns of types that it does not know
             self.in_features, self.out_features = base.in_features, base.out_features
@@ -124,6 +128,8 @@ class SparseLayer(BaseAttributes, MergingMixin, nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """The base layer's output plus the active adapters' updates, in the base layer's output dtype."""
+        if not torch.compiler.is_compiling() and not self.called:  # a compiled model must not depend on the flag
+            self.called = True
         if self.disable_adapters:
             if adapter_names is not None:
                 raise ValueError("adapter_names was passed, but adapters are disabled; enable them first.")

@@ -14,6 +14,7 @@ from ...hf.adapter_state import MalformedAdapter, check_state, without_wrappers
 from ..bases.sharded import with_wrapped
 from ..layers import SparseLayer, attention_biases
 from ..support import Support, is_unknown, narrowest_index_dtype
+from .uncalled import warn_of_untrained
 
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class CheckpointMixin:
             `RuntimeError`: if the adapter has no entries yet.
             `ValueError`: if `state_dict` lacks a part of the adapter, as an ungathered one does.
         """
+        warn_of_untrained(model, cls.tuner_layer_cls, [adapter_name])
         selected = super()._get_adapter_state_dict(  # type: ignore[misc]
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )

@@ -12,6 +12,7 @@ from torch import nn
 from ..bases.quantised import forget_quantisation
 from ..layers import SparseLayer
 from .merge_once import note_sharing
+from .uncalled import warn_of_uncomputed
 
 
 class MergeMixin:
@@ -19,6 +20,7 @@ class MergeMixin:
 
     model: nn.Module
     tuner_layer_cls: type[SparseLayer]
+    active_adapters: list[str]
     _kept_padded: list[nn.TransformerEncoder]
 
     def merge_adapter(
@@ -36,6 +38,7 @@ class MergeMixin:
             requantize (`bool`, *optional*, defaults to `False`):
                 Quantise merged weights again, as the base layer is. A warning states the error that this makes.
         """
+        warn_of_uncomputed(self.model, self.tuner_layer_cls, adapter_names or self.active_adapters)
         with self._merging(requantize):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)  # type: ignore[misc]
 
@@ -50,6 +53,7 @@ class MergeMixin:
         Merge adapters and return the base model without any. Merged quantised layers are dense `nn.Linear` then, and
         the model's quantisation config says so, unless `requantize` is set; see [`~MergeMixin.merge_adapter`].
         """
+        warn_of_uncomputed(self.model, self.tuner_layer_cls, adapter_names or self.active_adapters)
         with self._merging(requantize):
             return super().merge_and_unload(  # type: ignore[misc]
                 progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names

@@ -39,6 +39,7 @@ from .checkpoint import CheckpointMixin
 from .merge import MergeMixin
 from .merge_once import note_sharing
 from .mixed_batch import MixedBatchMixin
+from .uncalled import warn_of_untrained
 from .weighted import WeightedAdapterMixin
 
 
@@ -274,6 +275,12 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
                 f"Target module '{name}' is an offloaded nn.MultiheadAttention. Its weights are there only while the "
                 f"module itself runs, which an adapted one does not. Keep it on a device. {advice}"
             )
+
+    def train(self, mode: bool = True) -> SparseModel:
+        """As PEFT's; between training and evaluation, tells of layers that training has not called."""
+        if self.training and not mode:
+            warn_of_untrained(self.model, self.tuner_layer_cls, self.active_adapters)
+        return super().train(mode)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
