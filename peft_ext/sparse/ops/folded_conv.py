@@ -53,7 +53,9 @@ def _folded_conv(
     tap_entries: Tensor, tap_ends: Tensor, geometry: Sequence[int], dense_gradient: bool,
 ) -> Tensor:  # fmt: skip
     with folded_in(weight, values, indices, offsets) as folded:
-        return _convolve(x, folded, bias, ConvGeometry.unpack(geometry))
+        result = _convolve(x, folded, bias, ConvGeometry.unpack(geometry))
+    # In one dimension torch gives a view, which autograd would not let a model change in place.
+    return result.new_empty(0).set_(result) if result._is_view() else result
 
 
 @_folded_conv.register_fake
