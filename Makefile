@@ -15,7 +15,7 @@ export MYPY_CACHE_DIR := $(CACHE)/mypy
 export RUFF_CACHE_DIR := $(CACHE)/ruff
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart evidence test test-peft lint format types docs bench gpu-check clean
+.PHONY: help setup quickstart evidence test test-peft test-zoo lint format types docs bench gpu-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -44,6 +44,9 @@ test: $(STAMP) ## peft_ext's tests
 
 test-peft: $(STAMP) ## PEFT's own test-suite, run against every sparse method
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/upstream/run.py $(ARGS)
+
+test-zoo: $(STAMP) ## every architecture, and the table of docs/compatibility.md
+	ZOO=all HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -o cache_dir=$(CACHE)/pytest tests/zoo $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .
