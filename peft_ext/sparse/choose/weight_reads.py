@@ -38,7 +38,7 @@ def layers_read(module: nn.Module) -> Iterator[str]:
     nothing but the module's own attributes, such as `self.pretraining_tp > 1`, is decided by them. Classes of torch,
     and those whose source isn't there, read nothing.
     """
-    kind = type(module)
+    kind: Any = type(module)
     for path, guards in _reads_of(kind):
         known = (kind.__module__, kind.__name__, path) in NEVER_TAKEN
         if not known and all(_value(test, module) in (expected, None) for test, expected in guards):
@@ -108,7 +108,7 @@ COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
 
 
 @lru_cache(maxsize=1024)
-def _reads_of(kind: type[nn.Module]) -> tuple[tuple[Path, Guards], ...]:
+def _reads_of(kind: Any) -> tuple[tuple[Path, Guards], ...]:
     """What the methods of a class that its `forward` leads to read, with the tests around each place."""
     reads: list[tuple[Path, Guards]] = []
     waiting, seen = [(kind.__mro__, "forward")], set()
@@ -146,7 +146,7 @@ def _definitions(file: str) -> dict[int, ast.FunctionDef]:
     except SyntaxError:
         return {}
     functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
-    return {min(part.lineno for part in (node, *node.decorator_list)): node for node in functions}
+    return {min([node.lineno, *(part.lineno for part in node.decorator_list)]): node for node in functions}
 
 
 def _path(node: ast.AST | None, aliases: dict[str, Path]) -> Path | None:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ...hf.internals import BaseTunerLayer, QuantizationBackend, in_out_features, quantization_extra_repr
-from ..bases.neurons import CONVOLUTIONS, is_plain, neuron_view, stored_weight, taps_of, values_dtype_of, weight_view
+from ..bases.neurons import is_plain, neuron_view, stored_weight, taps_of, values_dtype_of, weight_view
 from ..bases.offloaded import execution_device, is_offloaded
+from ..bases.padding import CONVOLUTIONS
 from ..bases.projection import Projection
 from ..config import SparseConfig
 from ..delta import SparseDelta

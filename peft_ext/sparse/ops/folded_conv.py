@@ -55,7 +55,11 @@ def _folded_conv(
     with folded_in(weight, values, indices, offsets) as folded:
         result = _convolve(x, folded, bias, ConvGeometry.unpack(geometry))
     # In one dimension torch gives a view, which autograd would not let a model change in place.
-    return result.new_empty(0).set_(result) if result._is_view() else result
+    if result._is_view():
+        result = result.new_empty(0).set_(
+            result.untyped_storage(), result.storage_offset(), result.shape, result.stride()
+        )
+    return result
 
 
 @_folded_conv.register_fake
