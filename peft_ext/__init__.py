@@ -5,7 +5,8 @@ from typing import Any
 
 from ._version import __version__
 from .conversion import convert
-from .hf.registration import make_loading_all_or_nothing, make_saving_atomic
+from .hf.registration import make_saving_atomic
+from .install.loading import make_loading_all_or_nothing
 from .sparse.choose.scoring import SupervisedContrastiveLoss, TwoViewCollator, activation_scores, gradient_scores
 from .sparse.model.hotswap import hotswap_adapter
 from .sparse.report.selection_report import SelectionReport, selection_report

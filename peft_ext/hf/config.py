@@ -31,7 +31,7 @@ class SavedConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.requires = REQUIRES
-        # A config read from a file names what wrote it; the adapter's tensors are in the checkpoint beside it.
+        # A config read from a file names what wrote it.
         self.from_checkpoint = self.peft_ext_version is not None
         # While an adapter waits for a checkpoint: that it does, and what of the base model was trainable before it.
         self.awaits_weights = False

@@ -1,12 +1,31 @@
-"""What adding an adapter must leave behind when it is refused: nothing."""
+"""Add an adapter to a model: whether a checkpoint is about to bring its tensors, and rollback when it is refused."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import nn
+
+
+_loading = ContextVar("loading", default=False)
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Around calls that adds an adapter and then reads its tensors from a checkpoint; see `install/loading.py`."""
+    token = _loading.set(True)
+    try:
+        yield
+    finally:
+        _loading.reset(token)
+
+
+def is_loading() -> bool:
+    """Whether a checkpoint brings the tensors of the adapter that is being added, so that nothing need be chosen."""
+    return _loading.get()
 
 
 def check_adapter_name(name: Any) -> None:
@@ -33,7 +52,7 @@ def clean_refusal(peft_config: dict[str, Any], model: nn.Module, adapter_name: s
         adapter_name (`str`): the adapter.
     """
     config = peft_config[adapter_name]
-    config.awaits_weights = config.from_checkpoint
+    config.awaits_weights = is_loading()
     config.trainable_before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
         check_adapter_name(adapter_name)

@@ -7,7 +7,6 @@ from typing import Any
 
 import peft.peft_model
 import transformers.modeling_utils
-from transformers.integrations.peft import PeftAdapterMixin
 
 from .files import atomic_saver
 from .internals import PeftType, mapping, register_peft_method
@@ -63,15 +62,6 @@ def register(name: str, config_cls: type, model_cls: type) -> bool:
 
 def _is_ours(cls: Any) -> bool:
     return cls.__module__.partition(".")[0] == __name__.partition(".")[0]
-
-
-def make_loading_all_or_nothing() -> None:
-    """Let PEFT and transformers load our adapters whole or not at all; see `loading.py`."""
-    from ..install.loading import all_or_nothing  # knows the tuners, which need this file first
-
-    for owner, path_argument in ((peft.PeftModel, "model_id"), (PeftAdapterMixin, "peft_model_id")):
-        if not hasattr(owner.load_adapter, "is_all_or_nothing"):
-            owner.load_adapter = all_or_nothing(owner.load_adapter, path_argument)
 
 
 def make_saving_atomic() -> None:

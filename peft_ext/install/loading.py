@@ -1,8 +1,10 @@
 """Loading one of our adapters succeeds as a whole or leaves the model as it was, by PEFT and by transformers.
 
-Both inject an adapter's layers before they read its weights. So their `load_adapter` is wrapped: the file is checked
-first, its tensors once the layers are there that await them, and a failure takes a new adapter out again. Adapters of
-other methods pass through.
+Both inject an adapter's layers before they read its weights, and tell no method that they are about to. So the three
+methods that do it are wrapped: `PeftModel.from_pretrained`, `PeftModel.load_adapter` and transformers' `load_adapter`.
+Inside them, our tuners make room for the checkpoint's entries and choose none. The file is checked first, its tensors
+once the layers are there that await them, and a failure takes a new adapter out again. Adapters of other methods pass
+through.
 """
 
 from __future__ import annotations
@@ -16,20 +18,43 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
+import peft
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.integrations.peft import PeftAdapterMixin
 
 from ..hf.adapter_state import naming
 from ..hf.config import SavedConfig
 from ..hf.files import check_weights
+from ..hf.injection import loading
 from ..hf.internals import AuxiliaryTrainingWrapper, mapping
 from ..sparse.bases.projection import Projection
 from ..sparse.layers import SparseLayer, SparseMultiheadAttention
 from ..tuners.mores.model import take_out as take_out_steering
 from .snapshot import Snapshot
+
+
+def make_loading_all_or_nothing() -> None:
+    """Wrap the methods of PEFT and transformers that load adapters. Calling it again changes nothing."""
+    for owner, path_argument in ((peft.PeftModel, "model_id"), (PeftAdapterMixin, "peft_model_id")):
+        owner.load_adapter = all_or_nothing(_original(owner.load_adapter), path_argument)
+    from_pretrained = _original(peft.PeftModel.from_pretrained.__func__)
+
+    @wraps(from_pretrained)
+    def load(*args: Any, **kwargs: Any) -> Any:
+        with loading():
+            return from_pretrained(*args, **kwargs)
+
+    load.is_ours = True  # type: ignore[attr-defined]
+    peft.PeftModel.from_pretrained = classmethod(load)
+
+
+def _original(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method without the wrapper that an earlier import of this package has put around it."""
+    return method.__wrapped__ if hasattr(method, "is_ours") else method  # type: ignore[attr-defined]
 
 
 def all_or_nothing(load_adapter: Callable[..., Any], path_argument: str) -> Callable[..., Any]:
@@ -53,7 +78,7 @@ def all_or_nothing(load_adapter: Callable[..., Any], path_argument: str) -> Call
             if path is not None:
                 subfolder = {**(given.get("adapter_kwargs") or {}), **given.get("kwargs", {})}.get("subfolder") or ""
                 check_weights(os.path.join(path, subfolder))
-            with naming(path), _checked_by_transformers(self, name):
+            with loading(), naming(path), _checked_by_transformers(self, name):
                 result = load_adapter(self, *args, **kwargs)
             config = self.peft_config[name]
             if isinstance(config, SavedConfig):
@@ -71,7 +96,7 @@ def all_or_nothing(load_adapter: Callable[..., Any], path_argument: str) -> Call
                     raise ValueError(f"The checkpoint {path} lacks {error}. Save the whole adapter again.") from error
             raise
 
-    load.is_all_or_nothing = True  # type: ignore[attr-defined]
+    load.is_ours = True  # type: ignore[attr-defined]
     return load
 
 

@@ -104,10 +104,9 @@ class SparseDelta(nn.Module):
         Raises:
             `ValueError`: if the indices do not fit the weight.
         """
-        if self.indices.is_meta:
+        if self.indices.is_meta or self.pending:
             return
-        if not self.pending:
-            self.support.check()
+        self.support.check()
         self.stale = False
         tables = self.support.transposed() if self.taps is None else entries_by_tap(self.indices, self.taps)
         for name, new in zip(("transposed_entries", "transposed_offsets"), tables, strict=True):

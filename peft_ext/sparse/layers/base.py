@@ -231,9 +231,8 @@ class SparseLayer(BaseAttributes, MergingMixin, nn.Module, BaseTunerLayer):
         """Why an adapter has no entries yet, and what to do."""
         return (
             f"The entries of adapter '{adapter_name}' are not known yet: it was made to be loaded from a checkpoint "
-            "(its config was read from one or has inference_mode=True, or low_cpu_mem_usage was set), or has been on "
-            "the meta device. Load the checkpoint with `PeftModel.from_pretrained` or `load_adapter`; to choose "
-            "entries anew, make a new config."
+            "(low_cpu_mem_usage=True, or a state_dict without its entries), or has been on the meta device. Load the "
+            "checkpoint with `PeftModel.from_pretrained` or `load_adapter`, or add a new adapter to choose entries."
         )
 
     def check_base(self, adapter_name: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...hf.injection import clean_refusal
+from ...hf.injection import clean_refusal, is_loading
 from ...hf.internals import INCLUDE_LINEAR_LAYERS_SHORTHAND, BaseTuner
 from ..bases.neurons import (
     SUPPORTED,
@@ -26,6 +26,7 @@ from ..bases.offloaded import is_offloaded
 from ..bases.quantised import backend_of, float_weight
 from ..bases.sharded import check_gatherable
 from ..bases.sharing import weight_key
+from ..choose.placeholders import placeholder, support_from, tables_in
 from ..choose.targets import check_names, inside_adapter, named_by_target, resolve_targets, without_parts
 from ..choose.unsuitable import check_suitable
 from ..config import SparseConfig
@@ -33,7 +34,6 @@ from ..delta import SparseDelta
 from ..layers import LayerTypes, SparseLayer, SparseMultiheadAttention, attention_biases, weights_of_layer
 from ..memory import Region
 from ..selection import SCORED, ScoreMatrices, parse_selection, select_supports
-from ..selection.plan import kept_neurons
 from ..support import Support
 from .checkpoint import CheckpointMixin
 from .merge import MergeMixin
@@ -87,10 +87,11 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         self._deltas: dict[Any, SparseDelta] = {}  # of this adapter, by the weight that they are for
         self._dense_dtype = _float_dtype(model)
         self._kept_padded = getattr(self, "_kept_padded", [])
-        self._in_state_dict: set[str] | None = None
-        if state_dict is not None:
+        self._given = tables_in(state_dict or {}, self.tuner_layer_cls.adapter_layer_names[0])
+        self._named: set[str] | None = None
+        if state_dict is not None:  # its keys decide what is adapted
             state_dict = named_by_target(model, state_dict)
-            self._in_state_dict = {key.rpartition(f".{self.prefix}")[0] for key in state_dict}
+            self._named = {key.rsplit(f".{self.prefix}", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
         try:
             with clean_refusal(self.peft_config, model, adapter_name):
                 super().inject_adapter(
@@ -101,7 +102,7 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
                     state_dict=state_dict,
                 )
         finally:
-            self._plan, self._deltas = {}, {}
+            self._plan, self._deltas, self._given = {}, {}, {}
         note_sharing(model, self.tuner_layer_cls)
         # Of no use once the entries are chosen, and the scores are dense.
         self.peft_config[adapter_name].scores = self.peft_config[adapter_name].supports = None
@@ -111,21 +112,24 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         return peft_config
 
     def _prepare_model(self, peft_config: SparseConfig, model: nn.Module) -> None:
-        if self._in_state_dict is not None:  # whose keys decide what is adapted
-            check_suitable(model, self._in_state_dict, trained=True)
-            return
-        check_names(model, peft_config)
+        if self._named is None:
+            check_names(model, peft_config)
         targets = {
             name: module
             for name, module in model.named_modules()
-            if name and not inside_adapter(model, name) and self._check_target_module_exists(peft_config, name)
+            if name and not inside_adapter(model, name) and self._is_wanted(peft_config, name)
         }
         targets = without_parts(model, targets)
-        check_suitable(model, targets, trained=peft_config.from_checkpoint)
+        check_suitable(model, targets, trained=peft_config.from_checkpoint or self._named is not None)
         self._plan = self._make_plan(peft_config, targets)
 
+    def _is_wanted(self, config: SparseConfig, name: str) -> bool:
+        return self._check_target_module_exists(config, name) if self._named is None else name in self._named
+
     def _make_plan(self, config: SparseConfig, targets: dict[str, nn.Module]) -> dict[str, Planned]:
-        """Check the targets and choose their entries.
+        """
+        Check the targets and choose their entries; where a checkpoint or a state dict brings the entries, only their
+        shapes are planned.
 
         Raises:
             `TypeError`: if a target is of a type that has no neurons.
@@ -157,23 +161,18 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
             if backends[name] is None:
                 check_gatherable(name, parameter_of(base), *shapes[name])
                 check_real(name, parameter_of(base))
-        without_scores = criterion in SCORED and config.scores is None
-        if without_scores and not config.from_checkpoint and not config.inference_mode:
+        no_data = self._low_cpu_mem_usage or any(_has_no_data(base) for base in bases.values())
+        awaits = is_loading() or self._low_cpu_mem_usage or self._named is not None
+        if criterion in SCORED and config.scores is None and not awaits:
             raise ValueError(
-                f"selection={config.selection!r} needs scores; compute them before the model is adapted:\n"
+                f"selection={config.selection!r} needs scores. Load a saved adapter with PeftModel.from_pretrained. "
+                "For a new one, compute them before the model is adapted:\n"
                 f"    scores = peft_ext.{criterion}_scores(model, dataloader)\n"
                 "    model = get_peft_model(model, config.with_scores(scores))"
             )
-        # Nothing to choose from, or a checkpoint brings the entries: shapes are all that is needed.
-        in_checkpoint = config.from_checkpoint and config.support_sizes is not None
-        no_data = self._low_cpu_mem_usage or any(_has_no_data(base) for base in bases.values())
+        if awaits or no_data:  # a checkpoint brings the entries, or there is nothing to choose from
+            return {name: self._awaiting(config, name, *shapes[name], no_data) for name in bases}
         sealed = {name: b for name, b in backends.items() if b is not None and not b.supports_merge}
-        if without_scores or in_checkpoint or no_data or (sealed and config.from_checkpoint):
-            device = torch.device("meta" if no_data else "cpu")
-            return {
-                name: Planned(self._placeholder(config, name, *shapes[name]).to(device), pending=True)
-                for name in bases
-            }
         for name, backend in sealed.items() if criterion not in SCORED else ():
             raise TypeError(
                 f"Target module '{name}' is quantised by {backend.backend_name}, which can't give its weights back, "
@@ -195,19 +194,15 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         config.support_sizes = sizes if scope == "network" else None
         return {name: Planned(supports[source[name]]) for name in bases}
 
-    def _placeholder(self, config: SparseConfig, name: str, rows: int, fan_in: int) -> Support:
-        """A support of the shape that the config leads to, with arbitrary entries."""
-        k = config.entries_per_neuron(fan_in)
-        _, scope = parse_selection(config.selection)
-        if config.support_sizes is not None:
-            entries = config.support_sizes.get(name, 0)
-        elif scope == "neuron" and config.neuron_ratio == 1.0:
-            return Support(torch.arange(k, dtype=torch.int32).repeat(rows, 1), fan_in)
-        else:  # network-wide sizes are unknown before the weights are: as if shared out evenly
-            entries = k * (rows if scope != "neuron" else kept_neurons(rows, config.neuron_ratio))
-        columns = torch.arange(entries, dtype=torch.int32) % fan_in
-        offsets = (torch.arange(rows + 1) * fan_in).clamp(max=entries).to(torch.int32)
-        return Support(columns, fan_in, offsets)
+    def _awaiting(self, config: SparseConfig, name: str, rows: int, fan_in: int, no_data: bool) -> Planned:
+        """What is planned for a module whose tensors are about to be loaded."""
+        tables = self._given.get(name, {})
+        given = "indices" in tables
+        support = (
+            support_from(tables, config, name, rows, fan_in) if given else placeholder(config, name, rows, fan_in)
+        )
+        pending = not given or tables["indices"].is_meta or no_data
+        return Planned(support.to("meta" if no_data else "cpu"), pending)
 
     def _create_and_replace(
         self,
@@ -221,9 +216,6 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
     ) -> None:
         if isinstance(parent, SparseMultiheadAttention):
             return  # an attention's projection, adapted with it
-        base = base_of(target)
-        if not weights_of(current_key, base).keys() <= self._plan.keys():  # chosen by the keys of a state dict
-            self._plan.update(self._make_plan(peft_config, {current_key: target}))
         is_new = not isinstance(target, (self.tuner_layer_cls, self.layer_types.attention))
         layer: Any = self._create_new_module(target, adapter_name) if is_new else target
         for name, part in weights_of_layer(current_key, layer).items():

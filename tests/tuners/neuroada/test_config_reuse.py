@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 
 from peft_ext import NeuroAdaConfig
 from tests.tuners.neuroada._common import fill, logits
@@ -40,17 +40,21 @@ def test_copy_after_saving_chooses_anew(tiny, ids, tmp_path, selection):
     assert torch.equal(logits(PeftModel.from_pretrained(tiny("llama"), tmp_path / "second"), ids), logits(fresh, ids))
 
 
-@pytest.mark.parametrize(
-    "options", [{"selection": "magnitude_network"}, {"selection": "gradient", "inference_mode": True}]
-)
-def test_adapter_without_entries_is_not_saved(tiny, ids, tmp_path, options):
-    """A config that was read from a file awaits the file's entries."""
-    config = NeuroAdaConfig(k=2, target_modules=TARGETS, **options)
-    if not config.inference_mode:
-        get_peft_model(tiny("llama"), config).save_pretrained(tmp_path / "first")
-        config = NeuroAdaConfig.from_pretrained(tmp_path / "first")
-    model = get_peft_model(tiny("llama"), config)
-    with pytest.raises(RuntimeError, match=r"can't be saved.*PeftModel\.from_pretrained.*make a new config"):
-        model.save_pretrained(tmp_path / "second")
+def test_adapter_without_entries_is_not_saved(tiny, ids):
+    """A state dict that was made without entries leaves them to be loaded."""
+    config = NeuroAdaConfig(k=2, target_modules=TARGETS)
+    state = get_peft_model_state_dict(inject_adapter_in_model(config, tiny("llama")))
+    values = {key: tensor for key, tensor in state.items() if key.endswith(".weight")}
+    model = inject_adapter_in_model(replace(config), tiny("llama"), state_dict=values)
+    with pytest.raises(RuntimeError, match=r"can't be saved.*PeftModel\.from_pretrained.*add a new adapter"):
+        get_peft_model_state_dict(model)
     with pytest.raises(RuntimeError, match="not known yet"):
         logits(model, ids)
+
+
+def test_saved_config_needs_scores_for_a_new_adapter(tiny, tmp_path):
+    scores = {name: module.weight for name, module in tiny("llama").named_modules() if name.endswith("_proj")}
+    config = NeuroAdaConfig(k=2, target_modules=TARGETS, selection="gradient").with_scores(scores)
+    get_peft_model(tiny("llama"), config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"needs scores. Load a saved adapter with PeftModel"):
+        get_peft_model(tiny("llama"), NeuroAdaConfig.from_pretrained(tmp_path))

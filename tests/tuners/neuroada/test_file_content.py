@@ -42,7 +42,6 @@ def _by_transformers(base, folder):
 
 def _swapped(base, folder):
     config = NeuroAdaConfig.from_pretrained(folder)
-    config.from_checkpoint = False
     model = inject_adapter_in_model(config, base).eval()
     hotswap_adapter(model, str(folder))
     return model
