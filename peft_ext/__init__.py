@@ -5,8 +5,7 @@ from typing import Any
 
 from ._version import __version__
 from .conversion import convert
-from .hf.registration import make_saving_atomic
-from .install.loading import make_loading_all_or_nothing
+from .install.wrappers import install as _install
 from .sparse.choose.scoring import SupervisedContrastiveLoss, TwoViewCollator, activation_scores, gradient_scores
 from .sparse.model.hotswap import hotswap_adapter
 from .sparse.report.selection_report import SelectionReport, selection_report
@@ -16,8 +15,7 @@ from .tuners.neuroada import NEUROADA_PRESETS, NEUROADA_SEARCH_SPACES, NeuroAdaC
 from .tuners.psn import PSNConfig, PSNModel
 
 
-make_loading_all_or_nothing()
-make_saving_atomic()
+_install()
 
 __all__ = [
     "GPS_PRESETS",

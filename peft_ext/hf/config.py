@@ -33,9 +33,7 @@ class SavedConfig(PeftConfig):
         self.requires = REQUIRES
         # A config read from a file names what wrote it.
         self.from_checkpoint = self.peft_ext_version is not None
-        # While an adapter waits for a checkpoint: that it does, and what of the base model was trainable before it.
-        self.awaits_weights = False
-        self.trainable_before: dict[str, bool] = {}
+        self.awaits_weights = False  # set while an adapter waits for a checkpoint
 
     def to_dict(self) -> dict[str, Any]:
         """The options, and what wrote them. Only files and dictionaries name that: this object, or a copy of it, may

@@ -7,14 +7,12 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Mapping
-from functools import wraps
 from typing import Any
 
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ..io import replace, write_atomically
 
@@ -24,38 +22,18 @@ CHECKSUM_KEY = "peft_ext_sha256"
 _README_MARK = "<!-- peft_ext -->"
 
 
-def atomic_saver(save_file: Callable[..., None]) -> Callable[..., None]:
+def write_weights(
+    save_file: Callable[..., None], tensors: Mapping[str, Tensor], path: str, metadata: dict[str, str] | None
+) -> None:
     """
-    Wrap safetensors' `save_file` so that adapter files appear whole or not at all, and files with our tensors carry a
-    checksum of their content.
+    Write an adapter's file, which appears whole or not at all and carries a checksum of its content.
+
+    Args:
+        save_file (`Callable`): safetensors' `save_file`.
+        tensors (`dict[str, torch.Tensor]`), path (`str`), metadata (`dict[str, str]`, *optional*): what it is given.
     """
-
-    @wraps(save_file)
-    def save(tensors: Mapping[str, Tensor], filename: str | os.PathLike[str], metadata: Any = None) -> None:
-        path = os.fspath(filename)
-        if not os.path.basename(path).startswith("adapter_model"):
-            return save_file(tensors, filename, metadata=metadata)
-        _check_whole(tensors)
-        if any(key.endswith(".fingerprint") or ".mores_steering." in key for key in tensors):
-            metadata = {**(metadata or {}), CHECKSUM_KEY: _checksum(tensors)}
-        replace(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
-
-    save.is_atomic = True  # type: ignore[attr-defined]
-    return save
-
-
-def _check_whole(tensors: Mapping[str, Tensor]) -> None:
-    """
-    Raises:
-        `ValueError`: if a tensor of ours is only this process's piece of it.
-    """
-    for key, tensor in tensors.items():
-        values = tensors.get(key.removesuffix("indices") + "weight") if key.endswith("_delta.indices") else None
-        if values is not None and (isinstance(values, DTensor) or values.shape != tensor.shape):
-            raise ValueError(
-                f"The values beside '{key}' are sharded over several processes, so this file would hold a part of the "
-                "adapter. Pass state_dict=accelerator.get_state_dict(model) to save_pretrained."
-            )
+    metadata = {**(metadata or {}), CHECKSUM_KEY: _checksum(tensors)}
+    replace(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:

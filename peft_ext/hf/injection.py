@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -10,22 +10,28 @@ from typing import Any
 from torch import nn
 
 
-_loading = ContextVar("loading", default=False)
+Begin = Callable[[Any], None]
+_begin: ContextVar[Begin | None] = ContextVar("begin", default=None)
 
 
 @contextmanager
-def loading() -> Iterator[None]:
-    """Around calls that adds an adapter and then reads its tensors from a checkpoint; see `install/loading.py`."""
-    token = _loading.set(True)
+def loading(begin: Begin) -> Iterator[None]:
+    """
+    Around a call that adds an adapter and then reads its tensors from a checkpoint; see `install/loading.py`.
+
+    Args:
+        begin (`Callable`): called with an adapter's config when one of our tuners is about to inject it.
+    """
+    token = _begin.set(begin)
     try:
         yield
     finally:
-        _loading.reset(token)
+        _begin.reset(token)
 
 
 def is_loading() -> bool:
     """Whether a checkpoint brings the tensors of the adapter that is being added, so that nothing need be chosen."""
-    return _loading.get()
+    return _begin.get() is not None
 
 
 def check_adapter_name(name: Any) -> None:
@@ -43,8 +49,8 @@ def check_adapter_name(name: Any) -> None:
 @contextmanager
 def clean_refusal(peft_config: dict[str, Any], model: nn.Module, adapter_name: str) -> Iterator[None]:
     """
-    Around the injection of an adapter: check its name, note what was trainable before, and on an error forget the
-    adapter again.
+    Around the injection of an adapter: check its name, tell a load that it begins, and on an error forget the adapter
+    again.
 
     Args:
         peft_config (`dict`): the tuner's table of configurations, which has the adapter's already.
@@ -52,10 +58,12 @@ def clean_refusal(peft_config: dict[str, Any], model: nn.Module, adapter_name: s
         adapter_name (`str`): the adapter.
     """
     config = peft_config[adapter_name]
-    config.awaits_weights = is_loading()
-    config.trainable_before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    begin = _begin.get()
+    config.awaits_weights = begin is not None
     try:
         check_adapter_name(adapter_name)
+        if begin is not None:
+            begin(config)
         yield
     except BaseException:
         peft_config.pop(adapter_name, None)  # transformers shares this table with the adapters before

@@ -1,14 +1,10 @@
-"""Make a tuner known to PEFT and transformers: the only file that touches PEFT's enum, mapping tables and savers."""
+"""Make a tuner known to PEFT and transformers: the only file that touches PEFT's enum and mapping tables."""
 
 from __future__ import annotations
 
 import warnings
 from typing import Any
 
-import peft.peft_model
-import transformers.modeling_utils
-
-from .files import atomic_saver
 from .internals import PeftType, mapping, register_peft_method
 
 
@@ -62,12 +58,3 @@ def register(name: str, config_cls: type, model_cls: type) -> bool:
 
 def _is_ours(cls: Any) -> bool:
     return cls.__module__.partition(".")[0] == __name__.partition(".")[0]
-
-
-def make_saving_atomic() -> None:
-    """Let PEFT and transformers write adapter files to a temporary name first, so that an interrupted save leaves the
-    old file whole. Their code calls safetensors directly and has no hook for it."""
-    for module in (peft.peft_model, transformers.modeling_utils):
-        save_file = getattr(module, "safe_save_file", None)
-        if save_file is not None and not hasattr(save_file, "is_atomic"):
-            module.safe_save_file = atomic_saver(save_file)

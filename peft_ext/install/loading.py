@@ -1,10 +1,9 @@
 """Loading one of our adapters succeeds as a whole or leaves the model as it was, by PEFT and by transformers.
 
-Both inject an adapter's layers before they read its weights, and tell no method that they are about to. So the three
-methods that do it are wrapped: `PeftModel.from_pretrained`, `PeftModel.load_adapter` and transformers' `load_adapter`.
-Inside them, our tuners make room for the checkpoint's entries and choose none. The file is checked first, its tensors
-once the layers are there that await them, and a failure takes a new adapter out again. Adapters of other methods pass
-through.
+Both inject an adapter's layers before they read its tensors, and tell no method that they are about to. So the three
+methods that load are wrapped (see `wrappers.py`). Inside them our tuners make room for the checkpoint's entries and
+choose none. The file is checked first, its tensors once the layers that await them are there, and a failure takes a
+new adapter out again. Adapters of other methods pass through.
 """
 
 from __future__ import annotations
@@ -12,49 +11,82 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
 
-import peft
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.integrations.peft import PeftAdapterMixin
 
 from ..hf.adapter_state import naming
 from ..hf.config import SavedConfig
 from ..hf.files import check_weights
 from ..hf.injection import loading
-from ..hf.internals import AuxiliaryTrainingWrapper, mapping
-from ..sparse.bases.projection import Projection
-from ..sparse.layers import SparseLayer, SparseMultiheadAttention
-from ..tuners.mores.model import take_out as take_out_steering
+from ..hf.loadable import tuner_of
 from .snapshot import Snapshot
 
 
-def make_loading_all_or_nothing() -> None:
-    """Wrap the methods of PEFT and transformers that load adapters. Calling it again changes nothing."""
-    for owner, path_argument in ((peft.PeftModel, "model_id"), (PeftAdapterMixin, "peft_model_id")):
-        owner.load_adapter = all_or_nothing(_original(owner.load_adapter), path_argument)
-    from_pretrained = _original(peft.PeftModel.from_pretrained.__func__)
+class _Attempt:
+    """
+    One call that loads. It does nothing until one of our tuners begins to inject an adapter.
+
+    Args:
+        model (`torch.nn.Module`): where the adapter goes.
+        adapter_name (`str`): its name.
+    """
+
+    def __init__(self, model: Any, adapter_name: str) -> None:
+        self.model = model
+        self.adapter_name = adapter_name
+        self.before: Snapshot | None = None
+        self.checks = ExitStack()
+
+    def begin(self, config: SavedConfig) -> None:
+        """Keep the model's state, and have transformers' loader check the tensors."""
+        self.before, self.tuner = Snapshot(self.model), tuner_of(config)
+        self.was_adapted = "peft_config" in vars(self._base())
+        if isinstance(self.model, PreTrainedModel):
+            self.checks.enter_context(_checked_by_transformers(self.model, config, self.adapter_name))
+
+    def undo(self) -> None:
+        """Leave the model as it was, if an adapter of ours was begun."""
+        if self.before is None:
+            return
+        configs = getattr(self.model, "peft_config", {})
+        if self.adapter_name in configs and len(configs) > 1:
+            self.model.delete_adapter(self.adapter_name)
+        self.before.restore(self.tuner)
+        if not self.was_adapted:
+            self.tuner.take_out(self.model)
+            for attribute in ("peft_config", "_hf_peft_config_loaded"):
+                vars(self._base()).pop(attribute, None)
+
+    def _base(self) -> Any:
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+
+def whole_model(from_pretrained: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the function of `PeftModel.from_pretrained`, which injects a model's adapter and then calls
+    `load_adapter`."""
+    signature = inspect.signature(from_pretrained)
 
     @wraps(from_pretrained)
     def load(*args: Any, **kwargs: Any) -> Any:
-        with loading():
-            return from_pretrained(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        attempt = _Attempt(given["model"], given.get("adapter_name", "default"))
+        try:
+            with loading(attempt.begin):
+                return from_pretrained(*args, **kwargs)
+        except BaseException:
+            attempt.undo()
+            raise
 
-    load.is_ours = True  # type: ignore[attr-defined]
-    peft.PeftModel.from_pretrained = classmethod(load)
-
-
-def _original(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method without the wrapper that an earlier import of this package has put around it."""
-    return method.__wrapped__ if hasattr(method, "is_ours") else method  # type: ignore[attr-defined]
+    return load
 
 
 def all_or_nothing(load_adapter: Callable[..., Any], path_argument: str) -> Callable[..., Any]:
@@ -71,52 +103,40 @@ def all_or_nothing(load_adapter: Callable[..., Any], path_argument: str) -> Call
     def load(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
         name = given.get("adapter_name") or "default"
-        known = name in getattr(self, "peft_config", {})
-        before = Snapshot(self)
         path = given.get(path_argument) or getattr(given.get("load_config"), "pretrained_model_name_or_path", None)
+        attempt = _Attempt(self, name)
         try:
             if path is not None:
                 subfolder = {**(given.get("adapter_kwargs") or {}), **given.get("kwargs", {})}.get("subfolder") or ""
                 check_weights(os.path.join(path, subfolder))
-            with loading(), naming(path), _checked_by_transformers(self, name):
+            with attempt.checks, loading(attempt.begin), naming(path):
                 result = load_adapter(self, *args, **kwargs)
             config = self.peft_config[name]
             if isinstance(config, SavedConfig):
-                _check_arrived(self, name, result)
+                _check_arrived(self, name, config, result)
                 config.awaits_weights = False
             return result
         except BaseException as error:
-            config = getattr(self, "peft_config", {}).get(name)
-            if isinstance(config, SavedConfig) and (config.awaits_weights or not known):
-                take_out(self, name)
-                if not known:
-                    before.restore()
-                before.restore_modes()
-                if isinstance(error, KeyError):  # PEFT's way to say that a saved module is missing
-                    raise ValueError(f"The checkpoint {path} lacks {error}. Save the whole adapter again.") from error
+            is_ours = isinstance(getattr(self, "peft_config", {}).get(name), SavedConfig)
+            attempt.undo()
+            if is_ours and isinstance(error, KeyError):  # PEFT's way to say that a saved module is missing
+                raise ValueError(f"The checkpoint {path} lacks {error}. Save the whole adapter again.") from error
             raise
 
-    load.is_ours = True  # type: ignore[attr-defined]
     return load
 
 
 @contextmanager
-def _checked_by_transformers(model: Any, adapter_name: str) -> Iterator[None]:
+def _checked_by_transformers(model: Any, config: SavedConfig, adapter_name: str) -> Iterator[None]:
     """
     Have an adapter of ours checked between its injection and the loading of its tensors where transformers loads it,
     which asks no method, casts what does not fit, and only logs what is missing. PEFT asks the method itself.
     """
-    if not isinstance(model, PreTrainedModel):
-        yield
-        return
     load = model._load_pretrained_model
 
     def checked(**arguments: Any) -> Any:
-        config = model.peft_config[adapter_name]
-        if isinstance(config, SavedConfig):
-            method = mapping.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
-            named, may_differ = _named_as_loaded(**arguments), arguments["load_config"].ignore_mismatched_sizes
-            method.check_state(model, config, adapter_name, named, whole_may_differ=may_differ)
+        named, may_differ = _named_as_loaded(**arguments), arguments["load_config"].ignore_mismatched_sizes
+        tuner_of(config).check_state(model, config, adapter_name, named, whole_may_differ=may_differ)
         return load(**arguments)
 
     model._load_pretrained_model = checked
@@ -146,43 +166,15 @@ def _named_as_loaded(
     return named
 
 
-def _check_arrived(model: nn.Module, adapter_name: str, result: Any) -> None:
+def _check_arrived(model: nn.Module, adapter_name: str, config: SavedConfig, result: Any) -> None:
     """What was checked before is where it belongs."""
+    tuner = tuner_of(config)
     missing = [
-        key
-        for key in getattr(result, "missing_keys", ())
-        if re.search(rf"\.(\w+_delta|mores_steering)\.{re.escape(adapter_name)}\.", key)
+        key for key in getattr(result, "missing_keys", ()) if tuner.owns_key(key) and f".{adapter_name}." in key
     ]
     if missing:
         raise ValueError(
             f"Adapter '{adapter_name}' can't be loaded: '{min(missing)}' was not found in the file, as happens in "
             "layers that torch's checkpoint wrapper holds. Load the adapter first, and wrap the layers afterwards."
         )
-    for layer in model.modules():
-        if isinstance(layer, SparseLayer) and adapter_name in layer.deltas:
-            layer._ready(adapter_name)
-
-
-def take_out(model: Any, adapter_name: str) -> None:
-    """Undo the injection of an adapter whose weights could not be loaded."""
-    config = model.peft_config[adapter_name]
-    if len(model.peft_config) > 1:
-        model.delete_adapter(adapter_name)
-        return
-    take_out_steering(model)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, SparseLayer) and isinstance(module.get_base_layer(), Projection):
-            continue  # goes with its attention
-        if isinstance(module, (SparseLayer, SparseMultiheadAttention)):
-            original = module.get_base_layer()
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            original = module.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
-        else:
-            continue
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, original)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for parameter_name, parameter in base.named_parameters():
-        parameter.requires_grad_(config.trainable_before.get(parameter_name, parameter.requires_grad))
-    for attribute in ("peft_config", "_hf_peft_config_loaded"):
-        base.__dict__.pop(attribute, None)
+    tuner.check_arrived(model, adapter_name)

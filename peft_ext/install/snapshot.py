@@ -1,4 +1,4 @@
-"""What a model was like before an adapter was loaded, to return to if loading fails."""
+"""State of a model before an adapter is loaded, to return to if loading fails."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Any
 import torch
 
 from ..hf.internals import AuxiliaryTrainingWrapper, BaseTunerLayer
-from ..sparse.bases.projection import Projection
-from ..sparse.layers import SparseLayer, SparseMultiheadAttention
 
 
 class Snapshot:
@@ -18,7 +16,7 @@ class Snapshot:
     Weights are not copied: loading an adapter writes into none of the base's but biases.
 
     Args:
-        model (`torch.nn.Module`): a `PeftModel`, or a model of transformers with or without adapters.
+        model (`torch.nn.Module`): a `PeftModel`, or a model with or without adapters.
     """
 
     def __init__(self, model: Any) -> None:
@@ -35,26 +33,28 @@ class Snapshot:
         self.layers = [
             (layer, layer._active_adapter, layer._disable_adapters, list(layer.merged_adapters))
             for layer in self.modules
-            if isinstance(layer, BaseTunerLayer) and not isinstance(layer, SparseMultiheadAttention)
+            if isinstance(layer, BaseTunerLayer)
         ]
         tuners = (model, getattr(model, "base_model", None))
         self.active = [(t, t.active_adapter) for t in tuners if t is not None and "active_adapter" in vars(t)]
 
-    def restore(self) -> None:
-        """Undo what a load has done, once the adapter itself has been deleted."""
+    def restore(self, tuner: Any) -> None:
+        """
+        Undo a load.
+
+        Args:
+            tuner (`type`): the tuner class of the adapter, which has been deleted from the layers that stay.
+        """
         for name, module in list(self.model.named_modules()):
             if module in self.modules or not name:
                 continue
-            if isinstance(module, SparseLayer) and isinstance(module.get_base_layer(), Projection):
-                continue  # goes with its attention
-            if isinstance(module, (SparseLayer, SparseMultiheadAttention)):
-                original = module.base_layer
-            elif isinstance(module, AuxiliaryTrainingWrapper):
+            if isinstance(module, AuxiliaryTrainingWrapper):
                 original = module.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
             else:
-                continue
-            parent, _, child = name.rpartition(".")
-            setattr(self.model.get_submodule(parent), child, original)
+                original = tuner.replaced_by(module)
+            if original is not None:
+                parent, _, child = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, original)
         for module, name, parameter, trainable in self.parameters:
             if module._parameters.get(name) is not parameter:
                 module._parameters[name] = parameter
@@ -67,10 +67,7 @@ class Snapshot:
             layer._active_adapter, layer._disable_adapters = active, disabled
             if merged and not layer.merged_adapters:  # PEFT unmerges to activate what it has loaded
                 layer.merge(adapter_names=merged)
-        for tuner, name in self.active:
-            tuner.active_adapter = name
-
-    def restore_modes(self) -> None:
-        """Put every module that was there into training or evaluation mode again."""
+        for one, name in self.active:
+            one.active_adapter = name
         for module, training in self.modes:
             module.training = training

@@ -1,15 +1,19 @@
 """Saving is atomic: whatever interrupts it, the old files are whole and nothing else is left behind."""
 
 import os
+from types import FunctionType
 
 import peft.peft_model
 import pytest
 import safetensors.torch
 import torch
+import transformers.modeling_utils
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 
 import peft_ext.hf.files
+import peft_ext.install.loading
+import peft_ext.install.saving
 import peft_ext.io
 from peft_ext import NeuroAdaConfig
 from tests.tuners.neuroada._common import adapted, assert_equal_bits, fill, logits
@@ -169,19 +173,60 @@ def test_checksum_covers_names_types_shapes_and_content():
     assert peft_ext.hf.files._checksum(dict(reversed(tensors.items()))) == sums[0]
 
 
-def test_files_of_other_methods_are_as_without_us(llama, tmp_path, monkeypatch):
-    model = get_peft_model(llama, LoraConfig(r=2, target_modules=["q_proj"]))
-    model.save_pretrained(tmp_path / "with")
-    monkeypatch.setattr(peft.peft_model, "safe_save_file", safetensors.torch.save_file)
-    model.save_pretrained(tmp_path / "without")
-    assert _content(tmp_path / "with") == _content(tmp_path / "without")
+def test_safetensors_own_function_is_what_peft_and_transformers_write_with(llama, tmp_path, monkeypatch):
+    for module in (peft.peft_model, transformers.modeling_utils):
+        assert module.safe_save_file is safetensors.torch.save_file
+    seen = []
+
+    def spy(tensors, filename, metadata=None):
+        seen.append((os.path.basename(filename), metadata))
+        safetensors.torch.save_file(tensors, filename, metadata=metadata)
+
+    monkeypatch.setattr(peft.peft_model, "safe_save_file", spy)
+    get_peft_model(llama, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    assert seen == [(WEIGHTS, {"format": "pt"})]  # PEFT's own call, to the file itself, with nothing added
+
+
+@pytest.mark.parametrize("load", [False, True], ids=["saved", "saved and loaded"])
+def test_nothing_of_ours_runs_for_other_methods(tiny, tmp_path, monkeypatch, load):
+    def refuse(*args, **kwargs):
+        raise AssertionError("called for an adapter of another method")
+
+    monkeypatch.setattr(peft_ext.install.saving, "_with_our_writer", refuse)
+    for name in ("Snapshot", "_checked_by_transformers"):
+        monkeypatch.setattr(peft_ext.install.loading, name, refuse)
+    base = tiny("llama")
+    base.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    base.save_pretrained(tmp_path / "transformers")
+    get_peft_model(tiny("llama"), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "peft")
+    if load:
+        PeftModel.from_pretrained(tiny("llama"), tmp_path / "transformers").load_adapter(tmp_path / "peft", "second")
+        tiny("llama").load_adapter(str(tmp_path / "peft"))
+    with pytest.raises(AssertionError):  # the refusal works
+        adapted(tiny("llama")).save_pretrained(tmp_path / "ours")
+
+
+def test_adapter_of_another_method_beside_ours_is_not_ours(llama, tmp_path, monkeypatch):
+    llama.add_adapter(NeuroAdaConfig(), "ours")
+    llama.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), "theirs")
+    monkeypatch.setattr(peft_ext.hf.files, "replace", None)
+    llama.set_adapter("theirs")
+    llama.save_pretrained(tmp_path)
+    assert _tensors(tmp_path)[0] == {"format": "pt"}
+
+
+def test_library_that_writes_otherwise_is_noticed(llama, tmp_path):
+    def save_pretrained(self, folder):
+        return folder
+
+    save_pretrained = FunctionType(save_pretrained.__code__, {})
+    with pytest.warns(UserWarning, match="no checksum, and an interruption may leave half"):
+        assert peft_ext.install.saving.whole_files(save_pretrained)(adapted(llama), "folder") == "folder"
 
 
 def test_ordinary_models_are_saved_as_without_us(llama, tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(peft_ext.hf.files, "replace", lambda *args: calls.append(args))
+    monkeypatch.setattr(peft_ext.hf.files, "replace", None)
     llama.save_pretrained(tmp_path)
-    assert not calls
     assert (tmp_path / "model.safetensors").stat().st_size > 0
 
 

@@ -22,6 +22,7 @@ from peft.mapping import (
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
+from transformers import PreTrainedModel
 
 import peft_ext
 import peft_ext.tuners.neuroada
@@ -34,6 +35,12 @@ MEMBER = PeftType["NEUROADA"]
 def _tables():
     tables = (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING)
     return [dict(table) for table in tables] + [list(PeftType), len(PeftType)]
+
+
+def _wrappers():
+    model = peft.PeftModel
+    methods = [model.from_pretrained.__func__, model.load_adapter, model.save_pretrained]
+    return [*methods, PreTrainedModel.save_pretrained, PreTrainedModel.load_adapter]
 
 
 def test_importing_makes_the_method_known():
@@ -55,13 +62,13 @@ def test_importing_makes_the_method_known():
     ids=["import", "reload", "reload of the method", "register", "member"],
 )
 def test_doing_it_again_changes_nothing(again):
-    before, savers = _tables(), peft.peft_model.safe_save_file
+    before, wrapped = _tables(), [method.__wrapped__ for method in _wrappers()]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again()
         again()
     assert _tables() == before
-    assert peft.peft_model.safe_save_file is savers  # not wrapped once more
+    assert [method.__wrapped__ for method in _wrappers()] == wrapped  # not wrapped once more
     assert PeftType["NEUROADA"] is MEMBER
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ...hf.adapter_state import MalformedAdapter, check_state, without_wrappers
+from ...hf.loadable import LoadableTuner
+from ..bases.projection import Projection
 from ..bases.sharded import with_wrapped
-from ..layers import SparseLayer, attention_biases
+from ..layers import SparseLayer, SparseMultiheadAttention, attention_biases
 from ..support import Support, is_unknown, narrowest_index_dtype
 from .uncalled import warn_of_untrained
 
@@ -21,8 +24,8 @@ if TYPE_CHECKING:
     from ..config import SparseConfig
 
 
-class CheckpointMixin:
-    """The state-dict hooks that PEFT calls on a tuner class when it saves and loads."""
+class CheckpointMixin(LoadableTuner):
+    """The state-dict hooks that PEFT calls on a tuner class when it saves and loads, and ours."""
 
     tuner_layer_cls: type[SparseLayer]
 
@@ -170,6 +173,29 @@ class CheckpointMixin:
                 f"all) was made for, so nobody can tell whether adapter '{adapter_name}' fits this base model.",
                 stacklevel=2,
             )
+
+    @classmethod
+    def check_gathered(cls, tensors: Mapping[str, Tensor]) -> None:
+        end = f".{cls.tuner_layer_cls.adapter_layer_names[0]}.indices"
+        for key, tensor in tensors.items():
+            values = tensors.get(key.removesuffix("indices") + "weight") if key.endswith(end) else None
+            if values is not None and (isinstance(values, DTensor) or values.shape != tensor.shape):
+                raise ValueError(
+                    f"The values beside '{key}' are sharded over several processes, so this file would hold a part of "
+                    "the adapter. Pass state_dict=accelerator.get_state_dict(model) to save_pretrained."
+                )
+
+    @classmethod
+    def check_arrived(cls, model: nn.Module, adapter_name: str) -> None:
+        for _, layer in cls._layers_with(model, adapter_name):
+            layer._ready(adapter_name)
+
+    @classmethod
+    def replaced_by(cls, module: nn.Module) -> nn.Module | None:
+        if not isinstance(module, (SparseLayer, SparseMultiheadAttention)):
+            return None
+        original: nn.Module = module.base_layer
+        return None if isinstance(original, Projection) else original  # which goes with its attention
 
     @classmethod
     def _layers_with(cls, model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseLayer]]:

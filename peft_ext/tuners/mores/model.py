@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...hf.injection import clean_refusal
 from ...hf.internals import BaseTuner
+from ...hf.loadable import LoadableTuner
 from ...sparse.bases.sharded import with_wrapped
 from .architecture import Architecture, inspect_model
 from .checkpoint import check_checkpoint
@@ -20,7 +21,7 @@ from .generate import attach_generate, detach_generate
 from .layer import CHILD, MoReSLayer, attach, detach, remove_hooks, steer_output, steer_outside_checkpoints
 
 
-class MoReSModel(BaseTuner):
+class MoReSModel(LoadableTuner, BaseTuner):
     """
     MoReS: after decoder layers, some tokens' states h become h + R(W h + b − Rᵀh) with RᵀR = I (Bi et al., eqs. 3–4).
 
@@ -170,6 +171,17 @@ class MoReSModel(BaseTuner):
         """Compare tensors that are about to be loaded with the adapter that awaits them; see [`check_checkpoint`]."""
         check_checkpoint(model, adapter_name, tensors, whole_may_differ)
 
+    @classmethod
+    def take_out(cls, model: nn.Module) -> None:
+        """Remove all steering from a model, with its hooks."""
+        detach_generate(model)
+        for layer in list(_layers(model)):
+            if layer.finder is not None:
+                for module in model.modules():
+                    for hook in (layer.finder.enter, layer.finder.leave, steer_outside_checkpoints, steer_output):
+                        remove_hooks(module, hook)
+            detach(layer)
+
     # ------------------------------------------------------------------ calls
 
     @contextmanager
@@ -218,7 +230,7 @@ class MoReSModel(BaseTuner):
             self._check_mergeable(adapter_names)
             for layer in layers:
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        take_out(self.model)
+        self.take_out(self.model)
         return super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
@@ -226,17 +238,6 @@ class MoReSModel(BaseTuner):
 
 def _layers(model: nn.Module) -> Iterator[MoReSLayer]:
     return (module for module in model.modules() if isinstance(module, MoReSLayer))
-
-
-def take_out(model: nn.Module) -> None:
-    """Remove all steering from a model, with its hooks."""
-    detach_generate(model)
-    for layer in list(_layers(model)):
-        if layer.finder is not None:
-            for module in model.modules():
-                for hook in (layer.finder.enter, layer.finder.leave, steer_outside_checkpoints, steer_output):
-                    remove_hooks(module, hook)
-        detach(layer)
 
 
 def _connector_linear(architecture: Architecture) -> list[str]:
