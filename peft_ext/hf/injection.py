@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 from torch import nn
+from transformers.integrations.peft import PeftAdapterMixin
 
 
 Begin = Callable[[Any], None]
@@ -31,7 +33,19 @@ def loading(begin: Begin) -> Iterator[None]:
 
 def is_loading() -> bool:
     """Whether a checkpoint brings the tensors of the adapter that is being added, so that nothing need be chosen."""
-    return _begin.get() is not None
+    return _begin.get() is not None or _began_before_us()
+
+
+def _began_before_us() -> bool:
+    """
+    Whether a call of transformers' `load_adapter` runs that has no wrapper. It imports PEFT, and where PEFT imports us
+    (see `install/autoload.py`) the first such call has begun before there was a wrapper.
+    """
+    code = inspect.unwrap(PeftAdapterMixin.load_adapter).__code__
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
 
 
 def check_adapter_name(name: Any) -> None:
@@ -59,7 +73,7 @@ def clean_refusal(peft_config: dict[str, Any], model: nn.Module, adapter_name: s
     """
     config = peft_config[adapter_name]
     begin = _begin.get()
-    config.awaits_weights = begin is not None
+    config.awaits_weights = is_loading()
     try:
         check_adapter_name(adapter_name)
         if begin is not None:

@@ -104,6 +104,17 @@ def test_second_adapter_swap_and_resume(tiny, tmp_path, choosing_fails, method, 
     assert_equal_bits(bits(model), expected)
 
 
+@pytest.mark.parametrize("method", ["neuroada", "gps over the network"])
+def test_call_of_transformers_that_began_before_we_were_imported(tiny, tmp_path, choosing_fails, method):
+    """With autoload it imports PEFT, which imports us, while it runs: there is no wrapper around it yet."""
+    model = adapted(tiny("llama"), method)
+    model.save_pretrained(tmp_path)
+    choosing_fails()
+    base = tiny("llama")
+    type(base).load_adapter.__wrapped__(base, str(tmp_path))
+    assert_equal_bits(bits(base), bits(model))
+
+
 def test_folder_of_an_adapter_in_transformers(tiny, tmp_path, choosing_fails):
     model = adapted(tiny("llama"), "neuroada", task_type="CAUSAL_LM")
     model.save_pretrained(tmp_path)
