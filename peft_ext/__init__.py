@@ -1,50 +1,23 @@
 """Fine-grained sparse tuning as PEFT methods. Importing the package registers them with PEFT and transformers."""
 
 import importlib
+import sys
+from pathlib import Path
 from typing import Any
 
-from ._version import __version__
-from .conversion import convert
-from .install.wrappers import install as _install
-from .sparse.choose.scoring import SupervisedContrastiveLoss, TwoViewCollator, activation_scores, gradient_scores
-from .sparse.model.hotswap import hotswap_adapter
-from .sparse.report.selection_report import SelectionReport, selection_report
-from .tuners.gps import GPS_PRESETS, GPSConfig, GPSModel, gps
-from .tuners.mores import MoReSConfig, MoReSModel, unfinished_prompt, visual_tokens
-from .tuners.neuroada import NEUROADA_PRESETS, NEUROADA_SEARCH_SPACES, NeuroAdaConfig, NeuroAdaModel
-from .tuners.psn import PSNConfig, PSNModel
+from ._version import __version__ as __version__
 
 
-_install()
-
-__all__ = [
-    "GPS_PRESETS",
-    "NEUROADA_PRESETS",
-    "NEUROADA_SEARCH_SPACES",
-    "GPSConfig",
-    "GPSModel",
-    "MoReSConfig",
-    "MoReSModel",
-    "NeuroAdaConfig",
-    "NeuroAdaModel",
-    "PSNConfig",
-    "PSNModel",
-    "SelectionReport",
-    "SupervisedContrastiveLoss",
-    "TwoViewCollator",
-    "__version__",
-    "activation_scores",
-    "convert",
-    "gps",
-    "gradient_scores",
-    "hotswap_adapter",
-    "selection_report",
-    "unfinished_prompt",
-    "visual_tokens",
-]
+# The command `peft-ext` imports this file before its own. Torch and PEFT take seconds, which its help and its errors
+# need not wait for; `cli.py` imports the rest before a job runs.
+if Path((getattr(sys, "argv", None) or [""])[0]).stem != "peft-ext":
+    from .api import *  # noqa: F403
+    from .api import __all__ as __all__
 
 
 def __getattr__(name: str) -> Any:
     if name == "mtl":  # imports transformers' Trainer: only when it is asked for
         return importlib.import_module(".mtl", __name__)
+    if not name.startswith("__") and hasattr(api := importlib.import_module(".api", __name__), name):
+        return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+
+from ._version import __version__
+
+
+# By name, where a job is and what it does. Its file is imported when it is asked for: torch takes seconds to import.
+JOBS = {
+    "convert": ("conversion.cli", "turn a SHiRA or Super-Tuning adapter into a NeuroAda adapter"),
+    "flow": ("knockout.cli", "where information flows in a vision-language model"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="peft-ext", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"peft-ext {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    from .conversion import cli as convert
-    from .knockout import cli as flow
-
-    jobs: dict[str, Any] = {"convert": convert, "flow": flow}
-    for name, job in jobs.items():
-        job.add_arguments(commands.add_parser(name, help=job.SUMMARY, description=job.DESCRIPTION))
-    options = parser.parse_args(argv)
+    wanted = next((argument for argument in arguments if argument != "--"), None)
+    for name, (place, summary) in JOBS.items():
+        command = commands.add_parser(name, help=summary)
+        if name == wanted:
+            importlib.import_module(".api", __package__)  # a job needs our methods registered
+            job = importlib.import_module(f".{place}", __package__)
+            command.description = job.DESCRIPTION
+            job.add_arguments(command)
+    options = parser.parse_args(arguments)
     try:
-        return jobs[options.command].run(options)
+        return job.run(options)
     except (TypeError, ValueError, OSError) as error:
         print(f"peft-ext {options.command}: {error}", file=sys.stderr)
         return 1

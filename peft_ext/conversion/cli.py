@@ -19,7 +19,6 @@ from .convert import convert
 from .folder import read_config
 
 
-SUMMARY = "turn a SHiRA or Super-Tuning adapter into a NeuroAda adapter"
 DESCRIPTION = (
     "Load an adapter of SHiRA or Super-Tuning onto its base model, and save it as one of NeuroAda that computes the "
     "same."

@@ -26,7 +26,6 @@ from .sweep.sweep import layer_sweep
 from .sweep.windows import MODES
 
 
-SUMMARY = "where information flows in a vision-language model"
 DESCRIPTION = (
     "Block the attention between groups of tokens in a window around each layer, and measure what the probability of "
     "the model's answer loses. Groups: image, question, last, text, newline, true_option, false_option, options, "

@@ -1,0 +1,41 @@
+"""All public names of `peft_ext`. Importing this file registers the methods with PEFT and transformers."""
+
+from ._version import __version__
+from .conversion import convert
+from .install.wrappers import install as _install
+from .sparse.choose.scoring import SupervisedContrastiveLoss, TwoViewCollator, activation_scores, gradient_scores
+from .sparse.model.hotswap import hotswap_adapter
+from .sparse.report.selection_report import SelectionReport, selection_report
+from .tuners.gps import GPS_PRESETS, GPSConfig, GPSModel, gps
+from .tuners.mores import MoReSConfig, MoReSModel, unfinished_prompt, visual_tokens
+from .tuners.neuroada import NEUROADA_PRESETS, NEUROADA_SEARCH_SPACES, NeuroAdaConfig, NeuroAdaModel
+from .tuners.psn import PSNConfig, PSNModel
+
+
+_install()
+
+__all__ = [
+    "GPS_PRESETS",
+    "NEUROADA_PRESETS",
+    "NEUROADA_SEARCH_SPACES",
+    "GPSConfig",
+    "GPSModel",
+    "MoReSConfig",
+    "MoReSModel",
+    "NeuroAdaConfig",
+    "NeuroAdaModel",
+    "PSNConfig",
+    "PSNModel",
+    "SelectionReport",
+    "SupervisedContrastiveLoss",
+    "TwoViewCollator",
+    "__version__",
+    "activation_scores",
+    "convert",
+    "gps",
+    "gradient_scores",
+    "hotswap_adapter",
+    "selection_report",
+    "unfinished_prompt",
+    "visual_tokens",
+]
