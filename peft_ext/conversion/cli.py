@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +11,7 @@ import transformers
 from peft.utils import CONFIG_NAME
 from transformers import AutoConfig
 
+from ..export.folder import filled_at_once
 from .convert import convert
 from .folder import read_config
 
@@ -39,36 +36,12 @@ def run(options: argparse.Namespace) -> int:
     base = options.base or config.base_model_name_or_path
     if not base:
         raise ValueError(f"{options.adapter} does not name its base model; pass it as --base.")
-    with _filled_at_once(options.out) as folder:
+    with filled_at_once(options.out, last=CONFIG_NAME) as folder:
         model = convert(options.adapter, _base_model(base, options.dtype))
-        model.save_pretrained(folder)
+        model.save_pretrained(str(folder))
     entries = sum(parameter.numel() for name, parameter in model.named_parameters() if "neuroada_delta" in name)
     print(f"{options.out}: a NeuroAda adapter of {entries:,} entries")
     return 0
-
-
-@contextmanager
-def _filled_at_once(out: Path) -> Iterator[str]:
-    """
-    A folder to write into, whose files are moved to `out` at the end, the one that makes them an adapter last. So an
-    error or an interruption leaves no half adapter there.
-
-    Raises:
-        `ValueError`: if nothing can be written there, before any work is done.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        what = "has files in it" if out.is_dir() else "is a file"
-        raise ValueError(f"out={str(out)!r} {what}; pass a new or empty folder.")
-    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    try:
-        temporary = tempfile.TemporaryDirectory(prefix=".peft-ext-", dir=nearest)
-    except OSError as error:
-        raise ValueError(f"out={str(out)!r} cannot be written to ({error}); pass another folder.") from error
-    with temporary as folder:
-        yield folder
-        out.mkdir(parents=True, exist_ok=True)
-        for name in sorted(os.listdir(folder), key=lambda name: name == CONFIG_NAME):
-            os.replace(os.path.join(folder, name), out / name)
 
 
 def _base_model(base: str, dtype: str) -> Any:

@@ -1,0 +1,174 @@
+"""Merge an adapter into a checkpoint's files, shard by shard, and take it out again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .adapter import AdapterFile
+from .changes import Change, changes_of
+from .checkpoint import Checkpoint
+from .folder import filled_at_once
+from .patch import SparsePatch, read_patch, write_patch
+
+
+# No ending that serving engines take for weights: vLLM reads every `*.safetensors` beside a model.
+ORIGINALS_FILE = "peft_ext.originals"
+Name = str | os.PathLike[str]
+
+
+@torch.no_grad()
+def merge_checkpoint(base: Name, adapter: Name, out: Name) -> int:
+    """
+    Merge a sparse adapter into a checkpoint without loading the model: one tensor is in memory at a time. The tensors
+    are bit for bit those of `merge_and_unload()` on the model loaded in the checkpoint's dtype.
+
+    Beside the weights lies `peft_ext.originals`, which holds what was replaced, for [`revert_checkpoint`].
+
+    Args:
+        base (`str`): folder or Hub id of the base model, in safetensors.
+        adapter (`str`): folder or Hub id of the adapter, or the file of a patch (see [`export_patch`]).
+        out (`str`): folder to write to, new or empty.
+
+    Returns:
+        `int`: how many numbers were replaced.
+
+    Raises:
+        `ValueError`: if the base is not the adapter's, is quantised or is no safetensors checkpoint, if the adapter is
+            not a sparse one or trains what the checkpoint does not have, or if `out` has files in it. Nothing is left
+            in `out` then.
+    """
+    checkpoint = Checkpoint(base)
+    with filled_at_once(Path(out), last="config.json") as folder:
+        if Path(adapter).is_file():
+            return _write_patched(checkpoint, *_patch_for(checkpoint, adapter), folder)
+        with AdapterFile(adapter) as opened:
+            originals: dict[str, SparsePatch] = {}
+
+            def merge(key: str, changes: list[Change], tensor: Tensor) -> None:
+                originals[key] = _combined(key, changes, tensor).apply(tensor)
+
+            edits = {key: partial(merge, key, made) for key, made in changes_of(checkpoint, opened).items()}
+            checkpoint.copy_changed(folder, edits)
+            return _write_originals(folder, originals, opened.checksum)
+
+
+@torch.no_grad()
+def revert_checkpoint(merged: Name, adapter: Name, out: Name) -> int:
+    """
+    Undo [`merge_checkpoint`]: every bit of the base model's weights.
+
+    Args:
+        merged (`str`): folder that the adapter was merged into.
+        adapter (`str`): the adapter, or patch, that was merged.
+        out (`str`): folder to write to, new or empty.
+
+    Returns:
+        `int`: how many numbers were put back.
+
+    Raises:
+        `ValueError`: if the folder has no originals, they are another adapter's, or the weights were changed since.
+    """
+    checkpoint = Checkpoint(merged)
+    path = checkpoint.folder / ORIGINALS_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"{checkpoint.folder} has no {ORIGINALS_FILE}, which `peft-ext merge` writes beside the weights; without "
+            "it the originals are known to the base model alone."
+        )
+    patches, facts = read_patch(path)
+    if Path(adapter).is_file():
+        checksum: str | None = _identity(read_patch(adapter)[0])
+    else:
+        with AdapterFile(adapter) as opened:
+            checksum = opened.checksum
+    if facts.get("adapter") != (checksum or "unknown"):
+        raise ValueError(f"{path} holds what another adapter than {adapter!s} has replaced.")
+    _check_names(checkpoint, path, patches)
+    with filled_at_once(Path(out), last="config.json") as folder:
+        checkpoint.copy_changed(folder, {key: _applying(patch) for key, patch in patches.items()})
+    return _size(patches)
+
+
+@torch.no_grad()
+def export_patch(adapter: Name, base: Name, out: Name) -> int:
+    """
+    Write what merging changes as a sparse patch of the checkpoint (see [`peft_ext.export.patch`] for the layout).
+
+    Args:
+        adapter (`str`): folder or Hub id of the adapter.
+        base (`str`): folder or Hub id of the base model, in the dtype that the patch will be applied in.
+        out (`str`): folder to write `patch.safetensors` to, new or empty.
+
+    Returns:
+        `int`: how many numbers the patch replaces.
+
+    Raises:
+        `ValueError`: see [`merge_checkpoint`].
+    """
+    checkpoint = Checkpoint(base)
+    with AdapterFile(adapter) as opened, filled_at_once(Path(out), last="patch.safetensors") as folder:
+        patches = {
+            key: _combined(key, changes, checkpoint.read(key))
+            for key, changes in changes_of(checkpoint, opened).items()
+        }
+        write_patch(folder / "patch.safetensors", patches.values(), adapter=opened.checksum or "unknown")
+    return _size(patches)
+
+
+def _combined(key: str, changes: list[Change], tensor: Tensor) -> SparsePatch:
+    """The changes of one tensor, in which several modules may lie, apart from each other."""
+    parts = [change.values(tensor) for change in changes]
+    positions = [where for where, _ in parts if where is not None]
+    if len(positions) == len(parts):
+        return SparsePatch.between(key, tensor, torch.cat(positions), torch.cat([new.reshape(-1) for _, new in parts]))
+    if len(parts) > 1:
+        raise ValueError(f"The adapter replaces '{key}' whole and changes entries of it, so it is damaged.")
+    return SparsePatch.between(key, tensor, *parts[0])
+
+
+def _applying(patch: SparsePatch) -> Callable[[Tensor], None]:
+    def edit(tensor: Tensor) -> None:
+        patch.apply(tensor)
+
+    return edit
+
+
+def _patch_for(checkpoint: Checkpoint, path: Name) -> tuple[dict[str, SparsePatch], str]:
+    patches, _ = read_patch(path)
+    _check_names(checkpoint, path, patches)
+    return patches, _identity(patches)
+
+
+def _identity(patches: dict[str, SparsePatch]) -> str:
+    return " ".join(f"{patch.replaces & 0xFFFFFFFF:08x}" for patch in patches.values())
+
+
+def _check_names(checkpoint: Checkpoint, path: Name, patches: dict[str, SparsePatch]) -> None:
+    lacking = sorted(patches.keys() - checkpoint.tensors.keys())
+    if lacking:
+        raise ValueError(f"{path!s} changes '{lacking[0]}', which {checkpoint.folder} does not have.")
+
+
+def _write_patched(checkpoint: Checkpoint, patches: dict[str, SparsePatch], identity: str, folder: Path) -> int:
+    originals: dict[str, SparsePatch] = {}
+
+    def edit(key: str, tensor: Tensor) -> None:
+        originals[key] = patches[key].apply(tensor)
+
+    checkpoint.copy_changed(folder, {key: partial(edit, key) for key in patches})
+    return _write_originals(folder, originals, identity)
+
+
+def _write_originals(folder: Path, originals: dict[str, SparsePatch], identity: str | None) -> int:
+    write_patch(folder / ORIGINALS_FILE, originals.values(), adapter=identity or "unknown")
+    return _size(originals)
+
+
+def _size(patches: dict[str, SparsePatch]) -> int:
+    return sum(patch.values.numel() for patch in patches.values())

@@ -1,0 +1,150 @@
+"""Which tensor of a checkpoint holds the weight of a module, and where in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from ..sparse.bases.projection import PROJECTIONS
+from ..sparse.support import Support
+from .checkpoint import Checkpoint, Stored
+
+
+@dataclass(frozen=True)
+class Place:
+    """
+    A weight `[rows, fan_in]` inside a tensor of a checkpoint.
+
+    Attributes:
+        key (`str`): name of the tensor.
+        rows, fan_in (`int`): shape of the weight seen as neurons.
+        transposed (`bool`): whether a neuron is a column of the tensor, as transformers' `Conv1D` keeps it.
+        first_row (`int`): where the weight begins, in a tensor that holds several.
+    """
+
+    key: str
+    rows: int
+    fan_in: int
+    transposed: bool = False
+    first_row: int = 0
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """The weight, a view of the tensor."""
+        return tensor.t() if self.transposed else tensor.flatten(1)[self.first_row : self.first_row + self.rows]
+
+    def positions(self, support: Support) -> Tensor:
+        """Where a support's entries lie in the flattened tensor, int64 in the order of the entries."""
+        rows, columns = support.row_of_entry(), support.indices.reshape(-1).long()
+        return columns * self.rows + rows if self.transposed else (rows + self.first_row) * self.fan_in + columns
+
+
+class Names:
+    """
+    From names in a model to names in its checkpoint: equal, or as transformers renames them when it loads.
+
+    Args:
+        checkpoint ([`Checkpoint`]): the checkpoint.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def key(self, name: str) -> str | None:
+        """The checkpoint's name of one of the model's tensors, if it has that tensor as it is."""
+        return name if name in self.checkpoint.tensors else self._renamed.get(name)
+
+    def places(self, module: str, rows: int, fan_in: int) -> list[Place]:
+        """
+        Where a module's weight may lie: two places if a square tensor does not show whether it is transposed.
+
+        Raises:
+            `ValueError`: if the checkpoint has no such weight, or one of another shape.
+        """
+        key = self.key(f"{module}.weight")
+        if key is None:
+            return [self._in_attention(module, rows, fan_in)]
+        shape = self.checkpoint.tensors[key].shape
+        natural = shape[0] == rows and torch.Size(shape[1:]).numel() == fan_in
+        found = [Place(key, rows, fan_in)] if natural else []
+        if shape == (fan_in, rows):
+            found.append(Place(key, rows, fan_in, transposed=True))
+        if not found:
+            raise ValueError(_other_shape(self.checkpoint, key, rows, fan_in))
+        return found
+
+    def _in_attention(self, module: str, rows: int, fan_in: int) -> Place:
+        parent, _, part = module.rpartition(".")
+        key = self.key(f"{parent}.in_proj_weight") if part in PROJECTIONS else None
+        if key is None:
+            raise ValueError(
+                f"{self.checkpoint.folder} has no tensor '{module}.weight' of its own, which the adapter trains: it "
+                "is another model's, is tied to another weight, or is made of several tensors. Load the adapter in "
+                "Python, and save what merge_and_unload() returns."
+            )
+        if self.checkpoint.tensors[key].shape != (3 * rows, fan_in):
+            raise ValueError(_other_shape(self.checkpoint, key, 3 * rows, fan_in))
+        return Place(key, rows, fan_in, first_row=PROJECTIONS.index(part) * rows)
+
+    def bias(self, module: str, rows: int) -> tuple[str, int]:
+        """
+        Where a module's bias lies: the tensor's name and its first number.
+
+        Raises:
+            `ValueError`: if the checkpoint has none.
+        """
+        key, first = self.key(f"{module}.bias"), 0
+        parent, _, part = module.rpartition(".")
+        if key is None and part in PROJECTIONS:
+            key, first = self.key(f"{parent}.in_proj_bias"), PROJECTIONS.index(part) * rows
+        if key is None or first + rows > self.checkpoint.tensors[key].shape[0]:
+            raise ValueError(f"{self.checkpoint.folder} has no bias for '{module}', which the adapter trains.")
+        return key, first
+
+    @cached_property
+    def _renamed(self) -> dict[str, str]:
+        """By the model's names, the checkpoint's, for tensors that transformers loads one by one."""
+        model = empty_model(str(self.checkpoint.folder))
+        if model is None:
+            return {}
+        rules = get_model_conversion_mapping(model)
+        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        prefix, state = model.base_model_prefix, model.state_dict()
+        names: dict[str, str] = {}
+        for key in self.checkpoint.tensors:
+            name, converter = rename_source_key(key, renamings, converters, prefix, state)
+            if converter is None:
+                # The adapter may have been made on the model without its head, or with another one.
+                names[name] = key
+                names.setdefault(name.removeprefix(f"{prefix}."), key)
+                names.setdefault(f"{prefix}.{name}", key)
+        return names
+
+
+def empty_model(name: str) -> Any:
+    """A model without memory for its weights, or `None` if it is not at hand or transformers does not know it."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError):
+        return None
+    model_class = getattr(transformers, (config.architectures or [""])[0], None)
+    if model_class is None:
+        return None
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def _other_shape(checkpoint: Checkpoint, key: str, rows: int, fan_in: int) -> str:
+    stored: Stored = checkpoint.tensors[key]
+    return (
+        f"'{key}' in {checkpoint.folder / stored.file} has the shape {stored.shape}, but the adapter was made for "
+        f"{rows} neurons of {fan_in} inputs: it is another model's."
+    )
