@@ -3,6 +3,7 @@
 from ._version import __version__
 from .conversion import convert
 from .install.wrappers import install as _install
+from .sparse.another_base import another_base
 from .sparse.choose.scoring import SupervisedContrastiveLoss, TwoViewCollator, activation_scores, gradient_scores
 from .sparse.model.hotswap import hotswap_adapter
 from .sparse.report.selection_report import SelectionReport, selection_report
@@ -31,6 +32,7 @@ __all__ = [
     "TwoViewCollator",
     "__version__",
     "activation_scores",
+    "another_base",
     "convert",
     "gps",
     "gradient_scores",

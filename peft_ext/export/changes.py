@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..sparse.another_base import accepts_another_base
 from .adapter import AdapterFile
 from .checkpoint import Checkpoint
 from .names import Names, Place
@@ -87,8 +88,12 @@ def _fitting(adapter: AdapterFile, module: str, tensor: Tensor, places: list[Pla
     if not fitting:
         raise ValueError(
             f"{adapter.path} was made for another base model: '{places[0].key}' has {reasons[places[0]]}. Pass the "
-            "base model it was trained on."
+            "base model it was trained on or, to merge into this one on purpose, --another-base."
         )
+    if accepts_another_base() and len(fitting) > 1:
+        distances = [entries.support.distance(entries.fingerprint, place.matrix(tensor)) for place in fitting]
+        if distances[0] != distances[1]:
+            return fitting[distances.index(min(distances))]
     if len(fitting) > 1:
         raise ValueError(
             f"{adapter.path} does not say which weight '{module}' was made for, and '{places[0].key}' is square, so "

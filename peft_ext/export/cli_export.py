@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 
-SUMMARY = "write an adapter as a LoRA or as a sparse patch of the checkpoint"
 DESCRIPTION = (
     "--to lora: a LoRA for vLLM, TGI, llama.cpp and whatever else knows no other adapters. It is exact where the "
     "trained entries lie in few enough columns or rows; otherwise it is the nearest one, and the error is printed. "

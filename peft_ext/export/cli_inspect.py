@@ -6,7 +6,6 @@ import argparse
 import json
 
 
-SUMMARY = "show what adapters train: entries per module, norms, and what they have in common"
 DESCRIPTION = (
     "Read the files of one adapter or several, without the base model: method, base, entries and their share of each "
     "module's weights, 2-norm and largest magnitude of the values, and the entries that each two adapters share."

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 
 
-SUMMARY = "merge an adapter into a checkpoint's files, without loading the model"
 DESCRIPTION = (
     "Write a checkpoint with a sparse adapter merged in, shard by shard: one tensor is in memory at a time, and the "
     "tensors are bit for bit those of merge_and_unload() in the checkpoint's dtype. The result loads in plain "
@@ -23,14 +23,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", help="folder or Hub id of the adapter, or the file of a patch")
     parser.add_argument("out", type=Path, help="folder to write to, new or empty")
     parser.add_argument("--revert", action="store_true", help="take the adapter out again: every bit as before")
+    parser.add_argument(
+        "--another-base", action="store_true", help="merge into another base model of the same shapes, on purpose"
+    )
     parser.epilog, parser.formatter_class = EXAMPLE, argparse.RawDescriptionHelpFormatter
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
+    from ..sparse.another_base import another_base
     from .merging import merge_checkpoint, revert_checkpoint
 
     work = revert_checkpoint if options.revert else merge_checkpoint
-    changed = work(options.base, options.adapter, options.out)
+    with another_base() if options.another_base else nullcontext():
+        changed = work(options.base, options.adapter, options.out)
     print(f"{options.out}: {changed:,} numbers {'put back' if options.revert else 'replaced'}")
     return 0

@@ -39,9 +39,9 @@ def merge_checkpoint(base: Name, adapter: Name, out: Name) -> int:
         `int`: how many numbers were replaced.
 
     Raises:
-        `ValueError`: if the base is not the adapter's, is quantised or is no safetensors checkpoint, if the adapter is
-            not a sparse one or trains what the checkpoint does not have, or if `out` has files in it. Nothing is left
-            in `out` then.
+        `ValueError`: if the base is not the adapter's (see [`another_base`]), is quantised or is no safetensors
+            checkpoint, if the adapter is not a sparse one or trains what the checkpoint does not have, or if `out` has
+            files in it. Nothing is left in `out` then.
     """
     checkpoint = Checkpoint(base)
     with filled_at_once(Path(out), last="config.json") as folder:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .another_base import accepts_another_base
 from .bases.sharded import is_first_of, make_equal
 from .ops import ConvGeometry, add_in_place, bypass, bypass_conv, may_add_in_place
 from .ops.conv import entries_by_tap
@@ -216,7 +217,7 @@ class SparseDelta(nn.Module):
 
     def _support_was_set(self) -> None:
         self.pending = False
-        self.checked = False
+        self.checked = accepts_another_base()
         self.stale = True
 
     def forward(self, result: Tensor, x: Tensor, geometry: ConvGeometry | None = None, owned: bool = False) -> Tensor:

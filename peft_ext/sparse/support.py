@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .another_base import accepts_another_base
+
 
 # Fingerprint layout, int64[6]: rows, fan_in, dtype code, checksum of the bits, and the raw bits of two float64 sums
-# with pseudo-random signs. Of a weight that could not be read, dtype code, checksum and sums are zero.
+# with pseudo-random signs. Of a weight that could not be read, dtype code, checksum and sums are zero. The dtype code
+# of a dequantised weight has a further bit.
 FINGERPRINT_LENGTH = 6
 _DTYPE_CODES = {
     torch.float32: 1,
@@ -22,12 +25,14 @@ _DTYPE_CODES = {
     torch.float8_e5m2fnuz: 8,
 }
 _COARSE = {5, 6, 7, 8}
+_DEQUANTISED = 2**8
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
 # How far a signed sum may move, in units of the values' 2-norm. A cast to bf16 moves each value by at most 2^-9
-# relative, independently; an unrelated weight moves the sum by about 1.4 norms, a quantised one, or one in 8 bits, by
-# some hundredths.
+# relative, independently; one to 8 bits moves the sum by some hundredths, one to 4 bits by 0.04 (NF4, k=1) to 0.1
+# (FP4, k=20) as a root mean square, and a model may have hundreds of weights; an unrelated weight by about 1.4.
 CAST_TOLERANCE = 8 * 2.0**-9
-QUANTISED_TOLERANCE = 0.3
+COARSE_TOLERANCE = 0.3
+QUANTISED_TOLERANCE = 0.6
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,19 +136,21 @@ class Support:
         if bool((same_row & (columns[1:] <= columns[:-1])).any()):
             raise ValueError("indices are not strictly increasing within a row")
 
-    def fingerprint(self, matrix: Tensor) -> Tensor:
+    def fingerprint(self, matrix: Tensor, quantised: bool = False) -> Tensor:
         """
         Identify the base weight by its original values at the support.
 
         Args:
             matrix (`torch.Tensor`): the base weight as float `[rows, fan_in]`.
+            quantised (`bool`): whether it is a dequantised copy.
 
         Returns:
             `torch.Tensor`: int64 `[6]` on the CPU: rows, fan-in, dtype, exact checksum, and sums that stay comparable
             after a cast or quantisation.
         """
         values = self.gather(matrix.detach()).reshape(-1)
-        head = [self.rows, self.fan_in, _DTYPE_CODES[values.dtype], _checksum(values)]
+        code = _DTYPE_CODES[values.dtype] + _DEQUANTISED * quantised
+        head = [self.rows, self.fan_in, code, _checksum(values)]
         return torch.cat([torch.tensor(head, dtype=torch.int64), _sums(values).view(torch.int64)])
 
     def unknown_fingerprint(self) -> Tensor:
@@ -160,7 +167,7 @@ class Support:
         rows, fan_in, code, *rest = fingerprint.tolist()
         if (rows, fan_in) != (self.rows, self.fan_in):
             raise ValueError(f"it is that of a {rows}x{fan_in} weight instead of {self.rows}x{self.fan_in}")
-        if code not in _DTYPE_CODES.values() and (code, *rest) != (0,) * (FINGERPRINT_LENGTH - 2):
+        if code % _DEQUANTISED not in _DTYPE_CODES.values() and (code, *rest) != (0,) * (FINGERPRINT_LENGTH - 2):
             raise ValueError(f"it has {code} for the weight's dtype")
         if not bool(torch.isfinite(fingerprint[4:].view(torch.float64)).all()):
             raise ValueError("its sums of weights are not finite")
@@ -169,8 +176,9 @@ class Support:
         """
         Compare a stored fingerprint with a base weight.
 
-        Equal dtypes must agree in every bit at the support. A base cast to another float type, or quantised, must
-        agree in its sums within the rounding of the coarser type.
+        Equal dtypes must agree in every bit at the support. A base cast to another float type must agree in its sums
+        within the rounding of the coarser type, and so must weights of which either is quantised. Inside
+        [`another_base`] only the shape must agree.
 
         Returns:
             `str` or `None`: what differs, or `None` if the weight is the one that the support was chosen for.
@@ -180,17 +188,40 @@ class Support:
             return None
         if (int(stored[0]), int(stored[1])) != (self.rows, self.fan_in):
             return f"shape {int(stored[0])}x{int(stored[1])} instead of {self.rows}x{self.fan_in}"
+        if accepts_another_base():
+            return None
         values = self.gather(matrix.detach()).reshape(-1)
-        code = _DTYPE_CODES[values.dtype]
-        if not quantised and int(stored[2]) == code:  # the usual case, which takes a third of the sums' time
-            return None if int(stored[3]) == _checksum(values) else "other values at the adapter's entries"
-        coarse = quantised or not _COARSE.isdisjoint((int(stored[2]), code))
-        tolerance = QUANTISED_TOLERANCE if coarse else CAST_TOLERANCE
-        norm = float(values.double().norm())
-        moved = (stored[4:].view(torch.float64) - _sums(values)).abs().max()
-        if not float(moved) <= tolerance * norm:
-            return "other values at the adapter's entries, by more than a change of dtype explains"
-        return None
+        code = _DTYPE_CODES[values.dtype] + _DEQUANTISED * quantised
+        quantised |= int(stored[2]) >= _DEQUANTISED
+        if not quantised and int(stored[2]) == code:
+            if int(stored[3]) == _checksum(values):  # the usual case, which takes a third of the sums' time
+                return None
+            tolerance, explained = 0.0, ""
+        else:
+            coarse = not _COARSE.isdisjoint((int(stored[2]), code))
+            tolerance = QUANTISED_TOLERANCE if quantised else COARSE_TOLERANCE if coarse else CAST_TOLERANCE
+            explained = f", by more than {'quantisation' if quantised else 'a change of dtype'} explains"
+        moved = _moved(stored, values)
+        if tolerance and moved <= tolerance:
+            return None
+        if moved <= COARSE_TOLERANCE:
+            explained += (
+                f" (near them: sums within {moved:.1e} of their norm, as of a model that was trained further, "
+            )
+            explained += "or of the original of a quantised one)"
+        return f"other values at the adapter's entries{explained}"
+
+    def distance(self, fingerprint: Tensor, matrix: Tensor) -> float:
+        """How far the sums at the support are from a stored fingerprint's, relative to the values' 2-norm."""
+        if is_unknown(fingerprint):
+            return 0.0
+        return _moved(fingerprint.cpu(), self.gather(matrix.detach()).reshape(-1))
+
+
+def _moved(stored: Tensor, values: Tensor) -> float:
+    norm = float(values.double().norm())
+    moved = float((stored[4:].view(torch.float64) - _sums(values)).abs().max())
+    return moved / norm if norm else float("inf") if moved else 0.0
 
 
 def is_unknown(fingerprint: Tensor) -> bool:

@@ -384,3 +384,23 @@ def test_torchao(model_dir, ids, tmp_path, kind):
     merged = model.merge_and_unload()
     assert not hasattr(merged.config, "quantization_config")
     torch.testing.assert_close(_logits(merged, ids), expected, rtol=1e-4, atol=1e-4)
+
+
+@KINDS
+def test_an_adapter_of_a_quantised_base_loads_onto_the_original_without_a_word(
+    kind, model_dir, ids, tmp_path, recwarn
+):
+    """The QLoRA route: train on the quantised base, serve on the original one. And on no other."""
+    _adapted(model_dir, kind).save_pretrained(tmp_path)
+    original = AutoModelForCausalLM.from_pretrained(model_dir("llama"))
+    recwarn.clear()
+    model = PeftModel.from_pretrained(original, tmp_path)
+    assert not [w for w in recwarn if "base" in str(w.message)]
+    weight = model.base_model.model.model.layers[0].self_attn.q_proj
+    merged = weight.get_base_layer().weight + weight.get_delta_weight("default")
+    assert torch.equal(model.merge_and_unload().model.layers[0].self_attn.q_proj.weight, merged)
+    other = AutoModelForCausalLM.from_pretrained(model_dir("llama"))
+    for parameter in other.parameters():
+        parameter.data = torch.randn_like(parameter) * parameter.std()
+    with pytest.raises(ValueError, match="by more than quantisation explains"):
+        PeftModel.from_pretrained(other, tmp_path)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ...hf.internals import BaseTunerLayer, QuantizationBackend, in_out_features, quantization_extra_repr
+from ..another_base import REMEDY
 from ..bases.neurons import is_plain, neuron_view, stored_weight, taps_of, values_dtype_of, weight_view
 from ..bases.offloaded import execution_device, is_offloaded
 from ..bases.padding import CONVOLUTIONS
@@ -112,7 +113,8 @@ class SparseLayer(BaseAttributes, MergingMixin, nn.Module, BaseTunerLayer):
                 nn.init.normal_(parameter)
         readable = self.quantization_backend is None or self.quantization_backend.supports_merge
         if readable and not pending and not support.indices.is_meta:
-            delta.fingerprint.copy_(support.fingerprint(self.original_matrix()))
+            quantised = self.original_backend is not None
+            delta.fingerprint.copy_(support.fingerprint(self.original_matrix(), quantised))
         return delta
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -247,7 +249,7 @@ class SparseLayer(BaseAttributes, MergingMixin, nn.Module, BaseTunerLayer):
         if reason is not None:
             raise ValueError(
                 f"Adapter '{adapter_name}' was made for another base model: this {self.in_features}->"
-                f"{self.out_features} layer's base weight has {reason}. Load it onto the base model it was trained on."
+                f"{self.out_features} layer's base weight has {reason}. Nothing was computed; {REMEDY}."
             )
         delta.checked = True
 

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from ...hf.adapter_state import MalformedAdapter, check_state, without_wrappers
 from ...hf.loadable import LoadableTuner
+from ..another_base import REMEDY
 from ..bases.projection import Projection
 from ..bases.sharded import with_wrapped
 from ..layers import SparseLayer, SparseMultiheadAttention, attention_biases
@@ -236,5 +237,5 @@ def _check_entries(prefix: str, layer: SparseLayer, adapter_name: str, parts: di
     if reason is not None:
         raise MalformedAdapter(
             f"Adapter '{adapter_name}' was made for another base model: the base weight under '{prefix}' has "
-            f"{reason}. Nothing was loaded; use the base model it was trained on."
+            f"{reason}. Nothing was loaded; {REMEDY}."
         )
