@@ -12,7 +12,8 @@ from peft.utils import CONFIG_NAME
 
 from .._version import __version__
 from ..io import write_atomically
-from .files import REQUIRES, check_weights, explain_requirement
+from .cards import complete_quietly
+from .files import REQUIRES, check_weights
 
 
 @dataclass
@@ -41,8 +42,8 @@ class SavedConfig(PeftConfig):
         return {**super().to_dict(), "peft_ext_version": __version__}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, replacing an old one only when the new one is complete, and explain in the
-        folder's README which package loads the adapter. See `PeftConfig.save_pretrained`."""
+        """Write `adapter_config.json`, replacing an old one only when the new one is complete, and complete the card.
+        See `PeftConfig.save_pretrained`."""
         if os.path.isfile(save_directory):
             raise ValueError(f"save_directory={save_directory!r} is a file; pass a folder.")
         os.makedirs(save_directory, exist_ok=True)
@@ -52,7 +53,7 @@ class SavedConfig(PeftConfig):
             content["auto_mapping"] = auto_mapping
         text = json.dumps(content, indent=2, sort_keys=True)
         write_atomically(os.path.join(save_directory, CONFIG_NAME), text)
-        explain_requirement(save_directory, self.peft_type)
+        complete_quietly(save_directory)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:

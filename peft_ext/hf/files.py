@@ -14,12 +14,11 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..io import replace, write_atomically
+from ..io import replace
 
 
 REQUIRES = "peft_ext: run `pip install peft-ext`, then `import peft_ext` before loading this adapter"
 CHECKSUM_KEY = "peft_ext_sha256"
-_README_MARK = "<!-- peft_ext -->"
 
 
 def write_weights(
@@ -79,34 +78,3 @@ def _is_ours(folder: str) -> bool:
             return json.load(file).get("requires") == REQUIRES
     except (OSError, ValueError, AttributeError):  # PEFT's matter
         return False
-
-
-def explain_requirement(folder: str, peft_type: Any) -> None:
-    """Say in the adapter's README, where there is one, that loading needs peft_ext."""
-    path = os.path.join(folder, "README.md")
-    if not os.path.isfile(path):
-        return
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
-    if _README_MARK in text:
-        return
-    name = str(getattr(peft_type, "value", peft_type))
-    section = f"""
-
-{_README_MARK}
-## Loading this adapter
-
-This is a {name} adapter made with `peft_ext`. Without that package PEFT stops with `KeyError: '{name}'`.
-
-```bash
-pip install peft-ext
-```
-
-```python
-import peft_ext  # registers {name} with PEFT
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "path/or/hub-id/of/this/adapter")
-```
-"""
-    write_atomically(path, text.rstrip() + section)

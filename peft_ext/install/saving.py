@@ -1,4 +1,4 @@
-"""Saving one of our adapters writes its file whole or not at all, with a checksum of its content.
+"""Saving one of our adapters writes its file whole or not at all, with a checksum of its content, and its card.
 
 PEFT and transformers call safetensors' `save_file` directly and leave no hook around it. Where one of our adapters is
 saved, their method runs with another `save_file` among its globals. The libraries' modules stay as they are, and
@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..hf.cards import complete_quietly
 from ..hf.config import SavedConfig
 from ..hf.files import write_weights
 from ..hf.loadable import tuner_of
@@ -58,6 +59,7 @@ def _with_our_writer(method: Any, tuners: set[Any]) -> Callable[..., Any]:
         for tuner in owners:
             tuner.check_gathered(tensors)
         write_weights(save_file, tensors, path, metadata)
+        complete_quietly(os.path.dirname(path))
 
     copy = FunctionType(
         method.__code__, {**method.__globals__, NAME: write}, method.__name__, method.__defaults__, method.__closure__

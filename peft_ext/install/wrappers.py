@@ -1,11 +1,14 @@
 """
-All that importing peft_ext changes in PEFT and transformers, beside the methods that it registers: five wrappers.
+All that importing peft_ext changes in other packages, beside the methods that it registers.
 
 - `PeftModel.from_pretrained`, `PeftModel.load_adapter` and transformers' `PeftAdapterMixin.load_adapter`, because they
   inject an adapter before they read its tensors, and have no hook that tells a method that a file follows, or that
   loading failed. The wrapper checks a folder whose config names this package, and acts once one of our tuners injects.
 - `PeftModel.save_pretrained` and transformers' `PreTrainedModel.save_pretrained`, because they have no hook around the
   writing of a file. The wrapper acts where one of our adapters is saved.
+
+- `ModelCard.save` of huggingface_hub and both libraries' `push_to_hub`, because PEFT, Trainer and TRL write an adapter's
+  card anew without asking its method; see `hf/cards.py`. The wrapper acts in the folders of our adapters.
 
 Adapters of other methods are saved and loaded by PEFT's and transformers' own code alone.
 """
@@ -19,6 +22,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.integrations.peft import PeftAdapterMixin
 
+from ..hf.cards import keep_cards_complete
 from .loading import all_or_nothing, whole_model
 from .saving import whole_files
 
@@ -30,6 +34,7 @@ def install() -> None:
     PeftAdapterMixin.load_adapter = _ours(all_or_nothing, PeftAdapterMixin.load_adapter, "peft_model_id")
     PeftModel.save_pretrained = _ours(whole_files, PeftModel.save_pretrained)
     PreTrainedModel.save_pretrained = _ours(whole_files, PreTrainedModel.save_pretrained)
+    keep_cards_complete()
 
 
 def _ours(wrap: Callable[..., Any], method: Any, *args: Any) -> Any:

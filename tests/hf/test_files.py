@@ -94,13 +94,13 @@ def test_interrupted_config(tiny, tmp_path, monkeypatch, save):
     assert after.keys() == before.keys()
 
 
-def test_interrupted_explanation_in_the_readme(llama, tmp_path, monkeypatch):
+def test_interrupted_card(llama, tmp_path, monkeypatch):
     model = adapted(llama)
-    _write_half_of_a_text(monkeypatch, "## Loading this adapter")
+    _write_half_of_a_text(monkeypatch, "## Use")
     with pytest.raises(Interrupted):
         model.save_pretrained(tmp_path)
     assert (tmp_path / README).read_text().startswith("---")
-    assert "## Loading this adapter" not in (tmp_path / README).read_text()
+    assert "import peft_ext" not in (tmp_path / README).read_text()
     assert {path.name for path in tmp_path.iterdir()} == {README, WEIGHTS, CONFIG}
 
 
