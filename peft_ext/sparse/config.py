@@ -45,6 +45,10 @@ class SparseConfig(SavedConfig):
             is shared out over a whole weight or over all of them.
         neuron_ratio (`float`, *optional*, defaults to 1.0):
             Share of the neurons of each weight that get trained entries, drawn at random.
+        column_budget (`int`, *optional*):
+            Let all neurons of a weight choose among this many of its inputs, those with the largest sum of magnitudes
+            (or scores). The update then has at most this rank, and `peft-ext export --to lora` gives an exact LoRA of
+            it. For selections per neuron; by default all inputs.
         seed (`int`, *optional*, defaults to 0):
             For random choices. Every module draws its own.
         backend (`str`, *optional*, defaults to `"auto"`):
@@ -85,6 +89,7 @@ class SparseConfig(SavedConfig):
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
     selection: str = field(default="magnitude", metadata={"help": "How the trained entries are chosen."})
     neuron_ratio: float = field(default=1.0, metadata={"help": "Share of neurons that get trained entries."})
+    column_budget: int | None = field(default=None, metadata={"help": "Inputs per weight that neurons choose among."})
     seed: int = field(default=0, metadata={"help": "Seed of random choices."})
     backend: str = field(default="auto", metadata={"help": "auto, bypass, folded, dense or reference."})
     values_dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16, float16, or None."})
@@ -144,6 +149,7 @@ class SparseConfig(SavedConfig):
         check_share("neuron_ratio", self.neuron_ratio, "neurons that get entries")
         if self.neuron_ratio != 1.0 and scope != "neuron":
             raise ValueError(f"neuron_ratio={self.neuron_ratio} needs a selection per neuron, not {self.selection!r}.")
+        self._check_budget(scope)
         if self.backend not in BACKENDS:
             raise ValueError(f"backend={self.backend!r} is not known; choose one of {', '.join(BACKENDS)}.")
         if self.values_dtype is not None and self.values_dtype not in VALUES_DTYPES:
@@ -151,6 +157,20 @@ class SparseConfig(SavedConfig):
         method = str(getattr(self.peft_type, "value", self.peft_type) or "").lower()
         if self.bias not in ("none", "all", f"{method}_only"):
             raise ValueError(f"bias={self.bias!r} must be 'none', 'all' or '{method}_only'.")
+
+    def _check_budget(self, scope: str) -> None:
+        if self.column_budget is None:
+            return
+        check_count("column_budget", self.column_budget, ": inputs that the neurons of a weight choose among")
+        if scope != "neuron":
+            raise ValueError(
+                f"column_budget={self.column_budget} needs a selection per neuron, not {self.selection!r}."
+            )
+        if self.k is not None and self.k > self.column_budget:
+            raise ValueError(
+                f"k={self.k} entries per neuron can't be chosen among column_budget={self.column_budget} inputs; "
+                "lower k or raise column_budget."
+            )
 
     def _check_size(self) -> None:
         check_count("k", self.k, ": entries trained per neuron")
@@ -179,7 +199,10 @@ class SparseConfig(SavedConfig):
 
     def entries_per_neuron(self, fan_in: int) -> int:
         """How many entries a neuron with `fan_in` inputs gets."""
-        return min(self.k or 0, fan_in)
+        return self._within_budget(min(self.k or 0, fan_in))
+
+    def _within_budget(self, entries: int) -> int:
+        return entries if self.column_budget is None else min(entries, self.column_budget)
 
     def for_supports(self, supports: Mapping[str, Support], **changes: Any) -> Any:
         """
@@ -193,13 +216,13 @@ class SparseConfig(SavedConfig):
             return config
         ragged = {name: support.ragged() for name, support in supports.items()}
         sizes = {name: support.entries for name, support in ragged.items()}
-        config = replace(self, support_sizes=sizes, peft_ext_version=None, **changes)
+        config = replace(self, support_sizes=sizes, column_budget=None, peft_ext_version=None, **changes)
         config.supports = ragged
         return config
 
     def as_table(self, k: int) -> Any:
         """A copy that leads to tables of exactly `k` entries per neuron."""
-        return replace(self, k=k, selection="magnitude", neuron_ratio=1.0)
+        return replace(self, k=k, selection="magnitude", neuron_ratio=1.0, column_budget=None)
 
     def with_scores(self, scores: Mapping[str, Tensor]) -> Any:
         """

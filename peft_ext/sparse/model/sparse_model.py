@@ -188,7 +188,13 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         views |= {name: merged[id(base)].original_matrix for name, base in chosen.items() if id(base) in merged}
         scores = ScoreMatrices(config.scores, chosen, shapes) if criterion in SCORED else None
         supports = select_supports(
-            views, config.selection, config.entries_per_neuron, config.neuron_ratio, config.seed, scores
+            views,
+            config.selection,
+            config.entries_per_neuron,
+            config.neuron_ratio,
+            config.seed,
+            scores,
+            config.column_budget,
         )
         sizes = {name: supports[source[name]].entries for name in bases}
         config.support_sizes = sizes if scope == "network" else None

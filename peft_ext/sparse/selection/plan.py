@@ -50,6 +50,7 @@ def select_supports(
     neuron_ratio: float = 1.0,
     seed: int = 0,
     scores: Mapping[str, Tensor] | None = None,
+    column_budget: int | None = None,
 ) -> dict[str, Support]:
     """
     Choose the trained entries of several weights.
@@ -63,6 +64,7 @@ def select_supports(
         neuron_ratio (`float`): share of neurons that get entries, drawn at random per weight (thesis section 5.4).
         seed (`int`): for random choices.
         scores: per module, scores `[rows, fan_in]`, for the criteria in `SCORED`. Looked up once per pass.
+        column_budget (`int`, *optional*): how many inputs of a weight its neurons choose among.
 
     Returns:
         Supports on their weight's device: tables, or ragged for a wider scope or a `neuron_ratio` below 1.
@@ -75,7 +77,7 @@ def select_supports(
         counted = {module: partial(_counted, weight, bar) for module, weight in weights.items()}
         if scope == "neuron":
             return {
-                module: _per_neuron(criterion, module, weight(), entries, neuron_ratio, seed)
+                module: _per_neuron(criterion, module, weight(), entries, neuron_ratio, seed, column_budget)
                 for module, weight in counted.items()
             }
         groups = [[module] for module in weights] if scope == "layer" else [list(weights)]
@@ -108,10 +110,22 @@ def kept_neurons(rows: int, neuron_ratio: float) -> int:
 
 
 def _per_neuron(
-    criterion: Criterion, module: str, weight: Tensor, entries: Callable[[int], int], ratio: float, seed: int
+    criterion: Criterion,
+    module: str,
+    weight: Tensor,
+    entries: Callable[[int], int],
+    ratio: float,
+    seed: int,
+    column_budget: int | None,
 ) -> Support:
     rows, fan_in = weight.shape
-    support = top_per_neuron(criterion.chunks(module, weight), entries(fan_in), fan_in)
+    if column_budget is None or column_budget >= fan_in:
+        support = top_per_neuron(criterion.chunks(module, weight), entries(fan_in), fan_in)
+    else:
+        columns = _best_columns(criterion, module, weight, column_budget)
+        chunks = (chunk[:, columns] for chunk in criterion.chunks(module, weight))
+        among = top_per_neuron(chunks, entries(fan_in), column_budget)
+        support = Support(columns[among.indices.long()].to(torch.int32), fan_in)
     if ratio == 1.0:
         return support
     order = torch.randperm(rows, generator=Random(seed).generator(f"neurons of {module}"))
@@ -120,3 +134,11 @@ def _per_neuron(
     kept = kept.to(weight.device)
     offsets = offsets_from_counts(kept * support.indices.shape[1])
     return Support(support.indices[kept].reshape(-1), fan_in, offsets)
+
+
+def _best_columns(criterion: Criterion, module: str, weight: Tensor, count: int) -> Tensor:
+    """The inputs with the largest sums of scores over all neurons, int64 `[count]`, increasing."""
+    sums = torch.zeros(1, weight.shape[1], dtype=torch.float64, device=weight.device)
+    for chunk in criterion.chunks(module, weight):
+        sums += chunk.sum(0, dtype=torch.float64)
+    return top_per_neuron([sums.float()], count, weight.shape[1]).indices[0].long()

@@ -62,7 +62,7 @@ class PSNConfig(SparseConfig):
     def entries_per_neuron(self, fan_in: int) -> int:
         if self.density is None:
             return super().entries_per_neuron(fan_in)
-        return max(1, round(self.density * fan_in))
+        return self._within_budget(max(1, round(self.density * fan_in)))
 
     def as_table(self, k: int) -> PSNConfig:
-        return replace(self, k=k, density=None, selection="magnitude", neuron_ratio=1.0)
+        return replace(self, k=k, density=None, selection="magnitude", neuron_ratio=1.0, column_budget=None)
