@@ -5,6 +5,7 @@ from .conversion import convert
 from .install.wrappers import install as _install
 from .sparse.another_base import another_base
 from .sparse.choose.scoring import SupervisedContrastiveLoss, TwoViewCollator, activation_scores, gradient_scores
+from .sparse.layers.scaling import rescale_adapter_scale, set_scale
 from .sparse.model.hotswap import hotswap_adapter
 from .sparse.report.selection_report import SelectionReport, selection_report
 from .tuners.gps import GPS_PRESETS, GPSConfig, GPSModel, gps
@@ -37,7 +38,9 @@ __all__ = [
     "gps",
     "gradient_scores",
     "hotswap_adapter",
+    "rescale_adapter_scale",
     "selection_report",
+    "set_scale",
     "unfinished_prompt",
     "visual_tokens",
 ]

@@ -12,6 +12,7 @@ from .another_base import accepts_another_base
 from .bases.sharded import is_first_of, make_equal
 from .ops import ConvGeometry, add_in_place, bypass, bypass_conv, may_add_in_place
 from .ops.conv import entries_by_tap
+from .ops.standard import is_exporting_to_onnx, standard_update
 from .support import FINGERPRINT_LENGTH, Support
 
 
@@ -73,6 +74,7 @@ class SparseDelta(nn.Module):
             transposed_offsets=None,
         )
         self.pending = pending
+        self.scale = 1.0  # what the values are multiplied by, at inference
         self.checked = True  # whether the support was compared with the base weight since it was last set
         self.stale = True  # whether the transposed table is that of another support
         self.refresh()
@@ -80,6 +82,16 @@ class SparseDelta(nn.Module):
     def add_bias(self) -> None:
         """Let the adapter also learn something to add to the layer's bias."""
         self.bias = nn.Parameter(self.weight.detach().new_zeros(self.support.rows))
+
+    @property
+    def values(self) -> Tensor:
+        """What is added to the entries: the trained values, scaled."""
+        return self.weight if self.scale == 1.0 else self.weight * self.scale
+
+    @property
+    def added_bias(self) -> Tensor | None:
+        """What is added to the layer's bias."""
+        return self.bias if self.bias is None or self.scale == 1.0 else self.bias * self.scale
 
     @property
     def identity(self) -> dict[str, Tensor]:
@@ -223,15 +235,18 @@ class SparseDelta(nn.Module):
     def forward(self, result: Tensor, x: Tensor, geometry: ConvGeometry | None = None, owned: bool = False) -> Tensor:
         """`result + S x` by the bypass, and the bias if there is one: `result` `[..., rows]`, `x` `[..., fan_in]`;
         with `geometry`, as a convolution has them. `owned`: nobody else needs `result`, which may be overwritten."""
-        if self.bias is not None:  # here, because FSDP1 has the parameters whole only while the module runs
-            bias = self.bias.to(result.dtype)
+        values, bias = self.values, self.added_bias
+        if bias is not None:  # here, because FSDP1 has the parameters whole only while the module runs
+            bias = bias.to(result.dtype)
             result = result + (bias if geometry is None else bias.view(-1, *[1] * len(geometry.kernel)))
+        if is_exporting_to_onnx():
+            return standard_update(result, x, values, self.indices, self.offsets, self.fan_in, geometry)
         support = (self.indices, self.offsets, self.transposed_entries, self.transposed_offsets)
         if geometry is not None:
-            return bypass_conv(result, x, self.weight, *support, geometry)
-        if owned and may_add_in_place(result, x, self.weight):
-            return add_in_place(result, x, self.weight, *support)
-        return bypass(result, x, self.weight, *support)
+            return bypass_conv(result, x, values, *support, geometry)
+        if owned and may_add_in_place(result, x, values):
+            return add_in_place(result, x, values, *support)
+        return bypass(result, x, values, *support)
 
     def extra_repr(self) -> str:
         shape = "x".join(map(str, self.weight.shape))

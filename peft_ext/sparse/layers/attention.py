@@ -83,6 +83,12 @@ class SparseMultiheadAttention(BaseAttributes, nn.Module, BaseTunerLayer):
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         return self.base_layer
 
+    def scale_layer(self, scale: float) -> None:
+        """Nothing: the projections are layers of their own."""
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Nothing: the projections are layers of their own."""
+
     # ------------------------------------------------------------------ forward
 
     def forward(

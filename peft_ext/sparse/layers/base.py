@@ -21,12 +21,13 @@ from ..ops.reference import dense_delta
 from ..support import Support
 from .base_attributes import BaseAttributes
 from .merging import MergingMixin
+from .scaling import ScalingMixin
 
 
 BASE_ADAPTER = "__base__"  # PEFT's name for "no adapter" in a mixed batch
 
 
-class SparseLayer(BaseAttributes, MergingMixin, nn.Module, BaseTunerLayer):
+class SparseLayer(BaseAttributes, MergingMixin, ScalingMixin, nn.Module, BaseTunerLayer):
     """
     A layer with one weight and sparse adapters on it.
 
@@ -167,7 +168,8 @@ class SparseLayer(BaseAttributes, MergingMixin, nn.Module, BaseTunerLayer):
     def _bias_with(self, delta: SparseDelta) -> Tensor | None:
         """The base layer's bias plus what an adapter adds to it."""
         bias: Tensor | None = self.get_base_layer().bias
-        return bias if bias is None or delta.bias is None else bias + delta.bias.to(bias.dtype)
+        added = delta.added_bias
+        return bias if bias is None or added is None else bias + added.to(bias.dtype)
 
     def _with_base(self, adapter_name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base layer and one adapter together, by the path that suits them."""
@@ -266,7 +268,7 @@ class SparseLayer(BaseAttributes, MergingMixin, nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The adapter's update as a dense tensor in the shape of the base weight and the dtype of the values."""
         delta = self._ready(adapter_name)
-        matrix = dense_delta(delta.weight.detach(), delta.indices, delta.fan_in, delta.offsets)
+        matrix = dense_delta(delta.values.detach(), delta.indices, delta.fan_in, delta.offsets)
         return weight_view(self.get_base_layer(), matrix)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -36,9 +36,9 @@ class SparseConv(SparseLayer):
         x, geometry = convolved(base_layer, self.own_padding, x)
         if path in ("copied", "reference"):
             convolve = copied_conv if path == "copied" else reference_conv
-            return convolve(x, weight, bias, delta.weight, delta.indices, delta.offsets, geometry)
+            return convolve(x, weight, bias, delta.values, delta.indices, delta.offsets, geometry)
         return folded_conv(
-            x, weight, bias, delta.weight, delta.indices, delta.offsets, delta.transposed_entries,
+            x, weight, bias, delta.values, delta.indices, delta.offsets, delta.transposed_entries,
             delta.transposed_offsets, geometry, dense_gradient=path == "dense",
         )  # fmt: skip
 

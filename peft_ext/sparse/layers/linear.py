@@ -31,7 +31,7 @@ class SparseLinear(SparseLayer):
             return delta(self._base_result(x, *args, **kwargs), x, owned=owned)
         bias = self._bias_with(delta)
         if path == "folded":
-            return folded(x, weight, bias, delta.weight, delta.indices, delta.offsets)
+            return folded(x, weight, bias, delta.values, delta.indices, delta.offsets)
         if path == "dense":
-            return dense(x, weight, bias, delta.weight, delta.indices, delta.offsets)
-        return sparse_linear(x, weight, bias, delta.weight, delta.indices, delta.offsets)
+            return dense(x, weight, bias, delta.values, delta.indices, delta.offsets)
+        return sparse_linear(x, weight, bias, delta.values, delta.indices, delta.offsets)

@@ -157,8 +157,9 @@ class MergingMixin:
             matrix = self.base_matrix()
             support = delta.support.to(matrix.device)
             originals = support.gather(matrix)
-            merged = (originals + delta.weight.to(matrix.device)).to(matrix.dtype)
-            bias = None if delta.bias is None else self.get_base_layer().bias + delta.bias.to(matrix.device)
+            merged = (originals + delta.values.to(matrix.device)).to(matrix.dtype)
+            added = delta.added_bias
+            bias = None if added is None else self.get_base_layer().bias + added.to(matrix.device)
             if safe_merge and not all(bool(torch.isfinite(new).all()) for new in (merged, bias) if new is not None):
                 self._restore(done)
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")

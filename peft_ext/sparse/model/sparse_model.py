@@ -261,6 +261,8 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
             fused = [key for key, parameter in base.named_parameters(recurse=False) if parameter.dim() == 3]
             size = " with an empty weight" if isinstance(base, nn.Linear) else ""
             hint = f" Its '{fused[0]}' fuses the weights of several layers into one." if fused else ""
+            if isinstance(base, nn.Embedding):
+                hint = " To train the embeddings of some tokens, name these in `trainable_token_indices`."
             raise TypeError(
                 f"Target module '{name}' is a {type(base).__name__}{size}, which is not supported.{hint} Supported "
                 f"are {SUPPORTED}. {advice}"

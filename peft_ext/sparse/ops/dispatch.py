@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..memory import why_not_ours
 from .crossovers import fastest_path
+from .standard import is_exporting_to_onnx
 
 
 Backend = Literal["auto", "bypass", "folded", "dense", "reference"]
@@ -35,6 +36,8 @@ def choose_backend(
         is_even (`bool`):
             Whether each row has equally many entries.
     """
+    if weight is not None and is_exporting_to_onnx():
+        return "reference"  # of standard operators, which ONNX knows
     if requested == "bypass" or entries == 0 or weight is None:
         return "bypass"
     if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
@@ -67,6 +70,8 @@ def choose_conv_backend(requested: str, x: Tensor, weight: Tensor | None, entrie
     The path to take for one call of a convolution; see [`choose_backend`]. The folded path takes any support, and
     `"copied"` is one more that only `"auto"` takes: without gradients, where a copy of W is soon made.
     """
+    if weight is not None and is_exporting_to_onnx():
+        return "reference"
     if requested == "bypass" or entries == 0 or weight is None:
         return "bypass"
     if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):

@@ -221,8 +221,10 @@ def test_labels_of_tokens_are_refused_with_another_loss():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2))
     batch = _texts(labels=_texts()["input_ids"])
     with pytest.raises(ValueError, match=r"labels \(4, 7\)(.|\n)*'model'"):
-        gradient_scores(model, [batch])
-    assert gradient_scores(model, [batch], "model")
+        gradient_scores(model, [batch], SupervisedContrastiveLoss())
+    by_default, by_name = gradient_scores(model, [batch]), gradient_scores(model, [batch], "model")
+    assert by_default.keys() == by_name.keys()
+    assert all(torch.equal(by_default[name], by_name[name]) for name in by_name)
 
 
 def test_a_head_called_like_a_part_of_the_body_does_not_train_that_part_whole():

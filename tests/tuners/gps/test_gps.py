@@ -126,3 +126,16 @@ def test_adapters_of_two_tasks_share_a_base(tiny, inputs_of, batches):
     model.set_adapter("default")
     assert torch.equal(logits(model, inputs_of("vit")), first)
     assert_equal_bits(base_bits(model), bits)
+
+
+def test_a_causal_language_model_is_scored_by_its_own_loss(tiny, ids):
+    model = tiny("llama")
+    batches = [{"input_ids": ids, "labels": ids}]
+    scores = gradient_scores(model, batches, progress=False)
+    model.requires_grad_(True)
+    model(**batches[0]).loss.backward()
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    torch.testing.assert_close(scores["model.layers.0.self_attn.q_proj"], weight.grad)
+    adapted = gps(tiny("llama"), GPSConfig(k=1, task_type="CAUSAL_LM"), batches, progress=False)
+    layer = adapted.base_model.model.model.layers[0].self_attn.q_proj
+    assert torch.equal(layer.deltas["default"].indices[:, 0].long(), weight.grad.abs().argmax(1))

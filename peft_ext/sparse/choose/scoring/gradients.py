@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ...checks import check_flag
 from ...config import SparseConfig
@@ -56,7 +57,8 @@ def gradient_scores(
             contrastive loss a [`TwoViewCollator`] gives every sample a partner.
         loss (`Callable` or `"model"`, *optional*):
             A function of features and labels, by default `SupervisedContrastiveLoss(temperature=0.07)`; or `"model"`
-            for the loss that the model returns for a batch with labels.
+            for the loss that the model returns for a batch with labels, the default for transformers' language models,
+            whose labels are tokens.
         features (`str` or `Callable`, *optional*):
             What the loss is given: the output of the module of this name, or a function of the model's output, such as
             `lambda output: output.logits` with a cross-entropy. By default what enters the first linear layer of the
@@ -92,6 +94,8 @@ def gradient_scores(
         )
     if not (loss is None or callable(loss) or (isinstance(loss, str) and loss == "model")):
         raise ValueError(f"loss={loss!r} must be a function of features and labels, or 'model', or None.")
+    if loss is None and features is None and _is_language_model(model):
+        loss = "model"
     by_model = isinstance(loss, str)
     compute: Loss = SupervisedContrastiveLoss() if loss is None or isinstance(loss, str) else loss
     classes = Classes() if isinstance(compute, SupervisedContrastiveLoss) and not by_model else None
@@ -116,6 +120,13 @@ def gradient_scores(
             for handle in handles:
                 handle.remove()
     return sums.finish()
+
+
+def _is_language_model(model: nn.Module) -> bool:
+    """Whether a model's output are tokens, so that its labels are no classes of samples."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = getattr(base, "_orig_mod", base)
+    return isinstance(base, PreTrainedModel) and base.get_output_embeddings() is not None
 
 
 class _Sums:

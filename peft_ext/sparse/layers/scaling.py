@@ -1,0 +1,113 @@
+"""Scale what adapters add, at inference: the verbs that LoRA layers have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+class ScalingMixin:
+    """`set_scale`, `scale_layer` and `unscale_layer` of a sparse layer. Scales are not saved."""
+
+    deltas: Any
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    get_base_layer: Callable[[], Any]
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """
+        Let an adapter add `scale` times what it was trained to add.
+
+        Raises:
+            `ValueError`: if the scale is no number, or the adapter is merged.
+        """
+        if type(scale) not in (int, float):
+            raise ValueError(f"scale={scale!r} must be a number.")
+        if adapter_name in self.merged_adapters:
+            raise ValueError(
+                f"Adapter '{adapter_name}' is merged, so its scale is fixed; call unmerge_adapter() first."
+            )
+        if adapter_name in self.deltas:
+            self._delta(adapter_name).scale = float(scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scales of the active adapters."""
+        for name in self._active_here():
+            self.set_scale(name, self._delta(name).scale * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scales of the active adapters, or set them to 1."""
+        for name in self._active_here():
+            self.set_scale(name, 1.0 if scale is None else self._delta(name).scale / scale)
+
+    def _active_here(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.deltas]
+
+    def _delta(self, adapter_name: str) -> Any:
+        delta = self.deltas[adapter_name]
+        return getattr(delta, "_fsdp_wrapped_module", delta)
+
+
+def _distinct(model: nn.Module, adapter_name: str | None) -> list[tuple[Any, str, Any]]:
+    """Layers, adapters and deltas; those that share a weight once."""
+    seen: dict[int, tuple[Any, str, Any]] = {}
+    for layer in model.modules():
+        if isinstance(layer, ScalingMixin):
+            for name in layer.deltas if adapter_name is None else [adapter_name]:
+                if name in layer.deltas:
+                    seen.setdefault(id(layer._delta(name)), (layer, name, layer._delta(name)))
+    if not seen:
+        which = "no sparse adapters" if adapter_name is None else f"no sparse adapter {adapter_name!r}"
+        raise ValueError(f"The model has {which}, so there is nothing to scale.")
+    return list(seen.values())
+
+
+def set_scale(model: nn.Module, scale: float, adapter_name: str | None = None) -> None:
+    """
+    Let sparse adapters add `scale` times what they were trained to add. 0 is the base model, 1 the adapter.
+
+    The scale holds for outputs, merging and exported weights of this model. It is not saved.
+
+    Args:
+        model (`torch.nn.Module`): the adapted model.
+        scale (`float`): the factor.
+        adapter_name (`str`, *optional*): which adapter; by default all.
+
+    Raises:
+        `ValueError`: if there is no such adapter, it is merged, or the scale is no number.
+    """
+    for layer, name, _ in _distinct(model, adapter_name):
+        layer.set_scale(name, scale)
+
+
+@contextmanager
+def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
+    """
+    Multiply the scales of all sparse adapters inside a `with`, as PEFT's helper of this name does for LoRA.
+
+    Args:
+        model (`torch.nn.Module`): the adapted model.
+        multiplier (`float`): the factor; between 0 and 1 it interpolates between the base model and the adapted one.
+
+    Raises:
+        `ValueError`: see [`set_scale`].
+
+    Example:
+
+        ```py
+        >>> with peft_ext.rescale_adapter_scale(model, 0.5):
+        ...     output = model(**inputs)
+        ```
+    """
+    before = [(layer, name, delta.scale) for layer, name, delta in _distinct(model, None)]
+    try:
+        for layer, name, scale in before:
+            layer.set_scale(name, scale * multiplier)
+        yield
+    finally:
+        for layer, name, scale in before:
+            if name in layer.deltas:
+                layer._delta(name).scale = scale
