@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..sparse.bases.neurons import CONVOLUTIONS
+from ..sparse.bases.padding import CONVOLUTIONS
 from .adapter import AdapterFile, Entries
 from .folder import filled_at_once
 from .names import empty_model

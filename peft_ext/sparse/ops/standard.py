@@ -44,7 +44,7 @@ def standard_update(
     weight = delta.view(-1, channels, *geometry.kernel)
     convolve = (F.conv1d, F.conv2d, F.conv3d)[len(geometry.kernel) - 1]
     x = F.pad(x, geometry.padding)
-    update = convolve(x, weight, None, geometry.stride, 0, geometry.dilation, geometry.groups)  # type: ignore[operator]
+    update = convolve(x, weight, None, geometry.stride, 0, geometry.dilation, geometry.groups)
     return result + update.to(result.dtype)
 
 
