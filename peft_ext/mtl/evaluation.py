@@ -1,88 +1,131 @@
-"""Evaluation task by task."""
+"""Evaluation task by task: `eval_<task>_loss` beside the mean of the tasks' losses."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate.data_loader import DataLoaderDispatcher
 
 from .data.collation import PARTS, SOURCE, Source, parts_of
+from .gradients.probe import unlogged
 from .parallel import any_process, processes, sum_over_processes
 
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _Trainer
-else:
-    _Trainer = object
 
 logger = logging.getLogger(__name__)
 
 
-class TaskEvaluationMixin(_Trainer):
-    """Part of [`MTLTrainerMixin`]: `eval_<task>_loss` beside the mean of the tasks' losses."""
+class TaskEvaluation:
+    """
+    Adds up the tasks' losses over an evaluation.
 
-    task_names: Any
-    compute_task_losses: Any
-    _splits: bool
-    _counts_of: Any
-    _unlogged: Any
-    task_collator: Any
-    _beside: dict[str, Any] = {}
-    _eval_losses: dict[str, list[float]] | None = None
+    Args:
+        trainer ([`MTLTrainerMixin`]): whose model, tasks and losses.
 
-    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, on the batch without the tasks' parts of it, which follow."""
-        hidden = (PARTS, SOURCE, self.args.task_column) if self._splits else (SOURCE,)
-        self._beside = {key: inputs[key] for key in hidden if key in inputs}
+    Attributes:
+        totals (`dict[str, list[float]]`, *optional*): per task, the sum of its losses weighted by labels, and its
+            labels; `None` outside an evaluation.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.totals: dict[str, list[float]] | None = None
+        self.beside: dict[str, Any] = {}  # what a batch has that the model does not take
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count the losses of one evaluation."""
+        self.totals = {}
+        try:
+            yield
+        finally:
+            self.totals = None
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """The tasks' mean losses in all processes, and the mean over tasks where batches have several."""
+        data = self.trainer.task_data
+        if data.known is None or self.totals is None:
+            return {}
+        rows = [self.totals.get(task, [0.0, 0.0]) for task in data.known]
+        totals = sum_over_processes(torch.tensor(rows, dtype=torch.float64).to(self.trainer.args.device)).cpu()
+        means = {task: total / n for task, (total, n) in zip(data.known, totals.tolist(), strict=True) if n}
+        metrics = {f"{prefix}_{task}_loss": loss for task, loss in means.items()}
+        if not data.splits and means:
+            # Every task counts the same, however many labels a batch has of it.
+            metrics[f"{prefix}_loss"] = sum(means.values()) / len(means)
+        return metrics
+
+    def step(self, predict: Callable[[Any], Any], model: Any, inputs: Any) -> Any:
+        """What `predict` makes of a batch without the tasks' parts of it, which follow."""
+        splits = self.trainer.task_data.splits
+        hidden = (PARTS, SOURCE, self.trainer.args.task_column) if splits else (SOURCE,)
+        self.beside = {key: inputs[key] for key in hidden if key in inputs}
         bare = copy.copy(inputs)
-        for key in self._beside:
+        for key in self.beside:
             bare.pop(key)
         try:
-            result = super().prediction_step(model, copy.copy(bare), *args, **kwargs)
+            result = predict(copy.copy(bare))
         finally:
-            beside, self._beside = self._beside, {}
-        if self._splits and self._eval_losses is not None and beside and result[0] is not None:
-            with torch.no_grad(), self.compute_loss_context_manager():
+            beside, self.beside = self.beside, {}
+        if splits and self.totals is not None and beside and result[0] is not None:
+            with torch.no_grad(), self.trainer.compute_loss_context_manager():
                 self._add_parts(model, bare, beside, result[0])
         return result
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Mean of the tasks' losses of a batch; for samples of one task each, the loss of the whole batch."""
-        if not self._splits:
-            return self._mean_of_tasks(model, inputs, return_outputs)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+    def mean_of_tasks(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        """Mean of the tasks' losses of a batch, and the model's outputs if asked for."""
+        source = self.beside.get(SOURCE)
+        losses, counts, outputs = self._losses_and_counts(model, inputs, source)
+        there = {name: loss for name, loss in losses.items() if counts[name] > 0}
+        if self.totals is not None:
+            kept = self._counted(source)
+            if kept is not None and source is not None:
+                collate = self.trainer.task_collator(training=False)
+                batch = self.trainer._prepare_inputs(collate(kept or source.samples))
+                losses, counts, _ = self._losses_and_counts(model, batch, batch.pop(SOURCE))
+            for name, loss in losses.items():
+                if counts[name] > 0 and (kept is None or kept):
+                    self._add(name, loss, counts[name])
+        # Nothing is labelled in some batches; `metrics` replaces the mean over batches.
+        device = self.trainer.args.device
+        loss = torch.stack(list(there.values())).mean() if there else torch.tensor(0.0, device=device)
+        if not return_outputs:
+            return loss
+        if isinstance(outputs, dict):
+            return loss, {key: value for key, value in outputs.items() if key != "task_losses"}
+        # Trainer takes what follows the loss for predictions.
+        return loss, (loss, *(outputs if isinstance(outputs, (tuple, list)) else (outputs,)))
 
     def _add_parts(self, model: Any, inputs: Any, beside: dict[str, Any], loss: Any) -> None:
         """Add the losses of a batch's tasks; in several processes, all make the same passes."""
-        source = beside.get(SOURCE)
+        trainer, source = self.trainer, beside.get(SOURCE)
         if source is not None and source.tasks is None:  # one task's own data set
             return
         batch = {**inputs, **beside}
         kept = self._counted(source)
         if kept is not None:
-            batch = self.task_collator()(kept) if kept else {PARTS: {}}
-        parts = parts_of(batch, self.args.task_column, len(self.task_names))
-        counts = self._counts_of(batch)
-        there = (counts > 0).to(self.args.device)
+            batch = trainer.task_collator()(kept) if kept else {PARTS: {}}
+        parts = parts_of(batch, trainer.args.task_column, len(trainer.task_names))
+        counts = trainer.task_counts.of(batch)
+        there = (counts > 0).to(trainer.args.device)
         for task in torch.nonzero(any_process(there)).flatten().tolist():
             own = loss
             if processes() > 1 or len(parts) > 1:
-                with self._unlogged():
-                    own = self.compute_loss(model, self._prepare_inputs(dict(parts.get(task, inputs))))
+                with unlogged(trainer):
+                    own = trainer.compute_loss(model, trainer._prepare_inputs(dict(parts.get(task, inputs))))
             if float(counts[task]) > 0:
-                self._add(self.task_names[task], own, float(counts[task]))
+                self._add(trainer.task_names[task], own, float(counts[task]))
 
     def _counted(self, source: Source | None) -> list[Any] | None:
         """
         The samples that count of a process's last batch, which accelerate fills up with samples of the first; in all
         processes alike. `None` where the whole batch counts.
         """
-        loader = self.accelerator.gradient_state.active_dataloader
+        loader = self.trainer.accelerator.gradient_state.active_dataloader
         if processes() == 1 or loader is None or not loader.end_of_dataloader or loader.remainder <= 0:
             return None
         if source is None or source.samples is None:
@@ -93,64 +136,21 @@ class TaskEvaluationMixin(_Trainer):
                     "trainer.task_collator(training=False), or give a map-style data set."
                 )
             return None
-        return source.samples[: max(0, loader.remainder - self.args.process_index * source.size)]
-
-    def _mean_of_tasks(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        source = self._beside.get(SOURCE)
-        losses, counts, outputs = self._losses_and_counts(model, inputs, source)
-        there = {name: loss for name, loss in losses.items() if counts[name] > 0}
-        if self._eval_losses is not None:
-            kept = self._counted(source)
-            if kept is not None and source is not None:
-                batch = self._prepare_inputs(self.task_collator(training=False)(kept or source.samples))
-                losses, counts, _ = self._losses_and_counts(model, batch, batch.pop(SOURCE))
-            for name, loss in losses.items():
-                if counts[name] > 0 and (kept is None or kept):
-                    self._add(name, loss, counts[name])
-        # Nothing is labelled in some batches; `evaluation_loop` replaces the mean over batches.
-        loss = torch.stack(list(there.values())).mean() if there else torch.tensor(0.0, device=self.args.device)
-        if not return_outputs:
-            return loss
-        if isinstance(outputs, dict):
-            return loss, {key: value for key, value in outputs.items() if key != "task_losses"}
-        # Trainer takes what follows the loss for predictions.
-        return loss, (loss, *(outputs if isinstance(outputs, (tuple, list)) else (outputs,)))
+        return source.samples[: max(0, loader.remainder - self.trainer.args.process_index * source.size)]
 
     def _losses_and_counts(
         self, model: Any, inputs: dict[str, Any], source: Source | None
     ) -> tuple[dict[str, Any], dict[str, float], Any]:
         """The tasks' losses of a batch, how many labels each has in it, and what the model returned."""
-        counts = dict(zip(self.task_names, self._counts_of(inputs, source), strict=True))
-        num_items = counts if self.args.task_loss_scale == "window" else None
-        losses, outputs = self.compute_task_losses(model, inputs, num_items, return_outputs=True)
-        named = {name: losses[name] for name in self.task_names if name in losses}
+        trainer = self.trainer
+        counts = dict(zip(trainer.task_names, trainer.task_counts.of(inputs, source), strict=True))
+        num_items = counts if trainer.args.task_loss_scale == "window" else None
+        losses, outputs = trainer.compute_task_losses(model, inputs, num_items, return_outputs=True)
+        named = {name: losses[name] for name in trainer.task_names if name in losses}
         return named, {name: float(count) for name, count in counts.items()}, outputs
 
     def _add(self, task: str, loss: Any, count: float) -> None:
-        assert self._eval_losses is not None
-        total = self._eval_losses.setdefault(task, [0.0, 0.0])
+        assert self.totals is not None
+        total = self.totals.setdefault(task, [0.0, 0.0])
         total[0] += float(loss.detach()) * count
         total[1] += count
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, with the loss of every task added to the metrics."""
-        self._eval_losses = {}
-        try:
-            output = super().evaluation_loop(*args, **kwargs)
-            prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-            if self._task_names_known():
-                rows = [self._eval_losses.get(task, [0.0, 0.0]) for task in self.task_names]
-                totals = sum_over_processes(torch.tensor(rows, dtype=torch.float64).to(self.args.device)).cpu()
-                means = {
-                    task: total / n for task, (total, n) in zip(self.task_names, totals.tolist(), strict=True) if n
-                }
-                output.metrics.update({f"{prefix}_{task}_loss": loss for task, loss in means.items()})
-                if not self._splits and means:
-                    # Every task counts the same, however many labels a batch has of it.
-                    output.metrics[f"{prefix}_loss"] = sum(means.values()) / len(means)
-        finally:
-            self._eval_losses = None
-        return output
-
-    def _task_names_known(self) -> bool:
-        return getattr(self, "_task_names", None) is not None

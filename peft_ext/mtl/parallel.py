@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..sparse.bases.sharded import is_sharded
+from .aggregators.base import Array
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -101,6 +102,12 @@ def any_process(flags: Tensor) -> Tensor:
     counts = flags.to(torch.int32)
     dist.all_reduce(counts)
     return counts > 0
+
+
+def mean_of_processes(values: Array, device: torch.device) -> Array:
+    """Mean of a float64 array over processes, sent from `device`."""
+    total = sum_over_processes(torch.tensor(values, device=device, dtype=torch.float64))
+    return (total / processes()).cpu().numpy()
 
 
 def average_gradients(parameters: Sequence[Tensor]) -> None:

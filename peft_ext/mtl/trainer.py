@@ -2,51 +2,58 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor, nn
 from transformers import Trainer
 
+from ..sparse.bases.sharded import is_sharded
 from .aggregators import Aggregator, Step, make_aggregator
 from .aggregators.base import Array
 from .aggregators.joint import Joint
-from .bookkeeping import TaskBookkeepingMixin
 from .conflicts.recorder import ConflictRecorder
-from .data.collation import SOURCE, Source
+from .data.collation import SOURCE, Source, TaskCollator
 from .data.datasets import concatenate_tasks, task_ids_of
-from .data.losses import Window
-from .data.task_counts import TaskCountsMixin
-from .data.task_data import TaskDataMixin, refuse_packing
-from .evaluation import TaskEvaluationMixin
-from .gradients.feedback import FeedbackCallback, Replay
+from .data.losses import fork_state, restore_state
+from .data.step_losses import StepLosses
+from .data.task_counts import TaskCounts, joined
+from .data.task_data import TaskData, refuse_packing
+from .evaluation import TaskEvaluation
+from .gradients.feedback import Feedback
+from .gradients.noise_floor import noise_floor
 from .gradients.task_gradients import TaskGradients
-from .gradients.task_passes import TaskPassesMixin
-from .parallel import (
-    any_process,
-    average_gradients,
-    local,
-    processes,
-    refuse_unsupported,
-    sum_over_processes,
-)
+from .gradients.task_passes import LabelPasses, PartPasses, losses_and_outputs
+from .parallel import any_process, average_gradients, local, processes, refuse_unsupported
+from .state import MTLState, read_state, write_state
 
+
+if TYPE_CHECKING:
+    _Trainer = Trainer
+else:
+    _Trainer = object
 
 logger = logging.getLogger(__name__)
 
 
-class MTLTrainerMixin(TaskBookkeepingMixin, TaskEvaluationMixin, TaskDataMixin, TaskCountsMixin, TaskPassesMixin):
+class MTLTrainerMixin(_Trainer):
     """
     Multi-task training for any subclass of `Trainer`; put it first among the bases. See [`MTLTrainer`] for the
     arguments. To override: `compute_task_losses`.
+
+    Attributes:
+        task_data ([`TaskData`]): the tasks' names, and how their samples are drawn and collated.
+        task_counts ([`TaskCounts`]): counts the tasks' labels.
+        passes ([`PartPasses`] or [`LabelPasses`]): forward and backward passes, task by task.
+        step_losses ([`StepLosses`]): how far the optimiser step has come.
+        mtl_state ([`MTLState`]): what goes into a checkpoint: method, conflicts, gradients and records.
     """
 
     def __init__(
@@ -62,27 +69,17 @@ class MTLTrainerMixin(TaskBookkeepingMixin, TaskEvaluationMixin, TaskDataMixin, 
         if not hasattr(config, "mtl_method"):
             raise ValueError(f"args must be an MTLConfig (or MTLSFTConfig), not {type(config).__name__}.")
         self.compute_task_losses_func = compute_task_losses_func
-        self._splits = False  # whether batches are taken apart by task
-        self._one_task_per_sample = False
-        self._task_names = list(config.task_names) if config.task_names else None
+        self.task_data = TaskData(config)
+        self.step_losses: StepLosses | None = None
+        self.mtl_state: MTLState | None = None
         self._given_aggregator = aggregator
-        self._aggregator: Aggregator | None = None
-        self._recorder: ConflictRecorder | None = None
-        self._gradients: TaskGradients | None = None
-        self._loaded: dict[str, Any] | None = None  # of a checkpoint
-        self._window: Window | None = None
-        self._micro_batch = 0
-        self._replay: Replay | None = None
-        self._task_losses: Array | None = None  # of the window so far
-        self._seen = torch.zeros(0, dtype=torch.bool)  # tasks with a loss in it
-        self._returned = 0.0
-        self._logged_losses: list[Array] = []
-        self._skipped_steps = 0
+        self._evaluation = TaskEvaluation(self)
+        self._feedback = Feedback(self)
         train_dataset = given.get("train_dataset")
         if compute_task_losses_func is None or config.task_column in (config.label_names or ()):
             refuse_packing(config, train_dataset, given.get("eval_dataset"))
         if isinstance(train_dataset, dict):
-            self._take_names(list(train_dataset))
+            self.task_data.take_names(list(train_dataset))
             given["train_dataset"] = concatenate_tasks(train_dataset, config.task_column)
         super().__init__(*bound.args, **bound.kwargs)
         refuse_unsupported(self)
@@ -93,39 +90,43 @@ class MTLTrainerMixin(TaskBookkeepingMixin, TaskEvaluationMixin, TaskDataMixin, 
                 f"{config.task_column!r} to label_names, so that its `labels` have every sample's task number, or "
                 "leave the function out, and batches are taken apart by task."
             )
-        reads_ids = compute_task_losses_func is None or has_ids
-        if reads_ids and task_ids_of(self._train_data, config.task_column) is not None:
-            self._splits = compute_task_losses_func is None
-            self._one_task_per_sample = True
-            self._prepare_split()
-        if config.torch_compile or hasattr(self.model, "_orig_mod"):
-            # A compiled graph otherwise gives its buffers away in the first task's backward pass.
-            torch._functorch.config.donated_buffer = False
-        if self._task_names is not None:
-            self._make_aggregator()
+        splits = compute_task_losses_func is None
+        ids = task_ids_of(self.train_dataset, config.task_column) if splits or has_ids else None
+        if ids is not None:
+            self.task_data.take_samples(ids, self._train_batch_size, splits)
+        shifts_labels = getattr(self, "_loss_shifts_labels", False)
+        self.task_counts = TaskCounts(self.task_data, self.label_names or (), shifts_labels)
+        self.passes = PartPasses(self) if self.task_data.splits else LabelPasses(self)
+        if self.task_data.known is not None:
+            self._make_state()
+
+    @property
+    def task_names(self) -> list[str]:
+        """Names of the tasks, in the order of their numbers."""
+        return self.task_data.names
 
     @property
     def aggregator(self) -> Aggregator:
         """The method that combines the gradients."""
-        assert self._aggregator is not None
-        return self._aggregator
+        assert self.mtl_state is not None
+        return self.mtl_state.aggregator
 
     @property
     def conflicts(self) -> ConflictRecorder:
         """The gradient conflicts recorded so far."""
-        assert self._recorder is not None
-        return self._recorder
+        assert self.mtl_state is not None
+        return self.mtl_state.conflicts
 
-    def _make_aggregator(self) -> None:
+    def _make_state(self) -> MTLState:
         config, names = self.args, self.task_names
         options = {"reduction": config.gradient_reduction, "seed": config.seed, **(config.mtl_method_kwargs or {})}
-        self._aggregator = self._given_aggregator or make_aggregator(config.mtl_method, len(names), **options)
-        self._untrained = copy.deepcopy(self._aggregator.state_dict())
+        aggregator = self._given_aggregator or make_aggregator(config.mtl_method, len(names), **options)
         path = os.path.join(config.output_dir, config.conflict_file) if config.conflict_file else None
-        self._recorder = ConflictRecorder(names, path if config.should_save else None)
-        if self._aggregator.needs_feedback:
-            self.add_callback(FeedbackCallback(self))
-        self._restore()
+        recorder = ConflictRecorder(names, path if config.should_save else None)
+        self.mtl_state = MTLState(self._method_name(), names, aggregator, recorder)
+        if aggregator.needs_feedback:
+            self.add_callback(self._feedback)
+        return self.mtl_state
 
     def _make_gradients(self, model: nn.Module) -> TaskGradients:
         config = self.args
@@ -134,70 +135,96 @@ class MTLTrainerMixin(TaskBookkeepingMixin, TaskEvaluationMixin, TaskDataMixin, 
         dtype, by_layer = getattr(torch, config.jacobian_dtype), config.conflict_granularity == "layer"
         return TaskGradients(parameters, len(self.task_names), config.shared_parameters, heads, dtype, by_layer)
 
+    def _method_name(self) -> str:
+        return type(self._given_aggregator).__name__ if self._given_aggregator else self.args.mtl_method
+
     # ------------------------------------------------------------------ one optimiser step
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Trainer's, with a record of its own for each training. What the method has learnt is treated like the
+        optimiser's state: a second training goes on with it, one whose model comes anew from `model_init` does not.
+        """
+        self._feedback.drop()
+        if self.mtl_state is not None:
+            self.mtl_state.restart(forget=self.model_init is not None)
+        # A compiled graph otherwise gives its buffers away in the first task's backward pass.
+        with torch._functorch.config.patch(donated_buffer=False):
+            return super().train(*args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """Take the micro-batches of one optimiser step and count the labels of each task in them."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            if self.task_data.known is None:
+                self._name_tasks(batches[0])
+            if self.mtl_state is not None and self.mtl_state.gradients is not None:
+                self.mtl_state.gradients.clear()
+            sharded = any(is_sharded(parameter) for parameter in self.model.parameters())
+            window = self.task_counts.window(batches, device, self._get_num_items_in_batch, sharded)
+            self.step_losses = StepLosses(window)
+        return batches, num_items
+
+    def _name_tasks(self, batch: Any) -> None:
+        """Learn the tasks' names from the losses of one batch, leaving the random streams as they were."""
+        if self.args.task_loss_scale == "window" or processes() > 1:
+            raise ValueError("Set task_names in the config: they are needed before the first losses are computed.")
+        model = self.accelerator.unwrap_model(self.model)
+        training, streams = model.training, fork_state(self.args.device)
+        model.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            inputs = self._prepare_inputs(batch)
+            inputs.pop(SOURCE, None)
+            losses = self.compute_task_losses(model, inputs)
+        model.train(training)
+        restore_state(streams, self.args.device)
+        self.task_data.known = list(losses)
+        self._make_state()
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Backward passes of one micro-batch, task by task; with the window's last, their combination."""
-        assert self._window is not None
-        index = self._micro_batch
-        self._micro_batch += 1
+        """
+        Collect the gradients of a micro-batch, task by task. With the step's last micro-batch, combine them, write
+        them back into `.grad`, and record them.
+        """
+        step, state = self.step_losses, self.mtl_state
+        assert step is not None and state is not None
+        step.begun += 1
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         inputs = self._prepare_inputs(inputs)
         source = inputs.pop(SOURCE, None)
-        if self._gradients is None:
-            self._gradients = self._make_gradients(model)
-            self._restore()
+        gradients = state.gradients or state.attach(self._make_gradients(model))
         if self.aggregator.needs_feedback:
-            self._replay = self._replay if index else Replay(self.args.device)
-            assert self._replay is not None
-            self._replay.keep(inputs)
-        is_plain = self._is_plain_step()
+            self._feedback.keep(inputs, is_first=step.index == 0)
+        reduction, at_once = self.aggregator.reduction, self._may_sum()
         with getattr(self, "maybe_activation_offload_context", None) or nullcontext():
-            if self._splits:
-                losses = self._backward_parts(model, inputs, index)
-            elif is_plain:
-                losses = self._backward_sum(model, inputs, index)
+            if at_once and isinstance(self.passes, LabelPasses):
+                step.add(self.passes.backward_sum(model, inputs, step.window, step.index, reduction))
             else:
-                losses = self._backward_tasks(model, inputs, index)
-        self._seen[list(losses)] = True
-        values = self._as_array(losses)
-        self._task_losses = values if self._task_losses is None else self._task_losses + values
+                step.add(self.passes.backward(model, inputs, step.window, step.index, gradients))
         if self.accelerator.sync_gradients:
-            self._finish(model, source, combine=self._splits or not is_plain)
-        divisor = int(self._window.present.sum()) if self.aggregator.reduction == "mean" else 1
-        # So that the micro-batches' add up, even if the last shows that a task is absent.
-        loss = float(self._task_losses.sum()) / max(1, divisor) - self._returned
-        self._returned += loss
-        return torch.tensor(loss, device=self.args.device, dtype=torch.float32)
+            expected = int(step.window.present.sum())
+            losses = step.close(self.args.device)
+            state.logged_losses.append(losses)
+            if at_once:
+                self._finish_sum(gradients, expected)
+            else:
+                self._combine(model, source, gradients, losses)
+        return torch.tensor(step.next_loss(reduction), device=self.args.device, dtype=torch.float32)
 
-    def _is_plain_step(self) -> bool:
-        """Whether one backward pass of the sum does: nothing to combine, nothing to record."""
+    def _may_sum(self) -> bool:
+        """Whether one backward pass for all tasks does: nothing to combine, nothing to record."""
         due = self._is_due(self.args.conflict_logging_steps) or self._is_due(self.args.noise_floor_steps)
-        return type(self.aggregator) is Joint and not due
+        return isinstance(self.passes, LabelPasses) and type(self.aggregator) is Joint and not due
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and (self.state.global_step + 1) % every == 0
 
-    def _finish(self, model: nn.Module, source: Source | None, combine: bool) -> None:
-        """Combine the window's gradients into `.grad`, and record what they were."""
-        assert self._window is not None and self._gradients is not None and self._task_losses is not None
-        gradients, expected = self._gradients, int(self._window.present.sum())
-        seen = any_process(self._seen.to(self.args.device)).cpu()
-        # A task may have labels that cannot be counted, and turn out to have no loss.
-        self._window = replace(self._window, totals=self._window.totals * seen)
-        present = self._window.present.numpy()
-        losses = np.where(present, self._mean_over_processes(self._task_losses), np.nan)
-        self._logged_losses.append(losses)
-        if not combine:
-            average_gradients(gradients.parameters)
-            if self.aggregator.reduction == "mean" and 0 < present.sum() < expected:
-                for parameter in gradients.parameters:
-                    if parameter.grad is not None:
-                        parameter.grad *= expected / int(present.sum())
-            self._skip_if_not_finite()
-            return
+    def _combine(self, model: nn.Module, source: Source | None, gradients: TaskGradients, losses: Array) -> None:
+        """Combine the step's gradients into `.grad`, and record what they were."""
+        assert self.step_losses is not None
+        present = self.step_losses.window.present.numpy()
         gradients.reduce()
         scaler = self.accelerator.scaler
         factor = float(scaler.get_scale()) if scaler is not None else 1.0
@@ -206,40 +233,169 @@ class MTLTrainerMixin(TaskBookkeepingMixin, TaskEvaluationMixin, TaskDataMixin, 
         gramian, layers = gradients.gramian()
         finite = np.isfinite(gramian).all() and np.isfinite(losses[present]).all() and gradients.heads_are_finite()
         if not finite:
-            self._skip_step(with_scaler=scaler is not None)
+            self._skip_step(gradients)
             return
-        floor = self._noise_floor(model, source) if self._is_due(self.args.noise_floor_steps) else None
+        floor = noise_floor(self, model, source) if self._is_due(self.args.noise_floor_steps) else None
         weights = gradients.write(self.aggregator, Step(gramian, present, losses), factor)
         gradients.clear()
         if self._is_due(self.args.conflict_logging_steps) or floor is not None:
             epoch = self.state.epoch or 0.0
             self.conflicts.record(self.state.global_step + 1, epoch, gramian, losses, weights, layers, floor)
 
-    def _skip_step(self, with_scaler: bool) -> None:
+    def _finish_sum(self, gradients: TaskGradients, expected: int) -> None:
+        """Average over processes what one backward pass left in `.grad`, and skip the step if it is not finite."""
+        assert self.step_losses is not None
+        average_gradients(gradients.parameters)
+        present = int(self.step_losses.window.present.sum())
+        found = [parameter for parameter in gradients.parameters if parameter.grad is not None]
+        if self.aggregator.reduction == "mean" and 0 < present < expected:
+            for parameter in found:
+                parameter.grad *= expected / present
+        if self.accelerator.scaler is None and found:  # a scaler sees to it by itself
+            bad = ~torch.stack([local(parameter.grad).isfinite().all() for parameter in found]).all()
+            if bool(any_process(bad)):
+                for parameter in found:
+                    parameter.grad = None
+                self._skip_step(gradients)
+
+    def _skip_step(self, gradients: TaskGradients) -> None:
         """Leave parameters, optimiser and method as they are."""
-        assert self._gradients is not None
-        self._gradients.clear()
-        self._replay = None
-        self._skipped_steps += 1
-        if with_scaler:
-            self._gradients.put_infinity()  # the scaler then skips the step and lowers its scale
+        assert self.mtl_state is not None
+        gradients.clear()
+        self._feedback.drop()
+        self.mtl_state.skipped_steps += 1
+        if self.accelerator.scaler is not None:
+            gradients.put_infinity()  # the scaler then skips the step and lowers its scale
         else:
             logger.warning("Step %d has gradients that are not finite; it is skipped.", self.state.global_step + 1)
 
-    def _skip_if_not_finite(self) -> None:
-        """The same for gradients that are in `.grad` already; a scaler sees to it by itself."""
-        assert self._gradients is not None
-        found = [p.grad for p in self._gradients.parameters if p.grad is not None]
-        if self.accelerator.scaler is None and found:
-            bad = ~torch.stack([local(gradient).isfinite().all() for gradient in found]).all()
-            if bool(any_process(bad)):
-                for parameter in self._gradients.parameters:
-                    parameter.grad = None
-                self._skip_step(with_scaler=False)
+    # ------------------------------------------------------------------ losses and evaluation
 
-    def _mean_over_processes(self, losses: Array) -> Array:
-        total = sum_over_processes(torch.tensor(losses, device=self.args.device, dtype=torch.float64))
-        return (total / processes()).cpu().numpy()
+    def compute_task_losses(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None, return_outputs: bool = False
+    ) -> Any:
+        """
+        Losses of one input with several labels. Override it, or give `compute_task_losses_func`, or let the model
+        return `task_losses`.
+
+        Args:
+            model (`nn.Module`): the model.
+            inputs (`dict`): one micro-batch.
+            num_items_in_batch (`dict[str, torch.Tensor]`, *optional*): labels per task in the accumulation window,
+                with `task_loss_scale="window"`.
+            return_outputs (`bool`): whether to return the model's outputs too.
+
+        Returns:
+            `dict[str, torch.Tensor]`: a scalar per task that the batch has.
+        """
+        losses, outputs = losses_and_outputs(self, model, inputs, num_items_in_batch)
+        return (losses, outputs) if return_outputs else losses
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean of the tasks' losses of a batch; for samples of one task each, the loss of the whole batch."""
+        if not self.task_data.splits:
+            return self._evaluation.mean_of_tasks(model, inputs, return_outputs)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, on the batch without the tasks' parts of it, which follow."""
+        predict = super().prediction_step
+        return self._evaluation.step(lambda bare: predict(model, bare, *args, **kwargs), model, inputs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with the loss of every task added to the metrics."""
+        with self._evaluation.running():
+            output = super().evaluation_loop(*args, **kwargs)
+            prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
+            output.metrics.update(self._evaluation.metrics(prefix))
+        return output
+
+    # ------------------------------------------------------------------ data, logs and checkpoints
+
+    def task_collator(self, training: bool = True) -> TaskCollator:
+        """
+        What the trainer's data loaders collate with: `data_collator` on the samples of each task. For data loaders of
+        your own.
+
+        Args:
+            training (`bool`, *optional*, defaults to `True`): whether for training, else for evaluation.
+        """
+        return self.task_data.collator(self.data_collator, training)
+
+    def _loader(self, make: Callable[[], Any], training: bool) -> Any:
+        own, collator = self.data_collator, self.task_collator(training)
+        self.data_collator: Any = collator
+        try:
+            loader = make()
+        finally:
+            self.data_collator = own
+        collator.is_dispatched = isinstance(loader, DataLoaderDispatcher)
+        if training and self.task_data.splits:
+            collator.refuse_dispatch()
+        return loader
+
+    def get_train_dataloader(self) -> Any:
+        """Trainer's, with batches collated task by task."""
+        return self._loader(super().get_train_dataloader, training=True)
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with batches that are collated task by task too."""
+        make = super().get_eval_dataloader
+        return self._loader(lambda: make(*args, **kwargs), training=False)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with batches that are collated task by task too."""
+        make = super().get_test_dataloader
+        return self._loader(lambda: make(*args, **kwargs), training=False)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self.task_data.one_per_sample:
+            return super()._get_train_sampler(train_dataset)
+        ids = task_ids_of(self.train_dataset if train_dataset is None else train_dataset, self.args.task_column)
+        assert ids is not None
+        return self.task_data.sampler(ids, self._train_batch_size)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        for name in (self.args.task_column, *(self.label_names or ())):
+            if name not in self._signature_columns:
+                self._signature_columns.append(name)
+
+    def _joined(self, inputs: Any) -> Any:
+        return joined(inputs, getattr(self.model, "main_input_name", "input_ids"))
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Trainer's, of all parts."""
+        return super().floating_point_ops(self._joined(inputs))
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        super()._track_num_input_tokens(self._joined(inputs))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the tasks' losses and the conflicts since the last log; at the end, their summary."""
+        if self.mtl_state is not None and "train_runtime" in logs:
+            logs.update(self.mtl_state.summary(self.state.max_steps))
+        elif self.mtl_state is not None and "loss" in logs:
+            logs.update(self.mtl_state.logs(self.state.max_steps))
+        super().log(logs, *args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save and self.mtl_state is not None:
+            write_state(output_dir, self.mtl_state.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        saved = read_state(checkpoint, self._method_name(), self.task_data.known)
+        if saved is None:
+            logger.warning("%s has no state of multi-task training; the method starts afresh.", checkpoint)
+            return
+        self.task_data.known = list(saved["tasks"])
+        (self.mtl_state or self._make_state()).load_state_dict(saved)
 
 
 class MTLTrainer(MTLTrainerMixin, Trainer):

@@ -104,8 +104,8 @@ def assert_same(found, layout, rows, evaluated=None, model=None, collate=collate
 class Watching:
     """Keeps every task's gradients of the last step."""
 
-    def _finish(self, *args, **kwargs):
-        store, compute = self._gradients, self._gradients.gramian
+    def _combine(self, *args, **kwargs):
+        store, compute = self.mtl_state.gradients, self.mtl_state.gradients.gramian
 
         def gramian():
             rows = [{store.names[i]: g.clone() for i, g in row.items()} for row in store.rows]
@@ -113,7 +113,7 @@ class Watching:
             return compute()
 
         store.gramian = gramian
-        super()._finish(*args, **kwargs)
+        super()._combine(*args, **kwargs)
         store.gramian = compute
 
 

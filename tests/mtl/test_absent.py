@@ -143,8 +143,8 @@ def test_missing_labels_where_samples_have_one_task(tmp_path, missing):
         return result
 
     whole, pieces = run(1), run(4)
-    assert not whole._skipped_steps
-    assert not pieces._skipped_steps
+    assert not whole.mtl_state.skipped_steps
+    assert not pieces.mtl_state.skipped_steps
     assert_same_weights(pieces.model, whole.model)
 
 

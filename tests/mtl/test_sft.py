@@ -30,7 +30,7 @@ def test_neuroada_accumulates_exactly(tmp_path, method):
         gradient_accumulation_steps=3,
     )
     assert_same_weights(pieces.model, whole.model, 2e-6)
-    assert all(whole._gradients.shared)
+    assert all(whole.mtl_state.gradients.shared)
     logs = whole.state.log_history[0]
     assert {"task_loss/short", "task_loss/long", "gradient_conflict/cos/short__long", "mean_token_accuracy"} <= set(
         logs

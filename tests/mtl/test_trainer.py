@@ -138,7 +138,7 @@ def test_absent_tasks_and_zero_gradients_are_left_out(tmp_path):
 def test_shared_parameters_can_be_named(tmp_path):
     first_layer = trainer(tmp_path / "a", mtl_method="pcgrad", shared_parameters=r"^trunk\.0\.")
     first_layer.train()
-    assert sum(first_layer._gradients.shared) == 2
+    assert sum(first_layer.mtl_state.gradients.shared) == 2
     with pytest.raises(ValueError, match="shared_parameters='nowhere'"):
         trainer(tmp_path / "b", mtl_method="pcgrad", shared_parameters="nowhere").train()
 
@@ -256,7 +256,7 @@ def test_compiling_changes_nothing(tmp_path, method):
     ours = trainer(tmp_path, mtl_method=method, torch_compile=True, torch_compile_backend="aot_eager")
     ours.train()
     assert_same_weights(ours.model, expected.model)
-    assert ours._gradients.shared == expected._gradients.shared
+    assert ours.mtl_state.gradients.shared == expected.mtl_state.gradients.shared
 
 
 def test_bf16_autocast_trains(tmp_path):

@@ -7,60 +7,53 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from ..aggregators.base import Array
 from ..data.losses import fork_state, restore_state
+from ..data.step_losses import StepLosses
+from .probe import mutable_buffers, restore_buffers, unlogged
 
 
-class Replay:
-    """The micro-batches of one optimiser step and the state of the random streams before each of them."""
+class Feedback(TrainerCallback):
+    """
+    Gives an aggregator that learns from the losses the new ones, after each optimiser step.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.batches: list[tuple[Any, Any]] = []
-
-    def keep(self, inputs: Any) -> None:
-        """Remember a micro-batch, just before its forward pass."""
-        self.batches.append((dict(inputs), fork_state(self.device)))
-
-    def run(self, trainer: Any, model: Any) -> Any:
-        """Losses per task, float64 `[tasks]`, summed as in the training step; NaN for absent tasks."""
-        here = fork_state(self.device)
-        buffers = mutable_buffers(model)
-        total = None
-        try:
-            with torch.no_grad():
-                for index, (inputs, state) in enumerate(self.batches):
-                    restore_state(state, self.device)
-                    losses = trainer._replayed_losses(model, inputs, index)
-                    total = losses if total is None else total + losses
-        finally:
-            restore_state(here, self.device)
-            restore_buffers(buffers)
-            self.batches = []
-        return total
-
-
-class FeedbackCallback(TrainerCallback):
-    """Gives an aggregator that learns from the losses what it asks for, after each optimiser step."""
+    Args:
+        trainer ([`MTLTrainerMixin`]): whose aggregator.
+    """
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
+        self.batches: list[tuple[Any, Any]] = []  # micro-batches, and the random streams before each of them
+
+    def keep(self, inputs: Any, is_first: bool) -> None:
+        """Remember a micro-batch, just before its forward pass; the step's first one replaces the last step's."""
+        self.batches = [] if is_first else self.batches
+        self.batches.append((dict(inputs), fork_state(self.trainer.args.device)))
+
+    def drop(self) -> None:
+        """Forget the micro-batches of a step that is skipped."""
+        self.batches = []
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._give_feedback()
+        trainer = self.trainer
+        if self.batches and not trainer.accelerator.optimizer_step_was_skipped:
+            with unlogged(trainer):
+                losses = self._replayed(trainer.step_losses)
+            trainer.aggregator.feedback(trainer.step_losses.averaged(losses, args.device))
+        self.drop()
 
-
-def mutable_buffers(model: torch.nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Buffers that a forward pass in training mode may change, such as batch normalisation's, with copies of them."""
-    return [
-        (buffer, buffer.clone())
-        for buffer in model.buffers()
-        if not buffer.is_meta and (buffer.is_floating_point() or not buffer.ndim)  # not tables of integers
-    ]
-
-
-@torch.no_grad()
-def restore_buffers(buffers: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Put the copies back where something changed."""
-    for buffer, copy in buffers:
-        if not torch.equal(buffer, copy):
-            buffer.copy_(copy)
+    def _replayed(self, step: StepLosses) -> Array:
+        """Losses per task, float64 `[tasks]`, summed as in the training step."""
+        model, device = self.trainer.model_wrapped, self.trainer.args.device
+        here, buffers = fork_state(device), mutable_buffers(model)
+        parts = []
+        try:
+            with torch.no_grad():
+                for index, (inputs, streams) in enumerate(self.batches):
+                    restore_state(streams, device)
+                    parts.append(step.as_array(self.trainer.passes.replay(model, inputs, step.window, index)))
+        finally:
+            restore_state(here, device)
+            restore_buffers(buffers)
+        total: Array = sum(parts[1:], start=parts[0])
+        return total

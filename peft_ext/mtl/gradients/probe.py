@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..conflicts.recorder import cosines_of
 from ..data.losses import fork_state, restore_state
-from .feedback import mutable_buffers, restore_buffers
 from .task_gradients import TaskGradients
 
 
@@ -45,6 +44,23 @@ def undisturbed(model: nn.Module, device: torch.device, collator: Any = None) ->
             collator.__dict__.update(own)
         for stream, state in own_streams:
             _set_state(stream, state)
+
+
+def mutable_buffers(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Buffers that a forward pass in training mode may change, such as batch normalisation's, with copies of them."""
+    return [
+        (buffer, buffer.clone())
+        for buffer in model.buffers()
+        if not buffer.is_meta and (buffer.is_floating_point() or not buffer.ndim)  # not tables of integers
+    ]
+
+
+@torch.no_grad()
+def restore_buffers(buffers: list[tuple[Tensor, Tensor]]) -> None:
+    """Put the copies back where something changed."""
+    for buffer, saved in buffers:
+        if not torch.equal(buffer, saved):
+            buffer.copy_(saved)
 
 
 def _state_of(stream: Any) -> Any:

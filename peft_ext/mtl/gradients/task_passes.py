@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,168 +13,205 @@ from ..data.collation import parts_of
 from ..data.losses import Window, checked_losses, split_labels
 from ..parallel import processes, task_backward
 from .probe import unheard
+from .task_gradients import TaskGradients
 
 
-if TYPE_CHECKING:
-    from transformers import Trainer as _Trainer
-else:
-    _Trainer = object
+class TaskLoss(NamedTuple):
+    """
+    A task's loss of one micro-batch, weighted so that the micro-batches' losses add up to the window's mean.
+
+    Attributes:
+        task (`int`): number of the task.
+        loss (`torch.Tensor`): the loss, a scalar.
+        stands_in (`bool`): whether only another process has the task. The loss is then zero, and its pass keeps
+            FSDP2's processes in step.
+        keeps_graph (`bool`): whether the losses that follow need its graph.
+    """
+
+    task: int
+    loss: Tensor
+    stands_in: bool = False
+    keeps_graph: bool = False
 
 
-class TaskPassesMixin(_Trainer):
-    """Part of [`MTLTrainerMixin`]: from micro-batches to losses and gradients."""
+class Passes:
+    """
+    Computes losses and gradients of one trainer, task by task.
 
-    task_names: Any
-    aggregator: Any
-    compute_task_losses_func: Any
-    _splits: bool
-    _window: Window | None
-    _gradients: Any
+    Args:
+        trainer ([`MTLTrainerMixin`]): whose model, options and losses.
+    """
 
-    def compute_task_losses(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None, return_outputs: bool = False
-    ) -> Any:
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def losses(self, model: nn.Module, inputs: Any, window: Window, index: int) -> Iterator[TaskLoss]:
+        """The losses of micro-batch `index` of a window."""
+        raise NotImplementedError
+
+    def plain_losses(
+        self, model: nn.Module, inputs: Any, counts: Tensor, window: Window, index: int
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Task number and loss, at any scale, of a part of micro-batch `index` that has `counts` `[tasks]` labels."""
+        raise NotImplementedError
+
+    def backward(
+        self, model: nn.Module, inputs: Any, window: Window, index: int, gradients: TaskGradients
+    ) -> dict[int, Tensor]:
+        """One backward pass per task, whose gradients go to `gradients`. Returns the losses by task number."""
+        accelerator, losses = self.trainer.accelerator, {}
+        with task_backward(accelerator, model):
+            for task, loss, stands_in, keeps_graph in self.losses(model, inputs, window, index):
+                accelerator.backward(loss, retain_graph=keeps_graph)
+                gradients.collect(task, stands_in)
+                if not stands_in:
+                    losses[task] = loss.detach()
+        return losses
+
+    def replay(self, model: nn.Module, inputs: Any, window: Window, index: int) -> dict[int, Tensor]:
+        """The losses by task number, of this process's tasks alone."""
+        return {part.task: part.loss for part in self.losses(model, inputs, window, index) if not part.stands_in}
+
+
+class PartPasses(Passes):
+    """For samples of one task each: a forward and a backward pass for each task's part of a batch."""
+
+    def losses(self, model: nn.Module, inputs: Any, window: Window, index: int) -> Iterator[TaskLoss]:
+        parts = self._parts(inputs)
+        counts = window.counts[index]
+        smallest = min(parts, key=lambda task: (counts[task] == 0, counts[task]))
+        for task in torch.nonzero(window.anywhere[index]).flatten().tolist():
+            stands_in = not counts[task] > 0
+            with unheard(self.trainer) if stands_in else nullcontext():
+                part = parts[smallest if stands_in else task]
+                loss = self._loss(model, dict(part), window, index, task)
+            yield TaskLoss(task, loss * 0.0 if stands_in else loss, stands_in)
+
+    def plain_losses(
+        self, model: nn.Module, inputs: Any, counts: Tensor, window: Window, index: int
+    ) -> Iterator[tuple[int, Tensor]]:
+        for task, part in self._parts(inputs).items():
+            if float(counts[task]) > 0:
+                yield task, self._loss(model, part, window, index, task)
+
+    def _parts(self, inputs: Mapping[str, Any]) -> dict[int, Any]:
+        return parts_of(inputs, self.trainer.args.task_column, len(self.trainer.task_names))
+
+    def _loss(self, model: nn.Module, inputs: Any, window: Window, index: int, task: int) -> Tensor:
+        """Weighted loss of one task's part of a batch."""
+        trainer = self.trainer
+        num_items = window.num_items.get(task)
+        with trainer.compute_loss_context_manager():
+            loss: Tensor = trainer.compute_loss(model, inputs, num_items_in_batch=num_items)
+        is_scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+        if is_scaled is None:
+            by_items = trainer.model_accepts_loss_kwargs or getattr(trainer, "compute_loss_func", None) is not None
+            is_scaled = by_items and num_items is not None
+        if not is_scaled:
+            return loss * window.share(index, task, processes())
+        config = trainer.args
+        if processes() > 1 and not config.average_tokens_across_devices and config.task_loss_scale == "batch":
+            # Divided by this process's labels, of which others may have more or none.
+            loss = loss * float(window.counts[:, task].sum() / window.totals[task]) * processes()
+        return loss
+
+
+class LabelPasses(Passes):
+    """For inputs with several labels: one forward pass, and a backward pass per task."""
+
+    def losses(self, model: nn.Module, inputs: Any, window: Window, index: int) -> Iterator[TaskLoss]:
+        scaled = self._scaled(model, inputs, window, index)
+        if not scaled:  # nothing is labelled in this micro-batch
+            return
+        tasks = torch.nonzero(window.anywhere[index]).flatten().tolist() if processes() > 1 else list(scaled)
+        for task in tasks:
+            stands_in = task not in scaled
+            loss = next(iter(scaled.values())) * 0.0 if stands_in else scaled[task]
+            yield TaskLoss(task, loss, stands_in, keeps_graph=task != tasks[-1])
+
+    def plain_losses(
+        self, model: nn.Module, inputs: Any, counts: Tensor, window: Window, index: int
+    ) -> Iterator[tuple[int, Tensor]]:
+        trainer, num_items = self.trainer, None
+        if trainer.args.task_loss_scale == "window":
+            num_items = dict(zip(trainer.task_names, counts, strict=True))
+        with trainer.compute_loss_context_manager():
+            losses = trainer.compute_task_losses(model, inputs, num_items)
+        for task, name in enumerate(trainer.task_names):
+            if name in losses and float(counts[task]) > 0:
+                yield task, losses[name]
+
+    def backward_sum(
+        self, model: nn.Module, inputs: Any, window: Window, index: int, reduction: str
+    ) -> dict[int, Tensor]:
         """
-        Losses of one input with several labels. Override it, or give `compute_task_losses_func`, or let the model
-        return `task_losses`.
-
-        Args:
-            model (`nn.Module`): the model.
-            inputs (`dict`): one micro-batch.
-            num_items_in_batch (`dict[str, torch.Tensor]`, *optional*): labels per task in the accumulation window,
-                with `task_loss_scale="window"`.
-            return_outputs (`bool`): whether to return the model's outputs too.
-
-        Returns:
-            `dict[str, torch.Tensor]`: a scalar per task that the batch has.
+        One backward pass for all tasks together, into `.grad`. Gradients are averaged over processes at the end of the
+        step, since each process may lack other tasks.
         """
-        column, names = self.args.task_column, self.label_names or []
-        has_ids = column in inputs
-        if column not in names:
-            inputs = {key: value for key, value in inputs.items() if key != column}
-        if self.compute_task_losses_func is not None:
-            inputs, labels = split_labels(inputs, names)
-            outputs = model(**inputs)
-            losses = self.compute_task_losses_func(outputs, labels, num_items_in_batch=num_items_in_batch)
-            checked = checked_losses(losses, "compute_task_losses_func's result")
-        else:
-            outputs = model(**inputs)
-            losses = outputs.get("task_losses") if isinstance(outputs, dict) else None
-            losses = losses if losses is not None else getattr(outputs, "task_losses", None)
-            if losses is None and has_ids:
-                raise ValueError(
-                    f"Batches have {column!r}, but the training set does not show every sample's: pass train_dataset "
-                    f"as a dict of data sets or as a datasets.Dataset with that column, not as "
-                    f"{type(getattr(self, 'train_dataset', None)).__name__}."
-                )
-            if losses is None:
-                raise ValueError(
-                    "No losses per task: give compute_task_losses_func, let the model return `task_losses`, pass "
-                    f"train_dataset as a dict of data sets, or add a column {self.args.task_column!r} to it."
-                )
-            checked = checked_losses(losses, "outputs.task_losses")
-        return (checked, outputs) if return_outputs else checked
+        accelerator = self.trainer.accelerator
+        with task_backward(accelerator, model) if processes() > 1 else nullcontext():
+            scaled = self._scaled(model, inputs, window, index)
+            if scaled:
+                share = 1.0 / int(window.present.sum()) if reduction == "mean" else 1.0
+                accelerator.backward(torch.stack(list(scaled.values())).sum() * share)
+        return scaled
 
-    def _scaled_losses(self, model: nn.Module, inputs: Any, index: int) -> dict[int, Tensor]:
-        """Losses by task number, each weighted so that they add up to the window's mean."""
-        assert self._window is not None
+    def _scaled(self, model: nn.Module, inputs: Any, window: Window, index: int) -> dict[int, Tensor]:
+        """Weighted losses by task number."""
+        trainer, names = self.trainer, self.trainer.task_names
         named = None
-        if self.args.task_loss_scale == "window":
-            named = {name: self._window.num_items[task] for task, name in enumerate(self.task_names)}
-        with self.compute_loss_context_manager():
-            losses = self.compute_task_losses(model, inputs, num_items_in_batch=named)
-        unknown = sorted(set(losses) - set(self.task_names))
+        if trainer.args.task_loss_scale == "window":
+            named = {name: window.num_items[task] for task, name in enumerate(names)}
+        with trainer.compute_loss_context_manager():
+            losses = trainer.compute_task_losses(model, inputs, num_items_in_batch=named)
+        unknown = sorted(set(losses) - set(names))
         if unknown:
             raise ValueError(
-                f"There is a loss for {unknown[0]!r}, which is not one of the tasks {self.task_names}; set task_names "
-                "in the config to all of them."
+                f"There is a loss for {unknown[0]!r}, which is not one of the tasks {names}; set task_names in the "
+                "config to all of them."
             )
         scaled = {}
-        for task, name in enumerate(self.task_names):
-            if name in losses and self._window.counts[index, task] > 0:
-                weight = 1.0 if named is not None else self._window.share(index, task, processes())
+        for task, name in enumerate(names):
+            if name in losses and window.counts[index, task] > 0:
+                weight = 1.0 if named is not None else window.share(index, task, processes())
                 scaled[task] = losses[name] * weight
         return scaled
 
-    def _part_loss(self, model: nn.Module, inputs: Any, index: int, task: int) -> Tensor:
-        """Weighted loss of one task's part of a batch of several tasks."""
-        assert self._window is not None
-        num_items = self._window.num_items.get(task)
-        with self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items)
-        is_scaled = getattr(self, "loss_is_scaled_for_ga", None)
-        if is_scaled is None:
-            by_items = self.model_accepts_loss_kwargs or getattr(self, "compute_loss_func", None) is not None
-            is_scaled = by_items and num_items is not None
-        if not is_scaled:
-            return loss * self._window.share(index, task, processes())
-        if processes() > 1 and not self.args.average_tokens_across_devices and self.args.task_loss_scale == "batch":
-            # Divided by this process's labels, of which others may have more or none.
-            loss = loss * float(self._window.counts[:, task].sum() / self._window.totals[task]) * processes()
-        return loss
 
-    def _parts(self, inputs: Mapping[str, Any], index: int) -> Iterator[tuple[int, dict[str, Any], bool]]:
-        """Task, its part of the batch, and whether that only stands in for another process's."""
-        assert self._window is not None
-        parts = parts_of(inputs, self.args.task_column, len(self.task_names))
-        counts = self._window.counts[index]
-        smallest = min(parts, key=lambda task: (counts[task] == 0, counts[task]))
-        for task in torch.nonzero(self._window.anywhere[index]).flatten().tolist():
-            stands_in = not counts[task] > 0
-            yield task, dict(parts[smallest if stands_in else task]), stands_in
+def losses_and_outputs(
+    trainer: Any, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any
+) -> tuple[dict[str, Tensor], Any]:
+    """
+    Losses of one input with several labels, by the trainer's `compute_task_losses_func` or from the model's output
+    `task_losses`.
 
-    def _backward_sum(self, model: nn.Module, inputs: Any, index: int) -> dict[int, Tensor]:
-        """One backward pass; gradients are averaged over processes at the end, since each may lack other tasks."""
-        assert self._window is not None
-        with task_backward(self.accelerator, model) if processes() > 1 else nullcontext():
-            scaled = self._scaled_losses(model, inputs, index)
-            if scaled:
-                share = 1.0 / int(self._window.present.sum()) if self.aggregator.reduction == "mean" else 1.0
-                self.accelerator.backward(torch.stack(list(scaled.values())).sum() * share)
-        return scaled
+    Returns:
+        `tuple`: a scalar per task that the batch has, and the model's outputs.
 
-    def _backward_tasks(self, model: nn.Module, inputs: Any, index: int) -> dict[int, Tensor]:
-        """One forward pass, one backward pass per task."""
-        assert self._window is not None and self._gradients is not None
-        with task_backward(self.accelerator, model):
-            scaled = self._scaled_losses(model, inputs, index)
-            if not scaled:  # nothing is labelled in this micro-batch
-                return {}
-            tasks = torch.nonzero(self._window.anywhere[index]).flatten().tolist() if processes() > 1 else list(scaled)
-            for task in tasks:
-                stands_in = task not in scaled  # FSDP2's processes must make the same passes
-                loss = next(iter(scaled.values())) * 0.0 if stands_in else scaled[task]
-                self.accelerator.backward(loss, retain_graph=task != tasks[-1])
-                self._gradients.collect(task, stands_in)
-        return scaled
-
-    def _backward_parts(self, model: nn.Module, inputs: Any, index: int) -> dict[int, Tensor]:
-        """A forward and a backward pass for each task's part of the batch."""
-        assert self._gradients is not None
-        losses: dict[int, Tensor] = {}
-        for task, part, stands_in in self._parts(inputs, index):
-            with task_backward(self.accelerator, model):
-                with unheard(self) if stands_in else nullcontext():
-                    loss = self._part_loss(model, part, index, task)
-                if stands_in:
-                    loss = loss * 0.0
-                else:
-                    losses[task] = loss.detach()
-                self.accelerator.backward(loss)
-            self._gradients.collect(task, stands_in)
-        return losses
-
-    def _as_array(self, losses: Mapping[int, Tensor]) -> np.ndarray[Any, Any]:
-        """float64 `[tasks]`; zero for tasks that the micro-batch does not have."""
-        values = np.zeros(len(self.task_names))
-        if losses:
-            values[list(losses)] = torch.stack([loss.detach().float() for loss in losses.values()]).double().tolist()
-        return values
-
-    def _replayed_losses(self, model: nn.Module, inputs: Any, index: int) -> np.ndarray[Any, Any]:
-        """The losses of a micro-batch alone, float64 `[tasks]`."""
-        if not self._splits:
-            return self._as_array(self._scaled_losses(model, inputs, index))
-        parts = self._parts(inputs, index)
-        losses = {task: (self._part_loss(model, part, index, task), stands_in) for task, part, stands_in in parts}
-        return self._as_array({task: loss for task, (loss, stands_in) in losses.items() if not stands_in})
+    Raises:
+        `ValueError`: if nothing gives losses per task, or they are not scalar tensors.
+    """
+    column, names, function = trainer.args.task_column, trainer.label_names or [], trainer.compute_task_losses_func
+    has_ids = column in inputs
+    if column not in names:
+        inputs = {key: value for key, value in inputs.items() if key != column}
+    if function is not None:
+        inputs, labels = split_labels(inputs, names)
+        outputs = model(**inputs)
+        losses = function(outputs, labels, num_items_in_batch=num_items_in_batch)
+        return checked_losses(losses, "compute_task_losses_func's result"), outputs
+    outputs = model(**inputs)
+    losses = outputs.get("task_losses") if isinstance(outputs, dict) else None
+    losses = losses if losses is not None else getattr(outputs, "task_losses", None)
+    if losses is None and has_ids:
+        raise ValueError(
+            f"Batches have {column!r}, but the training set does not show every sample's: pass train_dataset as a "
+            f"dict of data sets or as a datasets.Dataset with that column, not as "
+            f"{type(getattr(trainer, 'train_dataset', None)).__name__}."
+        )
+    if losses is None:
+        raise ValueError(
+            "No losses per task: give compute_task_losses_func, let the model return `task_losses`, pass "
+            f"train_dataset as a dict of data sets, or add a column {column!r} to it."
+        )
+    return checked_losses(losses, "outputs.task_losses"), outputs
