@@ -158,7 +158,8 @@ class GradientConflictCallback(TrainerCallback):
                 if self.resumed:
                     self.recorder.read_back(self.resumed)
             tasks = self.recorder.tasks
-            rows, values = self._store(bare, len(tasks)), np.full(len(tasks), np.nan)
+            rows = TaskGradients.of_model(bare, len(tasks), self.scope, by_layer=self.layerwise)
+            values = np.full(len(tasks), np.nan)
             for _, name, loss in found:
                 if name not in tasks:
                     raise ValueError(f"task_losses_func returned a loss for {name!r}, which was not among {tasks}.")
@@ -166,24 +167,14 @@ class GradientConflictCallback(TrainerCallback):
                 collect_rows(rows, [(tasks.index(name), loss)])
             rows.reduce()
             gramian, layers = rows.gramian()
-            floor = self._floor(bare, device, rows.shared) if self.noise_floor else None
+            floor = self._floor(bare, device, rows) if self.noise_floor else None
         epoch = state.epoch or 0.0
         self.recorder.record(state.global_step + 1, epoch, gramian, values, layers=layers, floor=floor)
 
-    def _store(self, model: nn.Module, rows: int) -> TaskGradients:
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        heads = {name for name in parameters if ".modules_to_save." in name}
-        return TaskGradients(parameters, rows, self.scope, heads, by_layer=self.layerwise)
-
-    def _floor(self, model: nn.Module, device: torch.device, shared: list[bool]) -> np.ndarray[Any, Any]:
+    def _floor(self, model: nn.Module, device: torch.device, rows: TaskGradients) -> np.ndarray[Any, Any]:
         assert self.recorder is not None
-        tasks = self.recorder.tasks
-        store = self._store(model, 2 * len(tasks))
-        store.shared, store.fixed, store.by_layer = list(shared), True, False
-        found = self._losses(model, device, halves=True)
-        collect_rows(store, ((2 * tasks.index(name) + half, loss) for half, name, loss in found))
-        store.reduce()
-        return cosines_of_halves(store.gramian()[0])
+        tasks, losses = self.recorder.tasks, self._losses(model, device, halves=True)
+        return cosines_of_halves(rows, ((2 * tasks.index(name) + half, loss) for half, name, loss in losses))
 
     def _losses(self, model: nn.Module, device: torch.device, halves: bool) -> Iterator[tuple[int, str, Tensor]]:
         """Half, task and loss; the whole batch counts as half 0."""

@@ -7,11 +7,10 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -20,30 +19,24 @@ from .aggregators import Aggregator, Step, make_aggregator
 from .aggregators.base import Array
 from .aggregators.joint import Joint
 from .conflicts.recorder import ConflictRecorder
-from .data.collation import SOURCE, Source, TaskCollator
-from .data.datasets import concatenate_tasks, task_ids_of
-from .data.losses import fork_state, restore_state
+from .data.collation import SOURCE, Source
+from .data.datasets import task_ids_of
 from .data.step_losses import StepLosses
-from .data.task_counts import TaskCounts, joined
-from .data.task_data import TaskData, refuse_packing
+from .data.task_counts import TaskCounts
+from .data.task_data import TaskData, TaskDataHooks
 from .evaluation import TaskEvaluation
 from .gradients.feedback import Feedback
-from .gradients.noise_floor import noise_floor
+from .gradients.probe import noise_floor
 from .gradients.task_gradients import TaskGradients
-from .gradients.task_passes import LabelPasses, PartPasses, losses_and_outputs
-from .parallel import any_process, average_gradients, local, processes, refuse_unsupported
+from .gradients.task_passes import LabelPasses, PartPasses, losses_and_outputs, names_of_losses
+from .parallel import refuse_unsupported
 from .state import MTLState, read_state, write_state
 
-
-if TYPE_CHECKING:
-    _Trainer = Trainer
-else:
-    _Trainer = object
 
 logger = logging.getLogger(__name__)
 
 
-class MTLTrainerMixin(_Trainer):
+class MTLTrainerMixin(TaskDataHooks):
     """
     Multi-task training for any subclass of `Trainer`; put it first among the bases. See [`MTLTrainer`] for the
     arguments. To override: `compute_task_losses`.
@@ -71,31 +64,29 @@ class MTLTrainerMixin(_Trainer):
         self.compute_task_losses_func = compute_task_losses_func
         self.task_data = TaskData(config)
         self.step_losses: StepLosses | None = None
-        self.mtl_state: MTLState | None = None
+        self.mtl_state: Any = None  # until the tasks are known
         self._given_aggregator = aggregator
         self._evaluation = TaskEvaluation(self)
         self._feedback = Feedback(self)
-        train_dataset = given.get("train_dataset")
-        if compute_task_losses_func is None or config.task_column in (config.label_names or ()):
-            refuse_packing(config, train_dataset, given.get("eval_dataset"))
-        if isinstance(train_dataset, dict):
-            self.task_data.take_names(list(train_dataset))
-            given["train_dataset"] = concatenate_tasks(train_dataset, config.task_column)
+        splits, train_dataset = compute_task_losses_func is None, given.get("train_dataset")
+        data = self.task_data.take_datasets(train_dataset, given.get("eval_dataset"), not splits)
+        if data is not train_dataset:
+            given["train_dataset"] = data
         super().__init__(*bound.args, **bound.kwargs)
         refuse_unsupported(self)
         has_ids = config.task_column in (self.label_names or ())
-        if isinstance(train_dataset, dict) and compute_task_losses_func is not None and not has_ids:
+        if isinstance(train_dataset, dict) and not splits and not has_ids:
             raise ValueError(
                 "compute_task_losses_func cannot tell the samples of a dict of data sets apart: add "
                 f"{config.task_column!r} to label_names, so that its `labels` have every sample's task number, or "
                 "leave the function out, and batches are taken apart by task."
             )
-        splits = compute_task_losses_func is None
         ids = task_ids_of(self.train_dataset, config.task_column) if splits or has_ids else None
         if ids is not None:
             self.task_data.take_samples(ids, self._train_batch_size, splits)
-        shifts_labels = getattr(self, "_loss_shifts_labels", False)
-        self.task_counts = TaskCounts(self.task_data, self.label_names or (), shifts_labels)
+        self.task_counts = TaskCounts(
+            self.task_data, self.label_names or (), shifts_labels=getattr(self, "_loss_shifts_labels", False)
+        )
         self.passes = PartPasses(self) if self.task_data.splits else LabelPasses(self)
         if self.task_data.known is not None:
             self._make_state()
@@ -108,14 +99,14 @@ class MTLTrainerMixin(_Trainer):
     @property
     def aggregator(self) -> Aggregator:
         """The method that combines the gradients."""
-        assert self.mtl_state is not None
-        return self.mtl_state.aggregator
+        aggregator: Aggregator = self.mtl_state.aggregator
+        return aggregator
 
     @property
     def conflicts(self) -> ConflictRecorder:
         """The gradient conflicts recorded so far."""
-        assert self.mtl_state is not None
-        return self.mtl_state.conflicts
+        conflicts: ConflictRecorder = self.mtl_state.conflicts
+        return conflicts
 
     def _make_state(self) -> MTLState:
         config, names = self.args, self.task_names
@@ -129,11 +120,9 @@ class MTLTrainerMixin(_Trainer):
         return self.mtl_state
 
     def _make_gradients(self, model: nn.Module) -> TaskGradients:
-        config = self.args
-        parameters = {n: p for n, p in self.accelerator.unwrap_model(model).named_parameters() if p.requires_grad}
-        heads = {name for name in parameters if ".modules_to_save." in name}
+        bare, config = self.accelerator.unwrap_model(model), self.args
         dtype, by_layer = getattr(torch, config.jacobian_dtype), config.conflict_granularity == "layer"
-        return TaskGradients(parameters, len(self.task_names), config.shared_parameters, heads, dtype, by_layer)
+        return TaskGradients.of_model(bare, len(self.task_names), config.shared_parameters, dtype, by_layer)
 
     def _method_name(self) -> str:
         return type(self._given_aggregator).__name__ if self._given_aggregator else self.args.mtl_method
@@ -157,29 +146,14 @@ class MTLTrainerMixin(_Trainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             if self.task_data.known is None:
-                self._name_tasks(batches[0])
+                self.task_data.known = names_of_losses(self, batches[0])
+                self._make_state()
             if self.mtl_state is not None and self.mtl_state.gradients is not None:
                 self.mtl_state.gradients.clear()
             sharded = any(is_sharded(parameter) for parameter in self.model.parameters())
             window = self.task_counts.window(batches, device, self._get_num_items_in_batch, sharded)
             self.step_losses = StepLosses(window)
         return batches, num_items
-
-    def _name_tasks(self, batch: Any) -> None:
-        """Learn the tasks' names from the losses of one batch, leaving the random streams as they were."""
-        if self.args.task_loss_scale == "window" or processes() > 1:
-            raise ValueError("Set task_names in the config: they are needed before the first losses are computed.")
-        model = self.accelerator.unwrap_model(self.model)
-        training, streams = model.training, fork_state(self.args.device)
-        model.eval()
-        with torch.no_grad(), self.compute_loss_context_manager():
-            inputs = self._prepare_inputs(batch)
-            inputs.pop(SOURCE, None)
-            losses = self.compute_task_losses(model, inputs)
-        model.train(training)
-        restore_state(streams, self.args.device)
-        self.task_data.known = list(losses)
-        self._make_state()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """
@@ -208,7 +182,10 @@ class MTLTrainerMixin(_Trainer):
             losses = step.close(self.args.device)
             state.logged_losses.append(losses)
             if at_once:
-                self._finish_sum(gradients, expected)
+                present = int(step.window.present.sum())
+                gradients.average_sum(expected / present if reduction == "mean" and present else 1.0)
+                if self.accelerator.scaler is None and not gradients.sum_is_finite():  # a scaler sees to it by itself
+                    self._skip_step(gradients)
             else:
                 self._combine(model, source, gradients, losses)
         return torch.tensor(step.next_loss(reduction), device=self.args.device, dtype=torch.float32)
@@ -225,11 +202,9 @@ class MTLTrainerMixin(_Trainer):
         """Combine the step's gradients into `.grad`, and record what they were."""
         assert self.step_losses is not None
         present = self.step_losses.window.present.numpy()
-        gradients.reduce()
         scaler = self.accelerator.scaler
         factor = float(scaler.get_scale()) if scaler is not None else 1.0
-        if factor != 1.0:
-            gradients.scale(1.0 / factor)
+        gradients.reduce(1.0 / factor)
         gramian, layers = gradients.gramian()
         finite = np.isfinite(gramian).all() and np.isfinite(losses[present]).all() and gradients.heads_are_finite()
         if not finite:
@@ -242,25 +217,8 @@ class MTLTrainerMixin(_Trainer):
             epoch = self.state.epoch or 0.0
             self.conflicts.record(self.state.global_step + 1, epoch, gramian, losses, weights, layers, floor)
 
-    def _finish_sum(self, gradients: TaskGradients, expected: int) -> None:
-        """Average over processes what one backward pass left in `.grad`, and skip the step if it is not finite."""
-        assert self.step_losses is not None
-        average_gradients(gradients.parameters)
-        present = int(self.step_losses.window.present.sum())
-        found = [parameter for parameter in gradients.parameters if parameter.grad is not None]
-        if self.aggregator.reduction == "mean" and 0 < present < expected:
-            for parameter in found:
-                parameter.grad *= expected / present
-        if self.accelerator.scaler is None and found:  # a scaler sees to it by itself
-            bad = ~torch.stack([local(parameter.grad).isfinite().all() for parameter in found]).all()
-            if bool(any_process(bad)):
-                for parameter in found:
-                    parameter.grad = None
-                self._skip_step(gradients)
-
     def _skip_step(self, gradients: TaskGradients) -> None:
         """Leave parameters, optimiser and method as they are."""
-        assert self.mtl_state is not None
         gradients.clear()
         self._feedback.drop()
         self.mtl_state.skipped_steps += 1
@@ -312,66 +270,7 @@ class MTLTrainerMixin(_Trainer):
             output.metrics.update(self._evaluation.metrics(prefix))
         return output
 
-    # ------------------------------------------------------------------ data, logs and checkpoints
-
-    def task_collator(self, training: bool = True) -> TaskCollator:
-        """
-        What the trainer's data loaders collate with: `data_collator` on the samples of each task. For data loaders of
-        your own.
-
-        Args:
-            training (`bool`, *optional*, defaults to `True`): whether for training, else for evaluation.
-        """
-        return self.task_data.collator(self.data_collator, training)
-
-    def _loader(self, make: Callable[[], Any], training: bool) -> Any:
-        own, collator = self.data_collator, self.task_collator(training)
-        self.data_collator: Any = collator
-        try:
-            loader = make()
-        finally:
-            self.data_collator = own
-        collator.is_dispatched = isinstance(loader, DataLoaderDispatcher)
-        if training and self.task_data.splits:
-            collator.refuse_dispatch()
-        return loader
-
-    def get_train_dataloader(self) -> Any:
-        """Trainer's, with batches collated task by task."""
-        return self._loader(super().get_train_dataloader, training=True)
-
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, with batches that are collated task by task too."""
-        make = super().get_eval_dataloader
-        return self._loader(lambda: make(*args, **kwargs), training=False)
-
-    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, with batches that are collated task by task too."""
-        make = super().get_test_dataloader
-        return self._loader(lambda: make(*args, **kwargs), training=False)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if not self.task_data.one_per_sample:
-            return super()._get_train_sampler(train_dataset)
-        ids = task_ids_of(self.train_dataset if train_dataset is None else train_dataset, self.args.task_column)
-        assert ids is not None
-        return self.task_data.sampler(ids, self._train_batch_size)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        for name in (self.args.task_column, *(self.label_names or ())):
-            if name not in self._signature_columns:
-                self._signature_columns.append(name)
-
-    def _joined(self, inputs: Any) -> Any:
-        return joined(inputs, getattr(self.model, "main_input_name", "input_ids"))
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        """Trainer's, of all parts."""
-        return super().floating_point_ops(self._joined(inputs))
-
-    def _track_num_input_tokens(self, inputs: Any) -> None:
-        super()._track_num_input_tokens(self._joined(inputs))
+    # ------------------------------------------------------------------ logs and checkpoints
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the tasks' losses and the conflicts since the last log; at the end, their summary."""

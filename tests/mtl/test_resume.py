@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 from peft_ext.mtl import METHODS, MTLTrainer
 from peft_ext.mtl.aggregators import OWN_METHODS
-from tests.mtl._models import TwoLayers, assert_identical_weights, config, samples, task_losses, trainer
+from tests.mtl._models import TASKS, TwoLayers, assert_identical_weights, config, samples, task_losses, trainer
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -97,6 +97,62 @@ def test_a_state_of_another_method_or_cut_short_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(ValueError, match="not a whole state file"):
         trainer(tmp_path, mtl_method="pcgrad", **options).train(resume_from_checkpoint=str(checkpoint))
+
+
+def earlier_state(names):
+    """`mtl_state.pt` as the first release wrote it, after three steps with FAMO."""
+    moments = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(3).double(), "exp_avg_sq": torch.ones(3).double()}
+    return {
+        "method": "famo",
+        "tasks": TASKS,
+        "aggregator": {
+            "generator": torch.Generator().manual_seed(1).get_state(),
+            "logits": torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64),
+            "optimizer": {**torch.optim.Adam([torch.zeros(3)], lr=0.025).state_dict(), "state": {0: moments}},
+            "before": None,
+        },
+        "conflicts": {
+            "tasks": TASKS,
+            "steps": [1, 2, 3],
+            "epochs": [0.25, 0.5, 0.75],
+            "cosines": [[0.5, -0.5, 0.25]] * 3,
+            "noise": [True, False],
+            "layers": {"trunk.0": [1, 3]},
+            "window": [{"grad_norm/a": 2.0}],
+            "logged": 2,
+        },
+        "gradients": {"names": names, "reached": torch.ones(3, len(names), dtype=torch.bool)},
+        "logged_losses": [[9.0, 8.0, 7.0]],
+        "skipped_steps": 2,
+    }
+
+
+def layout(value):
+    """The keys and kinds of values within a state."""
+    if isinstance(value, dict):
+        return {key: layout(entry) for key, entry in value.items()}
+    return type(value)
+
+
+def test_a_checkpoint_of_the_first_release_loads(tmp_path):
+    options = {"mtl_method": "famo", "save_strategy": "steps", "save_steps": 3, "max_steps": 4, "conflict_file": ""}
+    written = trainer(tmp_path, conflict_granularity="layer", noise_floor_steps=3, **options)
+    written.train()
+    path = tmp_path / "checkpoint-3" / "mtl_state.pt"
+    state = earlier_state([name for name, _ in written.model.named_parameters()])
+    new = torch.load(path, weights_only=True)
+    del new["conflicts"]["layers"]["trunk.4"]
+    assert layout(new) == layout(state)
+    torch.save(state, path)
+    resumed = trainer(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(path.parent))
+    record, logs = resumed.conflicts.state_dict(), resumed.state.log_history
+    assert record["steps"] == [1, 2, 3, 4] and record["cosines"][:3] == state["conflicts"]["cosines"]
+    assert (record["noise"], record["layers"]) == (state["conflicts"]["noise"], state["conflicts"]["layers"])
+    assert logs[-1]["skipped_steps"] == 2
+    assert 4.5 < logs[-2]["task_loss/a"] < 6  # the mean of 9 and the loss of step 4
+    assert all(resumed.mtl_state.gradients.shared)  # every task has reached every parameter
+    assert 0 < (resumed.aggregator.logits.detach() - state["aggregator"]["logits"]).abs().max() < 0.03
 
 
 def test_famo_hears_the_losses_after_the_step_with_the_same_dropout(tmp_path):

@@ -251,12 +251,14 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, reentrant):
 
 @pytest.mark.parametrize("method", ["joint", "pcgrad"])
 def test_compiling_changes_nothing(tmp_path, method):
+    donated = torch._functorch.config.donated_buffer
     expected = trainer(tmp_path, mtl_method=method)
     expected.train()
     ours = trainer(tmp_path, mtl_method=method, torch_compile=True, torch_compile_backend="aot_eager")
     ours.train()
     assert_same_weights(ours.model, expected.model)
     assert ours.mtl_state.gradients.shared == expected.mtl_state.gradients.shared
+    assert torch._functorch.config.donated_buffer == donated  # other models compile as they did before
 
 
 def test_bf16_autocast_trains(tmp_path):

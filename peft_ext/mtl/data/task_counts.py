@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..parallel import any_process, processes, sum_over_processes
-from .collation import PARTS, SOURCE, Source, batch_size_of, parts_of
+from .collation import SOURCE, Source, batch_size_of, parts_of
 from .losses import Window, count_labels, count_labels_by_id, count_labels_of_tasks
 from .task_data import TaskData
 
@@ -118,15 +118,3 @@ class TaskCounts:
         if weighing * processes() > 1 and not self.has_warned:
             self.has_warned = True
             logger.warning("%s: micro-batches are weighted by their number of samples. %s", about, remedy)
-
-
-def joined(inputs: Any, main_input_name: str) -> Any:
-    """The tensors of a batch in parts that `Trainer` counts tokens by, as one batch."""
-    if PARTS not in inputs:
-        return inputs
-    parts = list(inputs[PARTS].values())
-    return {
-        name: torch.cat([part[name].reshape(-1) for part in parts])
-        for name in (main_input_name, "attention_mask")
-        if all(isinstance(part.get(name), Tensor) for part in parts)
-    }

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+import torch
+from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor
 
 from ..parallel import processes
-from .collation import TaskCollator
-from .datasets import MIXED_SAMPLINGS, TaskSampler
+from .collation import PARTS, TaskCollator
+from .datasets import MIXED_SAMPLINGS, TaskSampler, concatenate_tasks, task_ids_of
 
 
-def refuse_packing(config: Any, train_dataset: Any, eval_dataset: Any) -> None:
-    """
-    Raises:
-        `ValueError`: if TRL is told to put several samples into one row before they are drawn, and they have tasks.
-    """
-    packing = getattr(config, "packing", False)
-    eval_packing = getattr(config, "eval_packing", None)
-    evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
-    for option, is_on, datasets in (
-        ("packing", packing, [train_dataset]),
-        ("eval_packing", packing if eval_packing is None else eval_packing, evaluated),
-    ):
-        mixed = [d for d in datasets if config.task_column in (getattr(d, "column_names", None) or ())]
-        if is_on and (mixed or (option == "packing" and isinstance(train_dataset, dict))):
-            raise ValueError(
-                f"{option}=True puts samples of several tasks into one row, which cannot be taken apart by task; set "
-                f"{option}=False. padding_free=True makes one row of each task's samples in a batch."
-            )
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
 
 
 class TaskData:
@@ -57,26 +47,45 @@ class TaskData:
             raise ValueError("The tasks are not known before the first batch; set task_names in the config.")
         return self.known
 
-    def take_names(self, names: list[str]) -> None:
+    def take_datasets(self, train_dataset: Any, eval_dataset: Any, has_function: bool) -> Any:
         """
-        Take the names of a dict of training sets.
+        The training set as one data set, with task numbers if it is a dict. `has_function`: whether
+        `compute_task_losses_func` is given.
 
         Raises:
-            `ValueError`: if the config has other names.
+            `ValueError`: if TRL would pack samples of several tasks into one row, or the config names other tasks.
         """
-        if self.known is None:
-            self.known = names
-        elif self.known != names:
+        column = self.config.task_column
+        if not has_function or column in (self.config.label_names or ()):
+            self._refuse_packing(train_dataset, eval_dataset)
+        if not isinstance(train_dataset, dict):
+            return train_dataset
+        names = list(train_dataset)
+        if self.known not in (None, names):
             raise ValueError(f"task_names={self.known} differ from the training sets' names {names}.")
+        self.known = names
+        return concatenate_tasks(train_dataset, column)
+
+    def _refuse_packing(self, train_dataset: Any, eval_dataset: Any) -> None:
+        config = self.config
+        packing = getattr(config, "packing", False)
+        eval_packing = getattr(config, "eval_packing", None)
+        evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+        for option, is_on, datasets in (
+            ("packing", packing, [train_dataset]),
+            ("eval_packing", packing if eval_packing is None else eval_packing, evaluated),
+        ):
+            mixed = [d for d in datasets if config.task_column in (getattr(d, "column_names", None) or ())]
+            if is_on and (mixed or (option == "packing" and isinstance(train_dataset, dict))):
+                raise ValueError(
+                    f"{option}=True puts samples of several tasks into one row, which cannot be taken apart by task; "
+                    f"set {option}=False. padding_free=True makes one row of each task's samples in a batch."
+                )
 
     def take_samples(self, ids: Tensor, batch_size: int, splits: bool) -> None:
         """
-        Take samples of one task each. Names the tasks by their numbers if they have no names yet.
-
-        Args:
-            ids (`torch.Tensor`): every sample's task, `[samples]`.
-            batch_size (`int`): samples per micro-batch of one process.
-            splits (`bool`): whether batches are taken apart by task.
+        Take samples of one task each, with the numbers `ids` `[samples]`, in micro-batches of `batch_size` per
+        process. The tasks are named by their numbers if they have no names yet.
 
         Raises:
             `ValueError`: if a number is not one of a task, or the options cannot give a step every task.
@@ -137,3 +146,74 @@ class TaskData:
             config.sampling_temperature,
             config.seed if config.data_seed is None else config.data_seed,
         )
+
+
+class TaskDataHooks(_Trainer):
+    """`Trainer`'s methods that load data. They have no state but `task_data`."""
+
+    task_data: TaskData
+
+    def task_collator(self, training: bool = True) -> TaskCollator:
+        """
+        What the trainer's data loaders collate with: `data_collator` on the samples of each task. For data loaders of
+        your own.
+
+        Args:
+            training (`bool`, *optional*, defaults to `True`): whether for training, else for evaluation.
+        """
+        return self.task_data.collator(self.data_collator, training)
+
+    def _loader(self, make: Callable[[], Any], training: bool) -> Any:
+        own, collator = self.data_collator, self.task_collator(training)
+        self.data_collator: Any = collator
+        try:
+            loader = make()
+        finally:
+            self.data_collator = own
+        collator.is_dispatched = isinstance(loader, DataLoaderDispatcher)
+        if training and self.task_data.splits:
+            collator.refuse_dispatch()
+        return loader
+
+    def get_train_dataloader(self) -> Any:
+        """Trainer's, with batches collated task by task."""
+        return self._loader(super().get_train_dataloader, training=True)
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with batches that are collated task by task too."""
+        return self._loader(partial(super().get_eval_dataloader, *args, **kwargs), training=False)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with batches that are collated task by task too."""
+        return self._loader(partial(super().get_test_dataloader, *args, **kwargs), training=False)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self.task_data.one_per_sample:
+            return super()._get_train_sampler(train_dataset)
+        ids = task_ids_of(self.train_dataset if train_dataset is None else train_dataset, self.args.task_column)
+        assert ids is not None
+        return self.task_data.sampler(ids, self._train_batch_size)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        for name in (self.args.task_column, *(self.label_names or ())):
+            if name not in self._signature_columns:
+                self._signature_columns.append(name)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Trainer's, of all parts."""
+        return super().floating_point_ops(self._counted(inputs))
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        super()._track_num_input_tokens(self._counted(inputs))
+
+    def _counted(self, inputs: Any) -> Any:
+        """The tensors that `Trainer` counts tokens by; of a batch in parts, as one."""
+        if PARTS not in inputs:
+            return inputs
+        parts = list(inputs[PARTS].values())
+        return {
+            name: torch.cat([part[name].reshape(-1) for part in parts])
+            for name in (getattr(self.model, "main_input_name", "input_ids"), "attention_mask")
+            if all(isinstance(part.get(name), Tensor) for part in parts)
+        }

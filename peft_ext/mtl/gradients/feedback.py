@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import TrainerCallback
 
 from ..aggregators.base import Array
 from ..data.losses import fork_state, restore_state
 from ..data.step_losses import StepLosses
-from .probe import mutable_buffers, restore_buffers, unlogged
+from .probe import undisturbed, unlogged
 
 
 class Feedback(TrainerCallback):
@@ -37,23 +38,16 @@ class Feedback(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         if self.batches and not trainer.accelerator.optimizer_step_was_skipped:
-            with unlogged(trainer):
+            with unlogged(trainer), undisturbed(trainer.model_wrapped, args.device), torch.no_grad():
                 losses = self._replayed(trainer.step_losses)
             trainer.aggregator.feedback(trainer.step_losses.averaged(losses, args.device))
         self.drop()
 
     def _replayed(self, step: StepLosses) -> Array:
         """Losses per task, float64 `[tasks]`, summed as in the training step."""
-        model, device = self.trainer.model_wrapped, self.trainer.args.device
-        here, buffers = fork_state(device), mutable_buffers(model)
-        parts = []
-        try:
-            with torch.no_grad():
-                for index, (inputs, streams) in enumerate(self.batches):
-                    restore_state(streams, device)
-                    parts.append(step.as_array(self.trainer.passes.replay(model, inputs, step.window, index)))
-        finally:
-            restore_state(here, device)
-            restore_buffers(buffers)
-        total: Array = sum(parts[1:], start=parts[0])
+        trainer, total = self.trainer, np.zeros(len(step.sums))
+        for index, (inputs, streams) in enumerate(self.batches):
+            restore_state(streams, trainer.args.device)
+            losses = trainer.passes.replay(trainer.model_wrapped, inputs, step.window, index)
+            total = total + step.as_array(losses)
         return total

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..aggregators.base import Array
 from ..conflicts.recorder import cosines_of
+from ..data.collation import SOURCE, Source, halves_of
 from ..data.losses import fork_state, restore_state
 from .task_gradients import TaskGradients
 
@@ -130,7 +133,54 @@ def collect_rows(store: TaskGradients, losses: Iterable[tuple[int, Tensor]]) -> 
         store.collect(row)
 
 
-def cosines_of_halves(gramian: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Cosines between rows `2 t` and `2 t + 1`, `[tasks]`: the two halves of task t's batch."""
-    cosines = cosines_of(gramian)
-    return np.array([cosines[2 * task, 2 * task + 1] for task in range(len(cosines) // 2)])
+def cosines_of_halves(gradients: TaskGradients, losses: Iterable[tuple[int, Tensor]]) -> Array:
+    """
+    Cosines between the gradients of two halves of each task's batch, over the parameters that `gradients` shares,
+    `[tasks]`. Losses come with the row `2 * task + half`.
+    """
+    parameters = dict(zip(gradients.names, gradients.parameters, strict=True))
+    store = TaskGradients(parameters, 2 * gradients.num_tasks, dtype=gradients.dtype)
+    store.shared, store.fixed = list(gradients.shared), True
+    collect_rows(store, losses)
+    store.reduce()
+    cosines = cosines_of(store.gramian()[0])
+    return np.array([cosines[2 * task, 2 * task + 1] for task in range(gradients.num_tasks)])
+
+
+def noise_floor(trainer: Any, model: nn.Module, source: Source | None) -> Array:
+    """
+    Cosine between the gradients of two halves of each task's last micro-batch, float64 `[tasks]`; NaN for a task
+    without samples in both halves. The training goes on as if nothing had been measured.
+
+    Raises:
+        `ValueError`: if the samples are not known.
+    """
+    if source is None or source.samples is None:
+        raise ValueError(
+            f"noise_floor_steps={trainer.args.noise_floor_steps} collates the halves of a batch's samples, and this "
+            "batch came without them. Set it to 0; or let the data set give single samples, and collate with "
+            "trainer.task_collator() in a data loader of your own."
+        )
+    bare = trainer.accelerator.unwrap_model(model)
+    with unlogged(trainer), undisturbed(bare, trainer.args.device, trainer.data_collator):
+        return cosines_of_halves(trainer.mtl_state.gradients, _losses_of_halves(trainer, bare, source))
+
+
+def _losses_of_halves(trainer: Any, model: nn.Module, source: Source) -> Iterator[tuple[int, Tensor]]:
+    """Row `2 * task + half`, and the loss."""
+    collate, step = trainer.task_collator(), trainer.step_losses
+    for halves in _halves(source, trainer.task_data.splits):
+        for half, samples in enumerate(halves if halves[1] else ()):
+            piece = trainer._prepare_inputs(collate(samples))
+            counts = trainer.task_counts.of(piece, piece.pop(SOURCE, None))
+            for task, loss in trainer.passes.plain_losses(model, piece, counts, step.window, step.index):
+                yield 2 * task + half, loss
+
+
+def _halves(source: Source, by_task: bool) -> list[Sequence[Sequence[Any]]]:
+    """Pairs of halves: of each task's samples alone, or of all with every task's samples cut in two."""
+    assert source.samples is not None
+    if source.tasks is None:
+        return [halves_of(source.samples)]
+    pairs = [halves_of(samples) for samples in source.by_task().values()]
+    return list(pairs) if by_task else [[list(chain(*halves)) for halves in zip(*pairs, strict=True)]]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...sparse.bases.sharded import is_sharded
 from ..aggregators import Aggregator, Step
 from ..aggregators.base import Array
-from ..parallel import any_process, local, mean_over_processes, sum_over_processes
+from ..parallel import any_process, average_gradients, local, mean_over_processes, sum_over_processes
 from .gramian import gramian_of
 
 
@@ -62,6 +62,13 @@ class TaskGradients:
         self.rows: list[dict[int, Tensor]] = []
         self.clear()
 
+    @classmethod
+    def of_model(cls, model: nn.Module, num_tasks: int, shared: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        """For the trainable parameters of a model, of which `modules_to_save` are never shared."""
+        parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        heads = {name for name in parameters if ".modules_to_save." in name}
+        return cls(parameters, num_tasks, shared, heads, *args, **kwargs)
+
     def clear(self) -> None:
         """Forget the gradients, to begin an optimiser step."""
         self.rows = [{} for _ in range(self.num_tasks)]
@@ -105,8 +112,8 @@ class TaskGradients:
             room |= {index: piece.view(shapes[index]) for index, piece in zip(shapes, pieces, strict=True)}
         return room
 
-    def reduce(self) -> None:
-        """Average over processes. FSDP2 has averaged its shards already."""
+    def reduce(self, factor: float = 1.0) -> None:
+        """Average over processes, and multiply by `factor`. FSDP2 has averaged its shards already."""
         reached = torch.zeros_like(self.reached)
         for task, row in enumerate(self.rows):
             reached[task, list(row)] = True
@@ -120,6 +127,8 @@ class TaskGradients:
                 if not is_sharded(self.parameters[index]):
                     plain[index] = row[index]
             mean_over_processes(plain)
+            for gradient in row.values() if factor != 1.0 else ():
+                gradient *= factor
         if not self.fixed:
             by_several = (self.reached.sum(dim=0) > 1).tolist()
             self.shared = [new and name not in self.heads for name, new in zip(self.names, by_several, strict=True)]
@@ -133,12 +142,6 @@ class TaskGradients:
             found = torch.stack([self.rows[task][index].any().to(self.device) for task, index in pairs])
             flags[tuple(torch.tensor(pairs).T)] = found.cpu()
         self.reached |= any_process(flags.to(self.device)).cpu() if bool(new.any()) else flags
-
-    def scale(self, factor: float) -> None:
-        """Multiply all gradients."""
-        for row in self.rows:
-            for gradient in row.values():
-                gradient *= factor
 
     def gramian(self) -> tuple[Array, dict[str, Array]]:
         """Inner products over the shared parameters, float64 `[tasks, tasks]`, and per layer if asked for."""
@@ -240,6 +243,23 @@ class TaskGradients:
                 stride=parameter.stride(),
             )
         parameter.grad = gradient
+
+    def average_sum(self, factor: float) -> None:
+        """Average over processes what one backward pass for all tasks left in `.grad`, and multiply by `factor`."""
+        average_gradients(self.parameters)
+        for parameter in self.parameters if factor != 1.0 else ():
+            if parameter.grad is not None:
+                parameter.grad *= factor
+
+    def sum_is_finite(self) -> bool:
+        """Whether `.grad` is finite in every process; if not, there is none afterwards."""
+        found = [parameter for parameter in self.parameters if parameter.grad is not None]
+        finite = [local(parameter.grad).isfinite().all() for parameter in found if parameter.grad is not None]
+        if not finite or not bool(any_process(~torch.stack(finite).all())):
+            return True
+        for parameter in found:
+            parameter.grad = None
+        return False
 
     def put_infinity(self) -> None:
         """Make a gradient scaler skip the step."""

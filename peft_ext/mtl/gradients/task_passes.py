@@ -4,34 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from ..data.collation import parts_of
+from ..data.collation import SOURCE, parts_of
 from ..data.losses import Window, checked_losses, split_labels
 from ..parallel import processes, task_backward
-from .probe import unheard
+from .probe import undisturbed, unheard
 from .task_gradients import TaskGradients
 
 
-class TaskLoss(NamedTuple):
-    """
-    A task's loss of one micro-batch, weighted so that the micro-batches' losses add up to the window's mean.
-
-    Attributes:
-        task (`int`): number of the task.
-        loss (`torch.Tensor`): the loss, a scalar.
-        stands_in (`bool`): whether only another process has the task. The loss is then zero, and its pass keeps
-            FSDP2's processes in step.
-        keeps_graph (`bool`): whether the losses that follow need its graph.
-    """
-
-    task: int
-    loss: Tensor
-    stands_in: bool = False
-    keeps_graph: bool = False
+# Task, its loss, whether it only stands in for another process's, and whether later losses need its graph.
+TaskLoss: TypeAlias = tuple[int, Tensor, bool, bool]
 
 
 class Passes:
@@ -46,7 +32,10 @@ class Passes:
         self.trainer = trainer
 
     def losses(self, model: nn.Module, inputs: Any, window: Window, index: int) -> Iterator[TaskLoss]:
-        """The losses of micro-batch `index` of a window."""
+        """
+        The losses of micro-batch `index`, weighted so that those of a window add up to means. The loss of a stand-in
+        is zero; its pass keeps FSDP2's processes in step.
+        """
         raise NotImplementedError
 
     def plain_losses(
@@ -70,7 +59,8 @@ class Passes:
 
     def replay(self, model: nn.Module, inputs: Any, window: Window, index: int) -> dict[int, Tensor]:
         """The losses by task number, of this process's tasks alone."""
-        return {part.task: part.loss for part in self.losses(model, inputs, window, index) if not part.stands_in}
+        losses = self.losses(model, inputs, window, index)
+        return {task: loss for task, loss, stands_in, _ in losses if not stands_in}
 
 
 class PartPasses(Passes):
@@ -85,7 +75,7 @@ class PartPasses(Passes):
             with unheard(self.trainer) if stands_in else nullcontext():
                 part = parts[smallest if stands_in else task]
                 loss = self._loss(model, dict(part), window, index, task)
-            yield TaskLoss(task, loss * 0.0 if stands_in else loss, stands_in)
+            yield task, loss * 0.0 if stands_in else loss, stands_in, False
 
     def plain_losses(
         self, model: nn.Module, inputs: Any, counts: Tensor, window: Window, index: int
@@ -127,7 +117,7 @@ class LabelPasses(Passes):
         for task in tasks:
             stands_in = task not in scaled
             loss = next(iter(scaled.values())) * 0.0 if stands_in else scaled[task]
-            yield TaskLoss(task, loss, stands_in, keeps_graph=task != tasks[-1])
+            yield task, loss, stands_in, task != tasks[-1]
 
     def plain_losses(
         self, model: nn.Module, inputs: Any, counts: Tensor, window: Window, index: int
@@ -215,3 +205,20 @@ def losses_and_outputs(
             f"train_dataset as a dict of data sets, or add a column {column!r} to it."
         )
     return checked_losses(losses, "outputs.task_losses"), outputs
+
+
+def names_of_losses(trainer: Any, batch: Any) -> list[str]:
+    """
+    Learn the tasks' names from the losses of one batch, leaving the random streams as they were.
+
+    Raises:
+        `ValueError`: if the names are needed before, or other processes may learn other ones.
+    """
+    if trainer.args.task_loss_scale == "window" or processes() > 1:
+        raise ValueError("Set task_names in the config: they are needed before the first losses are computed.")
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    with undisturbed(model, trainer.args.device), torch.no_grad(), trainer.compute_loss_context_manager():
+        model.eval()
+        inputs = trainer._prepare_inputs(batch)
+        inputs.pop(SOURCE, None)
+        return list(trainer.compute_task_losses(model, inputs))
