@@ -1,10 +1,13 @@
 """Trainings in one or several processes; run by `tests._processes.launch`."""
 
+import gc
 import json
 import os
 import sys
 
 import torch
+
+import peft_ext.mtl.trainer  # noqa: F401 - before the first `gc.freeze`
 
 
 def train(folder, options):
@@ -84,6 +87,7 @@ def main(folder, cases):
         torch.distributed.init_process_group("gloo")
     results = []
     for case in cases:
+        gc.freeze()  # as in the tests' conftest
         try:
             results.append(train(folder, dict(case)))
         except ValueError as error:

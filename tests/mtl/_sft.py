@@ -40,7 +40,7 @@ def in_one(**data):
 def run(folder, model=None, train=True, train_dataset=None, eval_dataset=None, **options):
     defaults = {
         "per_device_train_batch_size": 12,
-        "max_steps": 4,
+        "max_steps": 2,
         "learning_rate": 3e-2,
         "max_length": 16,
         "logging_steps": 1,
@@ -76,6 +76,7 @@ def train(folder, options):
         per_device_train_batch_size=6 // processes // 3,
         per_device_eval_batch_size=4 // processes,
         gradient_accumulation_steps=3,
+        max_steps=4,
         **({"ddp_backend": "gloo"} if processes > 1 else {}),
         **options,
     )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests._processes import launch
+from tests.mtl._distributed import train
 from tests.mtl._visual import assert_same, samples
 
 
@@ -34,9 +35,8 @@ TEXTS = [{"sft": True, "mtl_method": "pcgrad"}] if find_spec("trl") and find_spe
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    return launch("tests.mtl._distributed", folder / "one", 1, CASES + TEXTS), launch(
-        "tests.mtl._distributed", folder / "two", 2, CASES + TEXTS + VISUAL
-    )
+    one = [[train(folder / "one", dict(case)) for case in CASES + TEXTS]]
+    return one, launch("tests.mtl._distributed", folder / "two", 2, CASES + TEXTS + VISUAL)
 
 
 @pytest.mark.parametrize("case", range(len(CASES) - 1), ids=lambda i: "-".join(str(v) for v in CASES[i].values()))

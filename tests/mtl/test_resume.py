@@ -6,27 +6,18 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from peft_ext.mtl import METHODS, MTLTrainer
-from peft_ext.mtl.aggregators import OWN_METHODS
+from peft_ext.mtl import MTLTrainer
 from tests.mtl._models import TASKS, TwoLayers, assert_identical_weights, config, samples, task_losses, trainer
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["joint", "pcgrad", "graddrop", "nash_mtl", "famo", "gradvac"])
 def test_resuming_is_bit_exact(tmp_path, method):
-    if method not in OWN_METHODS:
+    """Without state, with a random stream, on rows, held weights, feedback, TorchJD; the others' states are alike."""
+    if method == "gradvac":
         pytest.importorskip("torchjd")
-    if method in ("upgrad", "dualproj", "fairgrad"):
-        pytest.importorskip("scipy" if method == "fairgrad" else "quadprog")
-    kwargs = {
-        "constant": {"weights": [1.0, 2.0, 0.5]},
-        "fairgrad": {"alpha": 2.0},
-        "krum": {"n_byzantine": 0},
-        "trimmed_mean": {"trim_number": 1},
-        "nash_mtl": {"update_weights_every": 2},
-    }.get(method)
     options = {
         "mtl_method": method,
-        "mtl_method_kwargs": kwargs,
+        "mtl_method_kwargs": {"update_weights_every": 2} if method == "nash_mtl" else None,
         "gradient_accumulation_steps": 2,
         "per_device_train_batch_size": 8,
         "max_steps": 8,

@@ -20,15 +20,14 @@ class WatchedSFT(Watching, MTLSFTTrainer):
     arguments = MTLSFTConfig
 
 
-@pytest.mark.parametrize("method", ["joint", "pcgrad"])
-def test_neuroada_accumulates_exactly(tmp_path, method):
-    whole = run(tmp_path, mtl_method=method)
-    pieces = run(
-        tmp_path,
-        mtl_method=method,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=3,
-    )
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A training whose steps are one batch each."""
+    return run(tmp_path_factory.mktemp("whole"), mtl_method="pcgrad")
+
+
+def test_neuroada_accumulates_exactly(tmp_path, whole):
+    pieces = run(tmp_path, mtl_method="pcgrad", per_device_train_batch_size=4, gradient_accumulation_steps=3)
     assert_same_weights(pieces.model, whole.model, 2e-6)
     assert all(whole.mtl_state.gradients.shared)
     logs = whole.state.log_history[0]
@@ -37,24 +36,17 @@ def test_neuroada_accumulates_exactly(tmp_path, method):
     )
 
 
-def test_evaluation_reports_every_task(tmp_path):
-    metrics = run(tmp_path).evaluate()
-    assert {"eval_short_loss", "eval_long_loss"} <= set(metrics)
-
-
-def test_famo_trains_and_counts_tokens_once(tmp_path):
-    joint = run(tmp_path)
+def test_famo_trains_and_counts_tokens_once(tmp_path, whole):
     famo = run(tmp_path, mtl_method="famo", noise_floor_steps=2)
-    tokens = [[entry["num_tokens"] for entry in r.state.log_history if "num_tokens" in entry] for r in (joint, famo)]
+    tokens = [[entry["num_tokens"] for entry in r.state.log_history if "num_tokens" in entry] for r in (whole, famo)]
     assert tokens[0] == tokens[1]
 
 
-def test_padding_free_rows_are_made_of_each_tasks_samples(tmp_path):
-    padded = run(tmp_path, mtl_method="pcgrad")
+def test_padding_free_rows_are_made_of_each_tasks_samples(tmp_path, whole):
     free = run(tmp_path, mtl_method="pcgrad", padding_free=True, max_length=None)
-    assert_same_weights(free.model, padded.model, 2e-6)
+    assert_same_weights(free.model, whole.model, 2e-6)
     for task in ("short", "long"):
-        losses = [r.state.log_history[0][f"task_loss/{task}"] for r in (padded, free)]
+        losses = [r.state.log_history[0][f"task_loss/{task}"] for r in (whole, free)]
         assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
