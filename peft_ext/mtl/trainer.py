@@ -21,7 +21,7 @@ from .aggregators.joint import Joint
 from .conflicts.recorder import ConflictRecorder
 from .data.collation import SOURCE, Source
 from .data.datasets import task_ids_of
-from .data.step_losses import StepLosses
+from .data.losses import StepLosses
 from .data.task_counts import TaskCounts
 from .data.task_data import TaskData, TaskDataHooks
 from .evaluation import TaskEvaluation

@@ -9,8 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..aggregators.base import Array
-from ..data.losses import fork_state, restore_state
-from ..data.step_losses import StepLosses
+from ..data.losses import StepLosses, fork_state, restore_state
 from .probe import undisturbed, unlogged
 
 
