@@ -12,7 +12,10 @@ from ._version import __version__
 
 # By name, where a job is and what it does. Its file is imported when it is asked for: torch takes seconds to import.
 JOBS = {
-    "inspect": ("export.cli_inspect", "show what adapters train: entries per module, norms, and what they have in common"),
+    "inspect": (
+        "export.cli_inspect",
+        "show what adapters train: entries, norms, and what they share",
+    ),
     "merge": ("export.cli_merge", "merge an adapter into a checkpoint's files, without loading the model"),
     "export": ("export.cli_export", "write an adapter as a LoRA or as a sparse patch of the checkpoint"),
     "convert": ("conversion.cli", "turn a SHiRA or Super-Tuning adapter into a NeuroAda adapter"),

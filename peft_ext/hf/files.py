@@ -7,7 +7,6 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME

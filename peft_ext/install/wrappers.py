@@ -7,8 +7,8 @@ All that importing peft_ext changes in other packages, beside the methods that i
 - `PeftModel.save_pretrained` and transformers' `PreTrainedModel.save_pretrained`, because they have no hook around the
   writing of a file. The wrapper acts where one of our adapters is saved.
 
-- `ModelCard.save` of huggingface_hub and both libraries' `push_to_hub`, because PEFT, Trainer and TRL write an adapter's
-  card anew without asking its method; see `hf/cards.py`. The wrapper acts in the folders of our adapters.
+- `ModelCard.save` of huggingface_hub and both libraries' `push_to_hub`, because PEFT, Trainer and TRL write an
+  adapter's card anew without asking its method; see `hf/cards.py`. The wrapper acts in the folders of our adapters.
 
 Adapters of other methods are saved and loaded by PEFT's and transformers' own code alone.
 """
