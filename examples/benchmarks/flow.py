@@ -6,11 +6,15 @@ A sweep of knockouts by each engine: time, memory, and how far the results are a
 The model is a Llava of random weights: what is computed does not depend on them. A cell is the CPU time of one sweep
 of one sample over all layers, its clean pass and vision tower included. Engines take turns within a round; a speed-up
 is the median of the rounds' ratios. In each round the engines' log-probabilities are compared.
+
+The second table blocks each patch by itself in all layers (patch_effects), beside the naive loop of one forward pass
+per patch. Of the loop some patches are timed (--loop), and all of them are counted at that price.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import time
@@ -27,7 +31,7 @@ from _common.report import environment, mebibytes, table, write_report
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from peft_ext.knockout import FlowSample, layer_sweep
+from peft_ext.knockout import FlowSample, layer_sweep, patch_effects
 
 
 CASES = {
@@ -36,6 +40,7 @@ CASES = {
     "image, question, last → last": ["image:last", "question:last", "last:last"],
 }
 ENGINES = ("full", "suffix", "packed")
+TARGETS = ("last", "question")
 IMAGE, VOCABULARY, HEADS = 4000, 4096, 8
 TOLERANCE = 1e-4
 
@@ -49,6 +54,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--question", type=positive, default=12, help="tokens of the question [%(default)s]")
     parser.add_argument("--window", type=positive, default=9, help="layers that are blocked together [%(default)s]")
     parser.add_argument("--rounds", type=positive, default=3, help="in which the engines take turns [%(default)s]")
+    parser.add_argument("--loop", type=positive, default=24, help="patches that the naive loop runs [%(default)s]")
     parser.add_argument("--threads", type=positive, default=1, help="[%(default)s]")
     parser.add_argument("--json", type=out_file, help="file for the results")
     options = parser.parse_args(argv)
@@ -102,8 +108,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - start, result
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    model, sample = build(options)
+def measure(options: argparse.Namespace, model: LlavaForConditionalGeneration, sample: FlowSample) -> dict[str, Any]:
 
     def sweep(pairs: list[str], engine: str) -> list[dict[str, Any]]:
         return layer_sweep(
@@ -157,10 +162,43 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def measure_patches(
+    options: argparse.Namespace, model: LlavaForConditionalGeneration, sample: FlowSample
+) -> dict[str, Any]:
+    """Each patch blocked by itself: packed, and one forward pass after the other, of which some are run."""
+    image = sample.groups["image"]
+    order, patches = image.cumsum(1) - 1, int(image.sum())
+    some = torch.linspace(0, patches - 1, min(options.loop, patches)).long().unique().tolist()
+    masks = {str(at): image & (order == at) for at in some}
+    result = {}
+    for target in TARGETS:
+        own: dict[str, Any] = {"loop": [], "packed": [], "speedup": [], "log_probability_difference": 0.0}
+        for _ in tqdm(range(options.rounds), desc=f"patches → {target}"):
+            loop, expected = timed(
+                lambda target=target: patch_effects(model, sample, target, sources=masks, engine="full")
+            )
+            packed, records = timed(
+                lambda target=target: patch_effects(model, sample, target, engine="packed", self_check=False)
+            )
+            own["packed"].append(packed)
+            own["loop"].append(loop / (len(some) + 1) * (patches + 1))  # with the clean pass
+            own["speedup"].append(own["loop"][-1] / packed)
+            for at, record in zip(some, expected, strict=True):
+                apart = abs(math.log(record["probability"]) - math.log(records[at]["probability"]))
+                own["log_probability_difference"] = max(own["log_probability_difference"], apart)
+            own["largest_change_percent"] = max(abs(record["change_percent"]) for record in records)
+            if not own["log_probability_difference"] <= TOLERANCE:
+                raise SystemExit(f"patches → {target}: packed and loop differ by {own['log_probability_difference']}")
+        result[target] = {**own, "patches": patches, "patches_in_loop": len(some)}
+    return result
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     torch.set_num_threads(options.threads)
-    result = measure(options)
+    model, sample = build(options)
+    result = measure(options, model, sample)
+    result["patch_effects"] = measure_patches(options, model, sample)
     rows = []
     for case, own in result["seconds"].items():
         row = {"blocked": case}
@@ -175,6 +213,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     least = result["peak_bytes"]["clean forward"]
     for name, count in result["peak_bytes"].items():
         print(f"peak memory, {name}: {mebibytes(count)} MiB, {count / least:.2f} × the clean forward")
+    rows = [
+        {
+            "each patch →": target,
+            "loop, s": f"{statistics.median(own['loop']):.1f}",
+            "packed, s": f"{statistics.median(own['packed']):.2f}",
+            "times faster": f"{statistics.median(own['speedup']):.1f}",
+            "log p apart": f"{own['log_probability_difference']:.0e}",
+        }
+        for target, own in result["patch_effects"].items()
+    ]
+    print("\n" + table(rows))
     if options.json:
         content = {"settings": {k: v for k, v in vars(options).items() if k != "json"}, **result}
         content["environment"] = environment(torch.device("cpu"))

@@ -10,6 +10,7 @@ from .read.lens import RidgeLens, answer_probability_by_layer, answer_tokens, re
 from .read.modality import lmar
 from .read.modality_plots import plot_modality
 from .read.norms import image_token_norms
+from .sweep.patch_effects import patch_effects
 from .sweep.records import read_records
 from .sweep.sweep import layer_sweep
 from .sweep.windows import windows
@@ -27,6 +28,7 @@ __all__ = [
     "image_token_norms",
     "layer_sweep",
     "lmar",
+    "patch_effects",
     "plot_answer_probability",
     "plot_jaccard",
     "plot_modality",

@@ -45,7 +45,7 @@ def test_an_interrupted_sweep_continues(tmp_path, monkeypatch, cut):
     path.write_text(kept)
     ran = []
     real = sweep_module.prepare
-    monkeypatch.setattr(sweep_module._Sweep, "run", _counting(sweep_module._Sweep.run, ran))
+    monkeypatch.setattr(sweep_module.Sweep, "run", _counting(sweep_module.Sweep.run, ran))
     assert sweep_module.prepare is real
     records = layer_sweep(model, samples(), PAIRS, output=path, **OPTIONS)
     assert ran == ["s1", "s2"]

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...tuners.mores import MoReSLayer
+from ..prompts.image_tokens import image_token_ids
 
 
 CHOICES = {
@@ -146,7 +147,7 @@ def lmar(
         raise ValueError("batches is one batch; pass a list of them: [batch].")
     if engine == "step":
         _check_step(model)
-    ids = tuple(visual_token_ids) if visual_token_ids is not None else _visual_ids(model.config)
+    ids = tuple(visual_token_ids) if visual_token_ids is not None else image_token_ids(model.config)
     images, texts, shares = [], [], []
     for batch in tqdm(batches, desc="LMAR", disable=not progress):
         image, text = _groups(batch, ids, system)
@@ -177,14 +178,6 @@ def _check_step(model: Any) -> None:
                         f"engine='step': adapter '{name}' steers tokens counted from the prompt's ends "
                         f"(token_positions={layer.configs[name].token_positions!r}); pass engine='full'."
                     )
-
-
-def _visual_ids(config: Any) -> tuple[int, ...]:
-    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-    ids = {value for name in names if isinstance(value := getattr(config, name, None), int)}
-    if not ids:
-        raise ValueError("The model's config names no image token; pass visual_token_ids.")
-    return tuple(sorted(ids))
 
 
 def _groups(batch: dict[str, Tensor], visual_ids: tuple[int, ...], system: str) -> tuple[Tensor, Tensor]:

@@ -72,13 +72,13 @@ def run_engine(
         }
         return Passes(answer, _read(logits, answer), knocked)
     with editable_attention(architecture) as implementation:
-        targets = [_first_target(prompt.edges[pair]) for pair in spans]
-        run = clean_run(architecture, model, prompt.inputs, prompt.readout, targets)
+        targets = {pair: _first_target(prompt.edges[pair]) for pair in spans}
+        distinct = list(dict.fromkeys(targets.values()))
+        run = clean_run(architecture, model, prompt.inputs, prompt.readout, distinct)
         answer = _answer(prompt, run.logits)
-        firsts = dict(zip(spans, run.firsts, strict=True))
-        for pair in spans:
-            _warn_of_nothing(pair, prompt.edges[pair], run)
-        knocks = [Knock(firsts[pair], *span, edges=prompt.edges[pair]) for pair, span in order]
+        firsts = dict(zip(distinct, run.firsts, strict=True))
+        _warn_of_nothing([pair for pair in spans if not _blocks(prompt.edges[pair], run)])
+        knocks = [Knock(firsts[targets[pair]], *span, edges=prompt.edges[pair]) for pair, span in order]
         rows, read = torch.arange(len(answer)), prompt.readout - run.start
         packed = engine == "packed"
         passes = replay(architecture, run, knocks, implementation, PACKED_TOKENS if packed else APART_TOKENS, packed)
@@ -117,16 +117,25 @@ def _first_target(edges: Edges) -> int:
     return int(edges.target.int().argmax(1).min())
 
 
-def _warn_of_nothing(pair: Pair, edges: Edges, run: CleanRun) -> None:
-    """As [`AttentionKnockout`] does, where no layer has any of a pair's edges."""
+def _blocks(edges: Edges, run: CleanRun) -> bool:
+    """Whether any layer has any of a pair's edges."""
     distinct = {id(layer.allowed): layer.allowed for layer in run.layers}.values()
     for allowed in distinct:
         blocked = edges.blocked(range(run.start, run.length), range(run.length), allowed.device)
         if (blocked & allowed[:, 0]).any():
-            return
+            return True
+    return False
+
+
+def _warn_of_nothing(pairs: Sequence[Pair]) -> None:
+    """As [`AttentionKnockout`] does, of pairs that no layer has an edge of."""
+    if not pairs:
+        return
+    names = ", ".join(":".join(pair) for pair in pairs[:3]) + (f" and {len(pairs) - 3} more" if len(pairs) > 3 else "")
+    source, target = pairs[0]
     warnings.warn(
-        f"{pair[0]}:{pair[1]} blocks nothing: in no layer does {pair[1]} attend to {pair[0]}, since it comes earlier "
-        "or lies outside the layers' windows.",
+        f"{names} {'block' if len(pairs) > 1 else 'blocks'} nothing: in no layer does {target} attend to {source}, "
+        "since it comes earlier or lies outside the layers' windows.",
         stacklevel=2,
     )
 

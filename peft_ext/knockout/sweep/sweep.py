@@ -24,6 +24,8 @@ from .windows import Window, windows
 # How far a fast engine's log-probabilities of the answer may be from the full one's, by the model's dtype.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _SLOWER = {"packed": "suffix", "suffix": "full"}
+# Pairs that the self-check runs in full, those of the largest changes: a sweep over patches has hundreds.
+CHECKED_PAIRS = 8
 
 
 def layer_sweep(
@@ -72,23 +74,17 @@ def layer_sweep(
     """
     architecture = inspect_model(model)
     named = parse_pairs(pairs)
-    if engine != "auto" and engine not in ENGINES:
-        raise ValueError(f"engine is {engine!r}: must be auto, {', '.join(ENGINES)}.")
     over = windows(len(architecture.layers), window, mode)
     if layers is not None:
         over = [over[index] for index in architecture.check_layers(layers)]
-    for index in range(min(w.start for w in over), max(w.end for w in over)):
-        architecture.attention(index)
-    if model.training:
-        raise ValueError("model is in training mode, where dropout changes every pass: call model.eval() first.")
     share = this_process()
     settings = {"window": window, "mode": mode, "answer_token": answer_token}
+    sweep = Sweep(model, architecture, named, over, settings, engine, self_check)
     file = None
     if output is not None:
         expected = [(":".join(pair), window.layer) for pair in named for window in over]
         file = RecordFile(output, settings, expected, share.process_index, share.num_processes)
     seen: set[str] = set()
-    sweep = _Sweep(model, architecture, named, over, settings, engine, self_check)
     found: list[Record] = list(file.kept) if file else []
     chosen = [samples] if isinstance(samples, FlowSample) else samples
     total = len(chosen) if isinstance(chosen, Sized) else None
@@ -106,7 +102,7 @@ def layer_sweep(
                         continue
                     made.names = [sample.name]
                     sample = made
-                prompt = prepare(sample, named, answer_token, number, _device(model))
+                prompt = prepare(sample, named, answer_token, number, device_of(model))
                 if twice := seen.intersection(prompt.names):
                     raise ValueError(f"samples[{number}] has the name {twice.pop()!r}, as an earlier one: rename it.")
                 seen.update(prompt.names)
@@ -140,12 +136,18 @@ def _numbered(samples: Iterable[Any]) -> Iterator[tuple[int, FlowSample | LazySa
         raise ValueError("samples is empty, as a generator is that has been read before: give at least one.")
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's inputs belong."""
     return next(parameter.device for parameter in model.parameters())
 
 
-class _Sweep:
-    """The state of one sweep: which engine is trusted by now."""
+class Sweep:
+    """
+    The state of one sweep: which engine is trusted by now.
+
+    Raises:
+        `ValueError`: for an unknown engine, a model in training mode, or a layer without edges in a window.
+    """
 
     def __init__(
         self,
@@ -157,6 +159,12 @@ class _Sweep:
         engine: str,
         self_check: bool,
     ) -> None:
+        if engine != "auto" and engine not in ENGINES:
+            raise ValueError(f"engine is {engine!r}: must be auto, {', '.join(ENGINES)}.")
+        for index in range(min(window.start for window in over), max(window.end for window in over)):
+            architecture.attention(index)
+        if model.training:
+            raise ValueError("model is in training mode, where dropout changes every pass: call model.eval() first.")
         self.model, self.architecture, self.pairs, self.over = model, architecture, pairs, over
         self.settings = settings
         self.given = engine
@@ -166,6 +174,7 @@ class _Sweep:
         self.tolerance = TOLERANCE.get(dtype, 1e-1)
 
     def run(self, prompt: Prompt, sample: FlowSample) -> list[Record]:
+        """The records of one prompt. Raises `ValueError` if a given engine would not be exact for it."""
         spans = {pair: list(dict.fromkeys(map(span_of, self.over))) for pair in self.pairs}
         engine = self.engine
         try:
@@ -241,11 +250,15 @@ class _Sweep:
     def _difference(self, passes: Passes, prompt: Prompt, spans: Mapping[Pair, Sequence[Span]]) -> str:
         """What is wrong with a fast engine's numbers; empty if they are the full one's."""
         fixed = replace(prompt, answer=passes.answer)
+        largest: dict[Pair, tuple[float, Span]] = {}
         for pair in self.pairs:
-            change = {span: (passes.knocked[pair, span] - passes.clean).abs().max() for span in spans[pair]}
-            largest = max(change, key=lambda span: float(change[span]))
-            exact = self._with("full", fixed, {pair: [largest]})
-            far = (passes.knocked[pair, largest] - exact.knocked[pair, largest]).abs().max()
+            changes = torch.stack([passes.knocked[pair, span] - passes.clean for span in spans[pair]]).abs().amax(1)
+            at = int(changes.argmax())
+            largest[pair] = float(changes[at]), spans[pair][at]
+        for pair in sorted(largest, key=lambda pair: -largest[pair][0])[:CHECKED_PAIRS]:
+            span = largest[pair][1]
+            exact = self._with("full", fixed, {pair: [span]})
+            far = (passes.knocked[pair, span] - exact.knocked[pair, span]).abs().max()
             far = torch.maximum(far, (passes.clean - exact.clean).abs().max())
             if not float(far) <= self.tolerance:
                 return f"is off by {float(far):.1e} in log-probability for {':'.join(pair)}"
