@@ -2,6 +2,7 @@
 
 from .cut.attention import AttentionKnockout
 from .cut.modules import ModuleKnockout
+from .page import Report, SampleView, report, sample_view
 from .plots import plot_answer_probability, plot_jaccard, plot_sweep, plot_token_map
 from .prompts.samples import FlowSample, LazySample
 from .prompts.token_groups import find_token_groups
@@ -21,7 +22,9 @@ __all__ = [
     "FlowSample",
     "LazySample",
     "ModuleKnockout",
+    "Report",
     "RidgeLens",
+    "SampleView",
     "answer_probability_by_layer",
     "answer_tokens",
     "find_token_groups",
@@ -35,7 +38,9 @@ __all__ = [
     "plot_sweep",
     "plot_token_map",
     "read_records",
+    "report",
     "residual_stream",
+    "sample_view",
     "topk_jaccard",
     "windows",
 ]

@@ -14,6 +14,9 @@ from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d
 # Processors of models whose image tokens are learned queries, each of which looks at the whole image.
 _QUERIES = ("Aria", "Blip2", "Granite4Vision", "Idefics2", "InstructBlip", "Kosmos2")
 
+# To find patches' places: slopes per direction, and the longest side of an image of slopes.
+_SLOPES, _LONGEST = 2, 2048
+
 
 class Coverage(NamedTuple):
     """
@@ -23,11 +26,13 @@ class Coverage(NamedTuple):
         share (`torch.Tensor`): float32 `[tokens]`, how much of the token's patch the boxes cover.
         peak (`torch.Tensor`): float32 `[tokens]`, the same for its most covered pixel.
         place (`torch.Tensor`): bool `[tokens]`, whether it is a patch at all: not a newline, not a class token.
+        side (`float`): pixels along a patch's side, as the model sees it.
     """
 
     share: Tensor
     peak: Tensor
     place: Tensor
+    side: float = 1.0
 
 
 def image_size(image: Any) -> tuple[int, int]:
@@ -111,12 +116,61 @@ def box_coverage(
             f"boxes: the image tokens of {type(processor).__name__}'s model are learned queries, not patches, so none "
             "of them belongs to a place in the image: leave boxes out."
         )
-    white = torch.zeros(size[1], size[0], 3, dtype=torch.uint8)
+    white = torch.zeros(size[1], size[0], dtype=torch.uint8)
     for left, top, right, bottom in boxes:
         white[top:bottom, left:right] = 255
+    return _coverage(processor, white, tokens, options)
+
+
+def patch_places(processor: Any, size: tuple[int, int], tokens: int, options: Mapping[str, Any]) -> Tensor:
+    """
+    Where each image token's patch lies in the image, whatever the processor crops, pads, scales or cuts into tiles.
+
+    Images of slopes go through the processor: a patch's extreme values tell its edges.
+
+    Returns:
+        `torch.Tensor`: float32 `[tokens, 4]`: left, top, right, bottom as shares of the image's width and height; NaN
+            for tokens of padding, newlines and class tokens.
+
+    Raises:
+        `ValueError`: as [`box_coverage`].
+    """
+    smaller = max(size) / _LONGEST
+    if smaller > 1:  # most processors scale to a size of their own, so that a small image of this shape does
+        try:
+            return _places(processor, (round(size[0] / smaller), round(size[1] / smaller)), tokens, options)
+        except ValueError:
+            pass
+    return _places(processor, size, tokens, options)
+
+
+def _places(processor: Any, size: tuple[int, int], tokens: int, options: Mapping[str, Any]) -> Tensor:
+    width, height = size
+    inside = box_coverage(processor, size, [(0, 0, width, height)], tokens, options)
+    across = (torch.arange(width) + 0.5).expand(height, -1) / width
+    down = (torch.arange(height) + 0.5)[:, None].expand(-1, width) / height
+    low, high = [], []
+    for slope in (across, down):
+        ends = []
+        for rising in (1 - slope, slope):
+            # Pixels have 256 values; several steeper slopes, one after the other, tell smaller steps.
+            pictures = [(255 * (_SLOPES * rising - at)).clamp(0, 255).round().byte() for at in range(_SLOPES)]
+            parts = [_coverage(processor, picture, tokens, options).peak for picture in pictures]
+            ends.append(torch.stack(parts).mean(0))
+        first, last = 1 - ends[0], ends[1]  # the middles of the patch's outermost pixels
+        margin = (last - first) / max(inside.side - 1, 1) / 2
+        low.append((first - margin).clamp(0, 1))
+        high.append((last + margin).clamp(0, 1))
+    places = torch.stack([*low, *high], dim=1)
+    places[~inside.place | (inside.peak < 0.5)] = torch.nan
+    return places
+
+
+def _coverage(processor: Any, picture: Tensor, tokens: int, options: Mapping[str, Any]) -> Coverage:
+    """A grey picture, uint8 `[height, width]`, as the image tokens see it: 0 to 1."""
     image_processor = processor.image_processor
     made = image_processor(
-        images=[white.numpy()],
+        images=[picture[..., None].expand(-1, -1, 3).numpy()],
         # The colour of padding is the mean: black, so that it is not taken for a box.
         **{"image_mean": [0.0, 0.0, 0.0], **options, "do_normalize": False, "do_rescale": False},
         input_data_format="channels_last",
@@ -126,11 +180,14 @@ def box_coverage(
     if "image_grid_thw" in made:
         # [patches, numbers]; a token is merge_size² patches, which lie one after the other
         merged = pixels.reshape(-1, pixels.shape[1] * int(image_processor.merge_size) ** 2)
-        return _checked(Coverage(merged.mean(1), merged.amax(1), torch.ones(len(merged), dtype=torch.bool)), tokens)
+        side = float(image_processor.patch_size * image_processor.merge_size)
+        whole = torch.ones(len(merged), dtype=torch.bool)
+        return _checked(Coverage(merged.mean(1), merged.amax(1), whole, side), tokens)
     while pixels.dim() > 4 and pixels.shape[0] == 1:
         pixels = pixels[0]  # [tiles, 3, height, width]
     if "image_sizes" in made and hasattr(image_processor, "image_grid_pinpoints"):
-        return _checked(_tiled(processor, pixels[:, :1], made["image_sizes"][0].tolist()), tokens)
+        tiled = _tiled(processor, pixels[:, :1], made["image_sizes"][0].tolist())
+        return _checked(tiled._replace(side=float(processor.patch_size)), tokens)
     if pixels.dim() != 4 or len(pixels) != 1:
         raise ValueError(
             f"boxes: {type(image_processor).__name__} cut the image into {len(pixels)} tiles, whose order among the "
@@ -141,7 +198,7 @@ def box_coverage(
         rows = math.isqrt((tokens - front) * height // width)
         columns = (tokens - front) // max(rows, 1)
         if rows * columns == tokens - front > 0 and rows * width == columns * height:
-            return _with_front(_grid(pixels[:, :1], (rows, columns)), front)
+            return _with_front(_grid(pixels[:, :1], (rows, columns)), front)._replace(side=height / rows)
     raise ValueError(
         f"boxes: {tokens} image tokens do not form a grid of square patches of the image, which is {height} x {width} "
         "pixels for the model."
@@ -177,7 +234,7 @@ def _grid(pixels: Tensor, shape: int | tuple[int, int]) -> Coverage:
 
 
 def _with_front(coverage: Coverage, front: int) -> Coverage:
-    return Coverage(*(torch.cat([part.new_zeros(front), part]) for part in coverage))
+    return Coverage(*(torch.cat([part.new_zeros(front), part]) for part in coverage[:3]), coverage.side)
 
 
 def _class_token(processor: Any) -> bool:
@@ -210,7 +267,7 @@ def _tiled(processor: Any, tiles: Tensor, size: Sequence[int]) -> Coverage:
     front = int(_class_token(processor))
     base = _with_front(_grid(tiles[:1], side), front)
     parts = []
-    for part in _grid(tiles[1 : 1 + rows * columns], side):
+    for part in _grid(tiles[1 : 1 + rows * columns], side)[:3]:
         whole = part.float().view(rows, columns, side, side).transpose(1, 2).reshape(1, rows * side, columns * side)
         kept = unpad_image(whole, (int(size[0]), int(size[1])))[0]
         parts.append(torch.cat([kept, kept.new_zeros(len(kept), 1)], dim=1).flatten())

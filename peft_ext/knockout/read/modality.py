@@ -146,16 +146,16 @@ def lmar(
     if isinstance(batches, Mapping):
         raise ValueError("batches is one batch; pass a list of them: [batch].")
     if engine == "step":
-        _check_step(model)
+        check_step(model)
     ids = tuple(visual_token_ids) if visual_token_ids is not None else image_token_ids(model.config)
     images, texts, shares = [], [], []
     for batch in tqdm(batches, desc="LMAR", disable=not progress):
-        image, text = _groups(batch, ids, system)
+        image, text = modality_groups(batch, ids, system)
         if engine == "step" and bool(image[:, -1].any()):
             raise ValueError("engine='step': a sample's prompt ends in a visual token; pass engine='full'.")
         totals: list[Tensor] = []
-        for rows in _rows(model, batch, max_new_tokens if queries == "generated" else 1, engine):
-            totals.append(_attention(rows, image, text, reduction, count_generated))
+        for rows in attention_rows(model, batch, max_new_tokens if queries == "generated" else 1, engine):
+            totals.append(modality_attention(rows, image, text, reduction, count_generated))
         found = torch.stack(totals).mean(dim=0)  # [3, batch, layers, heads]
         images.append(found[0])
         texts.append(found[1])
@@ -165,7 +165,7 @@ def lmar(
     return ModalityAttention(torch.cat(images), torch.cat(texts), torch.cat(shares), heads, average)
 
 
-def _check_step(model: Any) -> None:
+def check_step(model: Any) -> None:
     """Raises `ValueError` if the model's prompt cannot run without its last token."""
     kind = str(getattr(model.config, "model_type", ""))
     if "paligemma" in kind:
@@ -180,7 +180,7 @@ def _check_step(model: Any) -> None:
                     )
 
 
-def _groups(batch: dict[str, Tensor], visual_ids: tuple[int, ...], system: str) -> tuple[Tensor, Tensor]:
+def modality_groups(batch: dict[str, Tensor], visual_ids: tuple[int, ...], system: str) -> tuple[Tensor, Tensor]:
     """Bool `[batch, tokens]`: the visual tokens, and those that count as text."""
     if "input_ids" not in batch:
         raise ValueError(f"A batch has {', '.join(batch)}, but no input_ids, which tell visual tokens from text.")
@@ -199,7 +199,9 @@ def _groups(batch: dict[str, Tensor], visual_ids: tuple[int, ...], system: str) 
     return image, text
 
 
-def _attention(rows: list[Tensor], image: Tensor, text: Tensor, reduction: str, count_generated: bool) -> Tensor:
+def modality_attention(
+    rows: list[Tensor], image: Tensor, text: Tensor, reduction: str, count_generated: bool
+) -> Tensor:
     """fp64 `[3, batch, layers, heads]`: on image, on text, and the image's share of all attention."""
     layers = []
     prompt = image.shape[1]
@@ -228,7 +230,7 @@ def _extended(mask: Tensor, new: int, value: bool) -> Tensor:
     return torch.cat([mask, mask.new_full((len(mask), new), value)], dim=1)
 
 
-def _rows(model: Any, batch: dict[str, Tensor], number: int, engine: str) -> Iterator[list[Tensor]]:
+def attention_rows(model: Any, batch: dict[str, Tensor], number: int, engine: str) -> Iterator[list[Tensor]]:
     """For each output token, each layer's attention `[batch, heads, keys]` of the token that decides it."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     ids = inputs.pop("input_ids")

@@ -1,0 +1,48 @@
+"""A prompt in pieces that can be read, each with the tokens that it is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..prompts.samples import FlowSample
+from ..prompts.spans import segments
+
+
+@dataclass
+class Piece:
+    """
+    Attributes:
+        text (`str`): empty for the image.
+        positions (`list[int]`): of its tokens.
+    """
+
+    text: str
+    positions: list[int]
+
+
+def pieces_of(tokenizer: Any, sample: FlowSample, patches: list[int]) -> list[Piece]:
+    """The attended prompt in order: text of one token, or of tokens that share a character; runs of image tokens."""
+    tokens = sample.inputs["input_ids"][0]
+    attended = sample.inputs.get("attention_mask", torch.ones_like(tokens[None]))[0].bool()
+    visual = torch.zeros_like(attended)
+    visual[patches] = True
+    for name in ("image", "newline"):
+        if name in sample.groups:
+            visual |= sample.groups[name][0].to(visual.device)
+    pieces: list[Piece] = []
+    for segment in segments(tokenizer, tokens.tolist(), (attended & ~visual).tolist()):
+        for character, owners in zip(segment.text, segment.owners, strict=True):
+            if pieces and pieces[-1].positions == owners:
+                pieces[-1].text += character
+            else:
+                pieces.append(Piece(character, owners))
+    run: list[int] = []
+    for at in [*(visual & attended).nonzero().flatten().tolist(), -1]:
+        if run and at != run[-1] + 1:
+            pieces.append(Piece("", run))
+            run = []
+        run.append(at)
+    return sorted(pieces, key=lambda piece: piece.positions[0])

@@ -1,0 +1,189 @@
+"""What a page shows of one sample: its picture, its prompt in pieces, and what the model does with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..model.architecture import inspect_model
+from ..prompts.image_tokens import image_tokens
+from ..prompts.images import open_image
+from ..prompts.patches import patch_places
+from ..prompts.samples import FlowSample, prepare
+from ..sweep.patch_effects import patch_effects
+from ..sweep.sweep import device_of
+from .readouts import Lens, last_attention, top_words
+from .text import Piece, pieces_of
+
+
+@dataclass
+class Effects:
+    """
+    What the answer loses when each unit is hidden from a target.
+
+    Attributes:
+        kind (`str`): `"patch"` or `"word"`.
+        target (`str`): the group that may not attend to the units.
+        layers (`list[int]`): that the columns are for; empty if all layers are blocked at once.
+        units (`list[list[int]]`): positions of each unit in the prompt.
+        change (`numpy.ndarray`): float32 `[units, layers or 1]`, in percent.
+    """
+
+    kind: str
+    target: str
+    layers: list[int]
+    units: list[list[int]]
+    change: np.ndarray
+
+
+@dataclass
+class SampleView:
+    """
+    One sample of a page. [`sample_view`] makes it; without a model, a name and what else is known will do.
+
+    Attributes:
+        name (`str`): the sample's name in the records.
+        question (`str`), answer (`str`): as asked, and as the model says.
+        image (`Any`): a PIL image, a path, or `{"bytes": …}`; `None` for none.
+        problem (`str`): why something is missing; empty if nothing is.
+        pieces (`list[Piece]`): the prompt.
+        groups (`dict[str, list[int]]`): positions of each token group.
+        patches (`list[int]`): positions of the image's patches.
+        places (`list[list[float] | None]`): left, top, right and bottom of each, as shares of the image.
+        attention (`numpy.ndarray`, *optional*): float32 `[layers, tokens]`, of the token that decides the answer, mean
+            over heads.
+        lmar (`list[float]`): by layer, see [`lmar`]; empty without an image.
+        lens ([`Lens`], *optional*): the answer and the most probable words after each layer.
+        effects (`list[Effects]`): of patches and words.
+    """
+
+    name: str
+    question: str = ""
+    answer: str = ""
+    image: Any = None
+    problem: str = ""
+    pieces: list[Piece] = field(default_factory=list)
+    groups: dict[str, list[int]] = field(default_factory=dict)
+    patches: list[int] = field(default_factory=list)
+    places: list[list[float] | None] = field(default_factory=list)
+    attention: np.ndarray | None = None
+    lmar: list[float] = field(default_factory=list)
+    lens: Lens | None = None
+    effects: list[Effects] = field(default_factory=list)
+
+
+@torch.no_grad()
+def sample_view(
+    model: nn.Module,
+    processor: Any,
+    sample: FlowSample,
+    image: Any = None,
+    question: str = "",
+    *,
+    targets: Sequence[str] = ("last",),
+    window: int | None = None,
+    mode: str = "centred",
+    block: int = 1,
+    words: bool = True,
+    answer_token: str | int = "first",
+    norm: bool = True,
+    top: int = 5,
+    image_options: Mapping[str, Any] | None = None,
+) -> SampleView:
+    """
+    Measure what [`report`] shows of a sample.
+
+    Args:
+        model (`torch.nn.Module`), processor (`ProcessorMixin`): that the sample was made with; for text models their
+            tokenizer.
+        sample ([`FlowSample`]): a batch of one.
+        image (`Any`, *optional*): the picture: a PIL image, a path, or `{"bytes": …}`. One that cannot be read is
+            named on the page; the rest is measured all the same.
+        question (`str`, *optional*): as text.
+        targets (`Sequence[str]`, *optional*, defaults to `("last",)`): each patch is hidden from these groups, see
+            [`patch_effects`]. The last token costs about as much as a few forward passes; a question of n tokens n
+            times that. `()` for none.
+        window (`int`, *optional*), mode (`str`, *optional*, defaults to `"centred"`), block (`int`, *optional*,
+            defaults to 1): of [`patch_effects`].
+        words (`bool`, *optional*, defaults to `True`): hide the question's words from the targets, too.
+        answer_token (`str` or `int`, *optional*, defaults to `"first"`): of [`layer_sweep`].
+        norm (`bool`, *optional*, defaults to `True`): read the answer by layer through the final norm.
+        top (`int`, *optional*, defaults to 5): words per layer.
+        image_options (`dict`, *optional*): what the processor was called with for images, such as `do_pad=True`.
+
+    Raises:
+        `ValueError`: for a batch of several rows, or arguments that the measurements refuse.
+    """
+    if len(sample.inputs["input_ids"]) != 1:
+        raise ValueError(f"sample holds {len(sample.inputs['input_ids'])} rows: make a view of each by itself.")
+    if model.training:
+        raise ValueError("model is in training mode, where dropout changes every pass: call model.eval() first.")
+    prompt = prepare(sample, [], answer_token, 0, device_of(model))
+    tokenizer = getattr(processor, "tokenizer", processor)
+    view = SampleView(prompt.names[0], question, image=image)
+    view.groups = {name: mask[0].nonzero().flatten().tolist() for name, mask in sample.groups.items()}
+    view.patches = _patches(model, sample)
+    view.pieces = pieces_of(tokenizer, sample, view.patches)
+    view.lens = top_words(model, tokenizer, prompt, norm, top)
+    view.answer = str(sample.info.get("answer", view.lens.answer))
+    view.attention, view.lmar = last_attention(model, prompt, bool(view.patches))
+    if view.patches:
+        _place(view, processor, dict(image_options or {}))
+    options: dict[str, Any] = {"window": window, "mode": mode, "answer_token": answer_token, "processor": processor}
+    for target in targets:
+        if view.patches:
+            view.effects.append(_effects(model, sample, target, "patches", {**options, "block": block}, view))
+        if words and "question" in sample.groups:
+            view.effects.append(_effects(model, sample, target, "words", options, view))
+    return view
+
+
+def _patches(model: nn.Module, sample: FlowSample) -> list[int]:
+    try:
+        return image_tokens(sample, inspect_model(model).model.config)[0].nonzero().flatten().tolist()
+    except ValueError:  # a text model, or a prompt without an image
+        return []
+
+
+def _place(view: SampleView, processor: Any, options: dict[str, Any]) -> None:
+    """Where the patches lie in the picture, or why that is not known."""
+    if view.image is None:
+        view.problem = "no image was given"
+        return
+    try:
+        view.image = open_image(view.image)
+    except ValueError as error:
+        view.image, view.problem = None, str(error)
+        return
+    image = view.groups.get("image", view.patches)
+    try:
+        places = patch_places(processor, view.image.size, len(image), options).tolist()
+    except Exception as error:  # processors raise various things; the rest of the page does not depend on it
+        view.problem = f"the patches' places in the image are not known: {error}"
+        return
+    own = dict(zip(image, places, strict=True))
+    view.places = [None if math.isnan(own[at][0]) else own[at] for at in view.patches]
+
+
+def _effects(
+    model: nn.Module, sample: FlowSample, target: str, sources: str, options: dict[str, Any], view: SampleView
+) -> Effects:
+    if sources == "patches":
+        side = math.isqrt(len(view.patches))
+        if side * side != len(view.patches):
+            options = {**options, "block": 1}
+    records = patch_effects(model, sample, target, sources=sources, **options)
+    layers = [layer for layer in dict.fromkeys(record["layer"] for record in records) if layer is not None]
+    units: dict[int, list[int]] = {record["unit"]: record["positions"] for record in records}
+    change = np.zeros((len(units), max(len(layers), 1)), dtype=np.float32)
+    at = {layer: column for column, layer in enumerate(layers)}
+    for record in records:
+        change[record["unit"], at.get(record["layer"], 0)] = record["change_percent"]
+    return Effects("patch" if sources == "patches" else "word", target, layers, list(units.values()), change)
+
