@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ..io import write_atomically
 from .ask import Asker, check_groups
+from .page.asked import report_questions
 from .plots import plot_answer_probability, plot_jaccard, plot_sweep
 from .prompts.questions import Question, read_csv, read_dataset
 from .prompts.samples import LazySample, parse_pairs
@@ -80,6 +81,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-final-norm", action="store_true", help="read it without the final norm (thesis, eq. 7.8)"
     )
     parser.add_argument("--jaccard", action="store_true", help="also compare the question's top words without modules")
+    parser.add_argument("--report", type=Path, help="also write one HTML page of it all, such as out/report.html")
+    parser.add_argument(
+        "--report-samples", type=int, default=50, help="questions that it shows one by one (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--report-targets",
+        default="last",
+        help="groups from which it hides each patch and word, separated by commas; of n tokens this takes n times as "
+        'long as of the last one; "" for none (default: %(default)s)',
+    )
+    parser.add_argument("--report-block", type=int, default=1, help="patches per side hidden together (default: 1)")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
     )
@@ -89,7 +101,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     pairs = parse_pairs(options.pairs)
-    check_groups(dict.fromkeys(group for pair in pairs for group in pair))
+    targets = _report_targets(options)
+    groups = sorted({group for pair in pairs for group in pair} | set(targets))
+    check_groups(groups)
     questions = _questions(options)
     which = int(options.answer_token) if options.answer_token.isdecimal() else options.answer_token
     _check_same_run(options)
@@ -97,7 +111,7 @@ def run(options: argparse.Namespace) -> int:
     asker = Asker(
         model,
         processor,
-        sorted({group for pair in pairs for group in pair}),
+        groups,
         prompt=options.prompt,
         suffix=options.suffix,
         image_options={"do_pad": True} if options.pad else None,
@@ -124,6 +138,17 @@ def run(options: argparse.Namespace) -> int:
     if this_process().is_main_process:
         _report(options, asker, skipped, questions, records)
     return 0
+
+
+def _report_targets(options: argparse.Namespace) -> list[str]:
+    """Check the page's options before anything is run."""
+    if options.report is not None and options.report.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--report is {str(options.report)!r}: it is an HTML file, so it must end in .html.")
+    for name in ("report_samples", "report_block"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}: must be at least 1.")
+    given = options.report_targets if options.report is not None else ""
+    return [name.strip() for name in given.split(",") if name.strip()]
 
 
 def _questions(options: argparse.Namespace) -> list[Question]:
@@ -203,9 +228,26 @@ def _report(
     used = {record["sample"] for record in records}
     why = f" ({options.out / 'skipped.jsonl'} says why not the others)" if len(used) < len(questions) else ""
     print(f"\n{len(used)} of {len(questions)} questions used{why}. Results, numbers and figures: {options.out}/")
+    asked = [question for question in questions if question.name in used]
     if options.answer_by_layer or options.jaccard:
-        lost = _readouts(options, asker, [question for question in questions if question.name in used], records)
+        lost = _readouts(options, asker, asked, records)
         _write_lines(options.out / "skipped.jsonl", reasons + lost)
+    if options.report is not None:
+        page = report_questions(
+            asker,
+            asked,
+            records,
+            options.report,
+            limit=options.report_samples,
+            title=title,
+            skipped=reasons,
+            targets=_report_targets(options),
+            window=options.window,
+            mode=options.mode,
+            block=options.report_block,
+            norm=not options.no_final_norm,
+        )
+        print(f"Page: {page.path}")
 
 
 def _readouts(

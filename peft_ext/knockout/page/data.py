@@ -12,7 +12,7 @@ import numpy as np
 from ..plots import summarise
 from ..prompts.images import open_image
 from ..sweep.records import Record
-from .pictures import data_uri
+from .pictures import data_uri, shrunk
 from .views import Effects, SampleView
 
 
@@ -75,7 +75,7 @@ def _picture(views: Any) -> tuple[dict[str, Any] | None, list[str]]:
         if view is None or view.image is None:
             continue
         try:
-            picture = open_image(view.image)
+            picture = shrunk(open_image(view.image))
             return {"src": data_uri(picture), "width": picture.width, "height": picture.height}, problems
         except (ValueError, ImportError) as error:
             problems.append(str(error))

@@ -11,12 +11,16 @@ LONGEST = 448  # pixels along the longer side
 _SMALL = 128 * 128  # pixels up to which a picture is kept as it is
 
 
+def shrunk(picture: Any) -> Any:
+    """A PIL image of at most 448 pixels along the longer side."""
+    picture = picture.copy()
+    picture.thumbnail((LONGEST, LONGEST))
+    return picture
+
+
 def data_uri(picture: Any) -> str:
-    """A PIL image in RGB as the address of itself: small ones exactly, others as a JPEG of at most 448 pixels."""
+    """A PIL image in RGB as the address of itself: small ones exactly, others as a JPEG."""
     small = picture.width * picture.height <= _SMALL
-    if not small:
-        picture = picture.copy()
-        picture.thumbnail((LONGEST, LONGEST))
     buffer = io.BytesIO()
     picture.save(buffer, "PNG" if small else "JPEG", **({} if small else {"quality": 80}))
     kind = "png" if small else "jpeg"

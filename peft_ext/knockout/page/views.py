@@ -18,6 +18,7 @@ from ..prompts.patches import patch_places
 from ..prompts.samples import FlowSample, prepare
 from ..sweep.patch_effects import patch_effects
 from ..sweep.sweep import device_of
+from .pictures import shrunk
 from .readouts import Lens, last_attention, top_words
 from .text import Piece, pieces_of
 
@@ -95,6 +96,7 @@ def sample_view(
     norm: bool = True,
     top: int = 5,
     image_options: Mapping[str, Any] | None = None,
+    self_check: bool = True,
 ) -> SampleView:
     """
     Measure what [`report`] shows of a sample.
@@ -116,6 +118,8 @@ def sample_view(
         norm (`bool`, *optional*, defaults to `True`): read the answer by layer through the final norm.
         top (`int`, *optional*, defaults to 5): words per layer.
         image_options (`dict`, *optional*): what the processor was called with for images, such as `do_pad=True`.
+        self_check (`bool`, *optional*, defaults to `True`): of [`patch_effects`]. For many samples of one kind the
+            first one will do.
 
     Raises:
         `ValueError`: for a batch of several rows, or arguments that the measurements refuse.
@@ -135,7 +139,13 @@ def sample_view(
     view.attention, view.lmar = last_attention(model, prompt, bool(view.patches))
     if view.patches:
         _place(view, processor, dict(image_options or {}))
-    options: dict[str, Any] = {"window": window, "mode": mode, "answer_token": answer_token, "processor": processor}
+    options = {
+        "window": window,
+        "mode": mode,
+        "answer_token": answer_token,
+        "processor": processor,
+        "self_check": self_check,
+    }
     for target in targets:
         if view.patches:
             view.effects.append(_effects(model, sample, target, "patches", {**options, "block": block}, view))
@@ -157,13 +167,14 @@ def _place(view: SampleView, processor: Any, options: dict[str, Any]) -> None:
         view.problem = "no image was given"
         return
     try:
-        view.image = open_image(view.image)
+        picture = open_image(view.image)
     except ValueError as error:
         view.image, view.problem = None, str(error)
         return
+    view.image = shrunk(picture)  # many views are kept at a time
     image = view.groups.get("image", view.patches)
     try:
-        places = patch_places(processor, view.image.size, len(image), options).tolist()
+        places = patch_places(processor, picture.size, len(image), options).tolist()
     except Exception as error:  # processors raise various things; the rest of the page does not depend on it
         view.problem = f"the patches' places in the image are not known: {error}"
         return
@@ -186,4 +197,3 @@ def _effects(
     for record in records:
         change[record["unit"], at.get(record["layer"], 0)] = record["change_percent"]
     return Effects("patch" if sources == "patches" else "word", target, layers, list(units.values()), change)
-

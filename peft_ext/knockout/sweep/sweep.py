@@ -255,9 +255,10 @@ class Sweep:
             changes = torch.stack([passes.knocked[pair, span] - passes.clean for span in spans[pair]]).abs().amax(1)
             at = int(changes.argmax())
             largest[pair] = float(changes[at]), spans[pair][at]
-        for pair in sorted(largest, key=lambda pair: -largest[pair][0])[:CHECKED_PAIRS]:
+        most = sorted(largest, key=lambda pair: -largest[pair][0])[:CHECKED_PAIRS]
+        exact = self._with("full", fixed, {pair: [largest[pair][1]] for pair in most})
+        for pair in most:
             span = largest[pair][1]
-            exact = self._with("full", fixed, {pair: [span]})
             far = (passes.knocked[pair, span] - exact.knocked[pair, span]).abs().max()
             far = torch.maximum(far, (passes.clean - exact.clean).abs().max())
             if not float(far) <= self.tolerance:

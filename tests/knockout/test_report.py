@@ -1,0 +1,322 @@
+"""The page holds what the records say, whatever text and pictures they come with."""
+
+import base64
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from peft_ext.knockout import (
+    FlowSample,
+    SampleView,
+    find_token_groups,
+    layer_sweep,
+    patch_effects,
+    report,
+    sample_view,
+)
+from peft_ext.knockout.page.data import overview, sample_data
+from peft_ext.knockout.page.text import Piece
+from peft_ext.knockout.prompts.patches import box_coverage, patch_places
+from peft_ext.knockout.read.modality import lmar
+
+from . import _processors
+from ._browser import Browser, needs_browser
+from ._models import build, inputs
+
+
+LAYERS, PAIRS = 3, ("image:question", "question:last")
+NASTY = "</script><script>document.title='stolen'</script> <img src=x onerror=alert(1)> & \u2028"
+
+
+def records(samples, pairs=PAIRS, seed=0):
+    generator = np.random.default_rng(seed)
+    return [
+        {"sample": name, "pair": pair, "layer": layer, "change_percent": float(generator.normal(-20, 9)), "window": 1}
+        for name in samples
+        for pair in pairs
+        for layer in range(LAYERS)
+    ]
+
+
+def data(page, name="data"):
+    found = re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', page, re.S)
+    return json.loads(found[1])
+
+
+def ranges(given):
+    return [at for first, last in given for at in range(first, last + 1)]
+
+
+def halves(text):
+    return np.frombuffer(base64.b64decode(text), "<f2").astype(np.float32)
+
+
+def test_curves_are_means_and_intervals_of_the_records(tmp_path):
+    made = records([f"s{at}" for at in range(30)])
+    page = report(made, path=tmp_path / "new" / "page.html")
+    assert page.path.read_text(encoding="utf-8") == page.html
+    (run,) = data(page.html)["runs"]
+    assert run["settings"] == {"window": "1"}
+    for curve in run["curves"]:
+        for at, layer in enumerate(curve["layers"]):
+            own = [r["change_percent"] for r in made if (r["pair"], r["layer"]) == (curve["pair"], layer)]
+            assert curve["mean"][at] == pytest.approx(np.mean(own), rel=1e-5)
+            error = 1.96 * np.std(own) / 30**0.5
+            assert curve["low"][at] == pytest.approx(np.mean(own) - error, abs=0.4 * error)
+    sample = data(page.html, "sample-7")
+    assert sample["name"] == "s7"
+    assert sample["runs"][0]["curves"][1]["mean"] == pytest.approx(
+        [r["change_percent"] for r in made if (r["sample"], r["pair"]) == ("s7", PAIRS[1])], rel=1e-5
+    )
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """A tiny LLaVA, a sample with padding's place taken by nothing, and its view."""
+    processor = _processors.llava()
+    model = _processors.local_model(processor)
+    picture = Image.effect_noise((40, 32), 90).convert("RGB")
+    question = "What color is the café's table, 赤 or red?"
+    text = "USER: <image>" + question + " ASSISTANT:"
+    batch = dict(processor(images=[picture], text=[text], return_tensors="pt"))
+    groups = find_token_groups(processor, batch, spans={"question": question})
+    sample = FlowSample(batch, groups, names=["one"])
+    view = sample_view(model, processor, sample, picture, question, targets=("question", "last"), window=1)
+    return model, processor, sample, view
+
+
+def test_a_view_is_what_the_measurements_say(measured):
+    model, processor, sample, view = measured
+    ids = sample.inputs["input_ids"][0]
+    assert "".join(piece.text for piece in view.pieces if piece.text) == processor.tokenizer.decode(
+        ids[~sample.groups["image"][0]], clean_up_tokenization_spaces=False
+    )
+    positions = [at for piece in view.pieces for at in piece.positions]
+    assert sorted(positions) == list(range(len(ids)))
+    assert view.patches == sample.groups["image"][0].nonzero().flatten().tolist()
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        output = model(**sample.inputs, output_attentions=True)
+    model.set_attn_implementation("sdpa")
+    expected = torch.stack([layer[0, :, -1].mean(0) for layer in output.attentions]).numpy()
+    np.testing.assert_allclose(view.attention, expected, atol=1e-6)
+    assert view.lmar == pytest.approx(lmar(model, [sample.inputs]).ratio.tolist(), abs=1e-6)
+    final = output.logits[0, -1].softmax(-1)
+    assert view.lens.probability[-1] == pytest.approx(float(final.max()), abs=1e-5)
+    assert view.lens.words[-1][0][0] == view.lens.answer == processor.tokenizer.decode([int(final.argmax())])
+    kinds = [(effects.kind, effects.target) for effects in view.effects]
+    assert kinds == [("patch", "question"), ("word", "question"), ("patch", "last"), ("word", "last")]
+    for effects in view.effects[:1]:
+        found = patch_effects(model, sample, effects.target, window=1)
+        np.testing.assert_allclose(effects.change[:, 0], [r["change_percent"] for r in found], atol=1e-4)
+
+
+def test_the_page_holds_the_view(measured):
+    model, _, sample, view = measured
+    made = layer_sweep(model, sample, ["image:question", "image:last"], window=1, progress=False)
+    own = data(report(made, [view]).html, "sample-0")
+    run = own["runs"][0]
+    assert own["question"] == view.question and own["image"]["src"].startswith("data:image/png;base64,")
+    assert ranges(run["patches"]) == view.patches and len(run["places"]) == 64
+    np.testing.assert_allclose(
+        halves(run["attention"]["values"]).reshape(view.attention.shape), view.attention, rtol=1e-3
+    )
+    for effects, shown in zip(view.effects, run["effects"], strict=True):
+        assert [ranges(unit) for unit in shown["units"]] == effects.units and shown["target"] == effects.target
+        np.testing.assert_allclose(
+            halves(shown["change"]).reshape(effects.change.T.shape), effects.change.T, rtol=1e-3, atol=1e-4
+        )
+    assert run["base"] == pytest.approx(made[0]["base_probability"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("processor", "size", "tokens", "options"),
+    [
+        (_processors.llava, (80, 64), 64, {}),
+        (_processors.llava_padding, (80, 64), 64, {"do_pad": True}),
+        (_processors.llava_next, (100, 60), 234, {}),
+        (_processors.gemma3, (80, 64), 16, {}),
+        (_processors.Qwen, (80, 64), 80, {}),
+    ],
+)
+def test_places_of_patches_are_where_the_processor_looks(processor, size, tokens, options):
+    """A patch turns bright if its place in the picture is painted, and hardly if all else is."""
+    processor = processor()
+    width, height = size
+    places = patch_places(processor, size, tokens, options)
+    seen = box_coverage(processor, size, [(0, 0, width, height)], tokens, options).share
+    known = [at for at in range(len(places)) if not places[at].isnan().any() and seen[at] > 0.5]
+    assert len(known) >= 16
+    for at in known[:: max(1, len(known) // 9)]:
+        left, top, right, bottom = (places[at] * torch.tensor([width, height, width, height])).tolist()
+        box = (max(0, round(left)), max(0, round(top)), min(width, round(right)), min(height, round(bottom)))
+        shares = box_coverage(processor, size, [box], len(places), options).share
+        assert shares[at] > 0.6 * seen[at] and shares[at] > 0.9 * shares.max()
+
+
+FAULTS = {
+    "missing": lambda folder: folder / "nowhere.png",
+    "corrupt": lambda folder: (folder / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n123") and folder / "cut.png",
+    "numbers of unknown range": lambda folder: Image.new("F", (9, 5)),
+    "text": lambda folder: {"bytes": b"not an image", "path": "x.jpg"},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_picture_that_cannot_be_read_is_named(measured, tmp_path, fault):
+    model, processor, sample, _ = measured
+    view = sample_view(model, processor, sample, FAULTS[fault](tmp_path), targets=())
+    assert view.image is None and view.problem and view.places == [] and view.attention is not None
+    own = data(report(records(["one"]), [view]).html, "sample-0")
+    assert own["image"] is None and own["problems"] == [view.problem]
+    bare = SampleView("one", image=FAULTS[fault](tmp_path))
+    assert data(report(records(["one"]), [bare]).html, "sample-0")["problems"]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "RGBA", "P", "CMYK", "I;16"])
+def test_pictures_of_every_mode_are_shown(mode):
+    view = SampleView("one", image=Image.new(mode, (9, 5)))
+    own = data(report(records(["one"]), [view]).html, "sample-0")
+    assert (own["image"]["width"], own["image"]["height"]) == (9, 5) and not own["problems"]
+
+
+def test_huge_pictures_are_shrunk():
+    view = SampleView("one", image=Image.effect_noise((6000, 3000), 50))
+    own = data(report(records(["one"]), [view]).html, "sample-0")
+    assert (own["image"]["width"], own["image"]["height"]) == (448, 224) and len(own["image"]["src"]) < 150_000
+
+
+def test_infinite_changes_and_lone_surrogates_are_valid_json():
+    made = records(["one"])
+    made[0]["change_percent"] = float("inf")
+    view = SampleView("one", question="\ud800", attention=np.full((3, 2), np.nan), lmar=[float("nan")] * 3)
+    page = report(made, [view]).html
+    page.encode("utf-8")
+    assert data(page, "sample-0")["runs"][0]["curves"][0]["mean"][0] is None
+
+
+def test_a_text_model_has_a_page_without_pictures():
+    batch, groups = inputs("llama", texts=((3, 7),))
+    del groups["image"]  # some of the text
+    model, tokenizer = build("llama"), _processors.tokenizer()
+    view = sample_view(model, tokenizer, FlowSample(batch, groups, names=["one"]), targets=("last",))
+    assert view.patches == view.lmar == [] and [e.kind for e in view.effects] == ["word"]
+    report(records(["one"]), [view])
+
+
+@pytest.mark.parametrize(
+    ("made", "samples", "options", "message"),
+    [
+        ([], (), {}, "records is empty"),
+        ({}, (), {}, "records is empty"),
+        ([{"sample": "a"}], (), {}, "record 0 lacks pair, layer, change_percent"),
+        ("sweep.jsonl", (), {}, "records is a str: give the list"),
+        (records(["a"]), [{"name": "a"}], {}, "make a view of it"),
+        (records(["a"]), [SampleView("b")], {}, "the name 'b', which no record has"),
+        (records(["a"]), [SampleView("a"), SampleView("a")], {}, "as an earlier one"),
+        ({"x": records(["a"]), "y": records(["a"])}, [SampleView("a")], {}, "give a list by each name"),
+        ({"x": records(["a"])}, {"z": []}, {}, "samples holds 'z'"),
+        (records(["a"]), (), {"path": "page.pdf"}, "must end in .html"),
+    ],
+)
+def test_malformed(made, samples, options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        report(made, samples, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_notebooks_show_the_page_inside_a_frame():
+    shown = report(records(["a"]), title=NASTY)._repr_html_()
+    assert shown.startswith("<iframe ") and shown.count("<") == 2 and 'sandbox="allow-scripts"' in shown
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    opened = Browser(tmp_path_factory.mktemp("browser"))
+    yield opened
+    opened.close()
+
+
+HEBREW = "מה צבע הכדור, אדום או ירוק?"
+
+
+@needs_browser
+def test_text_of_data_is_text(browser, tmp_path):
+    pieces = [Piece(NASTY, [0]), Piece("", [1, 2]), Piece(HEBREW, [3])]
+    groups = {NASTY: [0], "text": [0, 3]}
+    view = SampleView(NASTY, HEBREW + NASTY, NASTY, problem=NASTY, pieces=pieces, groups=groups)
+    page = report(
+        records([NASTY], (NASTY, "a:b")),
+        [view],
+        tmp_path / "p.html",
+        title=NASTY,
+        skipped=[{"sample": NASTY, "reason": NASTY}],
+    )
+    browser.open(page.path)
+    assert browser.run("document.title") == NASTY.strip(" ")
+    assert browser.run("document.getElementById('title').textContent") == NASTY
+    assert browser.run("document.getElementById('question').textContent") == HEBREW + NASTY
+    assert browser.run("[...document.querySelectorAll('.piece')].map(p => p.textContent)")[:2] == [NASTY, HEBREW]
+    assert browser.run("getComputedStyle(document.getElementById('question')).direction") == "rtl"
+    assert browser.run("document.querySelectorAll('img').length") == 0 and not browser.errors
+
+
+@needs_browser
+def test_two_runs_beside_each_other(browser, measured, tmp_path):
+    _, _, _, view = measured
+    before, after = records(["one", "two"]), records(["one", "two"], seed=1)
+    page = report({"before": before, "after": after}, {"before": [view], "after": [view]}, tmp_path / "p.html")
+    browser.open(page.path, "#layer=1")
+    difference = browser.run("document.querySelector('.differences td').textContent")
+
+    def mean(own):
+        return np.mean([r["change_percent"] for r in own if (r["pair"], r["layer"]) == (PAIRS[0], 1)])
+
+    assert float(difference.replace("−", "-")) == pytest.approx(mean(after) - mean(before), abs=0.051)
+    assert browser.run("[...document.querySelectorAll('#runs > .run h3')].map(h => h.textContent)") == [
+        "before",
+        "after",
+    ]
+    assert browser.run("document.querySelectorAll('.picture').length") == 2 and not browser.errors
+
+
+@needs_browser
+def test_five_hundred_samples_open_at_once(browser, tmp_path):
+    """Those of a 7B LLaVA in size: 576 patches, 32 layers; of these fifty, in less than a second."""
+    names = [f"s{at}" for at in range(500)]
+    generator = np.random.default_rng(0)
+    picture = Image.effect_noise((448, 336), 60).convert("RGB")
+    views = [
+        SampleView(
+            name,
+            f"question {name}?",
+            image=picture if at < 50 else None,
+            pieces=[Piece("", list(range(576))), Piece("why", [576])],
+            groups={"image": list(range(576)), "question": [576]},
+            patches=list(range(576)),
+            places=[[c / 24, r / 24, (c + 1) / 24, (r + 1) / 24] for r in range(24) for c in range(24)],
+            attention=generator.random((32, 577), dtype=np.float32) if at < 50 else None,
+        )
+        for at, name in enumerate(names)
+    ]
+    few = report(records(names[:50]), views[:50], tmp_path / "fifty.html", resamples=10)
+    assert min(browser.open(few.path) for _ in range(3)) < 1
+    many = report(records(names), views, tmp_path / "many.html", resamples=10)
+    browser.open(many.path)
+    start = browser.run("performance.now()")
+    browser.run("document.getElementById('sample').value = 499")
+    browser.run("document.getElementById('sample').dispatchEvent(new Event('change'))")
+    assert browser.run("document.getElementById('sample-title').textContent") == "Sample s499"
+    assert browser.run("performance.now()") - start < 1000 and not browser.errors
+
+
+def test_overview_and_sample_data_agree():
+    made = records(["a"])
+    (run,) = overview({"": made}, 10, 0)
+    own = sample_data("a", {"": made}, {"": None})["runs"][0]
+    assert [curve["mean"] for curve in run["curves"]] == [curve["mean"] for curve in own["curves"]]
