@@ -15,7 +15,7 @@ export MYPY_CACHE_DIR := $(CACHE)/mypy
 export RUFF_CACHE_DIR := $(CACHE)/ruff
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart evidence test test-peft test-zoo lint format types docs bench gpu-check clean
+.PHONY: help setup quickstart flow-demo evidence test test-peft test-zoo lint format types docs bench gpu-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -33,6 +33,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 quickstart: $(STAMP) ## the main job: NeuroAda beside six other methods, one table
 	$(BIN)/python examples/quickstart.py $(ARGS)
+
+flow-demo: $(STAMP) ## the page of where a tiny LLaVA looks: docs/flow-demo.html
+	$(BIN)/python examples/flow_shapes.py --questions 12 --report docs/flow-demo.html --out $(VENV)/flow-demo $(ARGS)
 
 evidence: $(STAMP) ## every comparison on pretrained models: some three and a half hours of two cores; ARGS=--quick
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[pretrained]"

@@ -5,8 +5,8 @@ Where information flows in a tiny LLaVA that answers questions about coloured sh
 
 blocks the attention between image, question and last position around each layer, on the checkpoint in
 examples/shapes_llava (no network, no GPU, about a minute), prints what the answer's probability loses, and writes the
-figures. It is a positive control: image → question → last carries the answer, image → last and last → last do not, and
-of the image the patches of the objects in question matter.
+figures; with --report also one HTML page of it all (make flow-demo). It is a positive control: image → question → last
+carries the answer, image → last and last → last do not, and of the image the objects' patches matter.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from peft_ext.knockout import (
     plot_jaccard,
     plot_sweep,
     plot_token_map,
+    report,
+    sample_view,
     topk_jaccard,
 )
 
@@ -62,6 +64,10 @@ def parser() -> argparse.ArgumentParser:
         "--engine", default="auto", choices=("auto", "full", "suffix", "packed"), help="[%(default)s]"
     )
     options.add_argument("--seed", type=int, default=7, help="of the scenes and questions [%(default)s]")
+    options.add_argument("--report", type=Path, help="HTML page to write as well")
+    options.add_argument(
+        "--views", type=int, default=3, help="questions per task that it shows one by one [%(default)s]"
+    )
     options.add_argument("--out", type=Path, default=Path("flow_shapes_output"), help="[%(default)s]")
     return options
 
@@ -130,10 +136,32 @@ def readouts(model: Any, processor: Any, drawn: Sequence[Any], window: int) -> t
     return answers, similarities
 
 
+def views(model: Any, processor: Any, drawn: Sequence[Any], count: int, window: int) -> list[Any]:
+    """What the page shows of the first questions of each task."""
+    shown: dict[str, list[Any]] = {}
+    for own, question, picture in tqdm(drawn, desc="views"):
+        if len(shown.setdefault(question.task, [])) == count:
+            continue
+        view = sample_view(
+            model,
+            processor,
+            own,
+            picture,
+            question.text,
+            targets=("question", "last"),
+            window=window,
+            self_check=len(shown) == 1,
+        )
+        shown[question.task].append(view)
+    return [view for own_views in shown.values() for view in own_views]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     if options.questions < 1:
         parser().error(f"--questions is {options.questions}: must be at least 1")
+    if options.report is not None and options.report.suffix != ".html":
+        parser().error(f"--report is {options.report}: must end in .html")
     start = time.perf_counter()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -159,6 +187,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     answers, similarities = readouts(model, processor, chosen, options.window)
     plot_answer_probability([a for a in answers if a["word"] != "false option"], options.out / "answer_by_layer.png")
     plot_jaccard(similarities, options.out / "jaccard.png", title="top words of the question without a module")
+    if options.report is not None:
+        shown = views(model, processor, drawn, options.views, options.window)
+        report(records, shown, options.report, title="Where a tiny LLaVA looks")
+        print(f"\nPage: {options.report}")
     own, question, picture = drawn[0]
     related = own.groups["related_patches"][own.groups["image"]].float()
     plot_token_map(picture, related, options.out / "related_patches.png", title=question.text, label="related")

@@ -103,7 +103,8 @@ def flow(gqa, *more, out=None):
 
 def test_the_command_reads_published_columns(gqa, capsys):
     pairs = "image:question,question:last,image:last,true_option:last,related_patches:question,question:objects"
-    assert flow(gqa, "--window", "3", "--pairs", pairs, "--answer-by-layer", "--jaccard") == 0
+    page = ["--report", str(gqa[2] / "page.html"), "--report-samples", "2", "--report-targets", "question,last"]
+    assert flow(gqa, "--window", "3", "--pairs", pairs, "--answer-by-layer", "--jaccard", *page) == 0
     printed = capsys.readouterr().out
     assert "4 of 5 questions used" in printed and "image:question" in printed
     out = gqa[2]
@@ -116,6 +117,8 @@ def test_the_command_reads_published_columns(gqa, capsys):
     assert [entry["sample"] for entry in skipped] == ["04"] and "purple" in skipped[0]["reason"]
     for name in ("flow", "answer_by_layer", "jaccard"):
         assert (out / f"{name}.png").exists() and (out / f"{name}.csv").exists()
+    shown = (out / "page.html").read_text()
+    assert shown.count('"kind":"patch"') == 2 * 2 and shown.count('json" id="sample-') == 4 and "purple" in shown
     before = (out / "sweep.jsonl").read_bytes()
     assert flow(gqa, "--window", "3", "--pairs", pairs) == 0
     assert (out / "sweep.jsonl").read_bytes() == before
@@ -153,6 +156,9 @@ def test_the_command_reads_data_sets(gqa, tmp_path):
         (["--pairs", "image:newline"], "no question of 5 could be used"),
         (["--prompt", "no question"], "must hold {question}"),
         (["--answer-token", "second"], "answer_token is 'second'"),
+        (["--report", "page.pdf"], "--report is 'page.pdf'"),
+        (["--report", "page.html", "--report-samples", "0"], "--report-samples is 0"),
+        (["--report", "page.html", "--report-targets", "captions"], "the group 'captions'"),
     ],
 )
 def test_the_command_says_what_is_wrong(gqa, capsys, monkeypatch, loaded, options, message):

@@ -70,7 +70,7 @@ def label(name: str, views: Sequence[SampleView | None]) -> str:
 
 
 def _picture(views: Any) -> tuple[dict[str, Any] | None, list[str]]:
-    problems = []
+    problems: list[str] = []
     for view in views:
         if view is None or view.image is None:
             continue

@@ -81,6 +81,7 @@ def report(
     runs = _runs(records)
     views = _views(samples, runs)
     names = list(dict.fromkeys(str(record["sample"]) for own in runs.values() for record in own))
+    names.sort(key=lambda name: not any(name in own for own in views.values()))  # those with most to see come first
     by_sample = {run: _by_sample(own) for run, own in runs.items()}
     parts, labels = [], []
     for name in names:

@@ -234,7 +234,8 @@ def _grid(pixels: Tensor, shape: int | tuple[int, int]) -> Coverage:
 
 
 def _with_front(coverage: Coverage, front: int) -> Coverage:
-    return Coverage(*(torch.cat([part.new_zeros(front), part]) for part in coverage[:3]), coverage.side)
+    share, peak, place = (torch.cat([part.new_zeros(front), part]) for part in coverage[:3])
+    return Coverage(share, peak, place, coverage.side)
 
 
 def _class_token(processor: Any) -> bool:

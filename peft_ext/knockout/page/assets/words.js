@@ -65,7 +65,7 @@ function wordsTable(lens) {
       ...words.map(([word, value]) => element("td", {}, element("bdi", {}, word.trim() ? word : JSON.stringify(word)), " ", element("span", { class: "quiet" }, probability(value))))));
   const head = element("tr", {}, element("th", { scope: "col" }, "layer"), element("th", { scope: "col" }, "answer ", element("bdi", {}, "“" + lens.answer.trim() + "”")),
     ...(lens.words[0] || []).map((_, at) => element("th", { scope: "col" }, `${at + 1}.`)));
-  const box = element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Most probable words after each layer" }, element("table", { class: "words" }, element("thead", {}, head), element("tbody", {}, ...rows)));
+  const box = element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Most probable words after each layer" }, element("table", { class: "words", "aria-label": "Most probable words" }, element("thead", {}, head), element("tbody", {}, ...rows)));
   return {
     element: element("figure", {}, element("figcaption", {}, "Most probable words after each layer"), box),
     move: (layer) => {
