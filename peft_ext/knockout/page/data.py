@@ -26,25 +26,45 @@ def overview(runs: Mapping[str, Sequence[Record]], resamples: int, seed: int) ->
     """By run: the curves of all samples, and the settings that its records share."""
     found = []
     for name, records in runs.items():
-        rows = summarise(records, "change_percent", "pair", resamples, seed)
-        curves: dict[str, dict[str, Any]] = {}
-        for row in rows:
-            own = curves.setdefault(
-                row["pair"],
-                {"pair": row["pair"], "samples": row["samples"], "layers": [], "mean": [], "low": [], "high": []},
-            )
-            own["layers"].append(row["layer"])
-            for key in ("mean", "low", "high"):
-                own[key].append(_number(row[key]))
         settings = {key: sorted({str(record[key]) for record in records if key in record}) for key in SETTINGS}
         found.append(
             {
                 "name": name,
-                "curves": list(curves.values()),
+                "curves": _curves(records, resamples, seed),
                 "settings": {key: ", ".join(values) for key, values in settings.items() if values},
             }
         )
     return found
+
+
+def differences(runs: Mapping[str, Sequence[Record]], resamples: int, seed: int) -> list[dict[str, Any]]:
+    """Of two runs: the second one's change less the first one's, sample by sample, as curves."""
+    if len(runs) != 2:
+        return []
+    before, after = (
+        {(record["sample"], record["pair"], record["layer"]): record["change_percent"] for record in own}
+        for own in runs.values()
+    )
+    keys = [key for key in after if key in before]
+    rows = [
+        {"sample": sample, "pair": pair, "layer": layer, "change_percent": after[key] - before[key]}
+        for key in keys
+        for sample, pair, layer in [key]
+    ]
+    return _curves(rows, resamples, seed) if rows else []
+
+
+def _curves(records: Sequence[Record], resamples: int, seed: int) -> list[dict[str, Any]]:
+    curves: dict[str, dict[str, Any]] = {}
+    for row in summarise(records, "change_percent", "pair", resamples, seed):
+        own = curves.setdefault(
+            row["pair"],
+            {"pair": row["pair"], "samples": row["samples"], "layers": [], "mean": [], "low": [], "high": []},
+        )
+        own["layers"].append(row["layer"])
+        for key in ("mean", "low", "high"):
+            own[key].append(_number(row[key]))
+    return list(curves.values())
 
 
 def sample_data(

@@ -15,7 +15,7 @@ from typing import Any
 
 from ...io import write_atomically
 from ..sweep.records import Record
-from .data import COLUMNS, label, overview, sample_data
+from .data import COLUMNS, differences, label, overview, sample_data
 from .views import SampleView
 
 
@@ -91,6 +91,7 @@ def report(
     data = {
         "title": title,
         "runs": overview(runs, resamples, seed),
+        "differences": differences(runs, resamples, seed),
         "samples": labels,
         "skipped": [{"sample": str(row["sample"]), "reason": str(row["reason"])} for row in skipped],
     }

@@ -13,6 +13,7 @@
   const pairs = [...new Set(data.runs.flatMap((run) => run.curves.map((curve) => curve.pair)))];
   const styled = (curve, run) => ({ colour: pairs.indexOf(curve.pair), dash: several ? data.runs.indexOf(run) : pairs.indexOf(curve.pair) });
   const value = (curve, key) => curve && curve[key][curve.layers.indexOf(state.layer)];
+  const interval = (curve) => (curve.samples > 1 ? `${number(value(curve, "low"))} to ${number(value(curve, "high"))}` : "–");
   const choose = (layer) => { state.layer = layer; move(); };
 
   function pairTable() {
@@ -22,15 +23,19 @@
       if (!curve) continue;
       const bar = shape("rect", { y: 3, height: 10, class: "bar now" });
       const cells = { mean: element("td", { class: "number mean" }), interval: element("td", { class: "number interval" }), own: element("td", { class: "number own" }) };
-      const row = element("tr", { "data-pair": pair, "data-run": run.name }, element("td", {}, swatch(styled(curve, run))), element("th", { scope: "row" }, named(curve, run)),
+      const row = element("tr", { "data-pair": pair, "data-run": run.name }, element("td", {}, swatch(styled(curve, run))), element("th", { scope: "row" }, curve.pair.replace(":", " → ")), several ? element("td", {}, run.name) : null,
         element("td", {}, shape("svg", { class: "swatch", viewBox: "0 0 100 16", preserveAspectRatio: "none", "aria-hidden": "true" }, bar)), cells.mean, cells.interval, cells.own);
       rows.push({ row, cells, bar, curve, run });
     }
-    const difference = (data.runs.length === 2 ? pairs : []).map((pair) => ({ pair, curves: data.runs.map((run) => run.curves.find((one) => one.pair === pair)), cell: element("td", { class: "number difference" }) }));
-    const head = ["", "blocked", "", "mean", "95 % interval", "this sample"].map((text) => element("th", { scope: "col" }, text));
+    const difference = data.differences.map((curve) => ({ curve, cells: [element("td", { class: "number difference" }), element("td", { class: "number" })] }));
+    const head = ["", "blocked", ...(several ? ["run"] : []), "", "mean", "95 % interval", "this sample"].map((text) => element("th", { scope: "col" }, text));
     const body = element("tbody", {}, ...rows.map((one) => one.row));
     const parts = [element("table", { class: "pairs" }, element("caption", { class: "quiet" }), element("thead", {}, element("tr", {}, ...head)), body)];
-    if (difference.length) parts.push(element("table", { class: "differences" }, element("caption", { class: "quiet" }, `${data.runs[1].name} − ${data.runs[0].name}, in percentage points`), element("tbody", {}, ...difference.map((one) => element("tr", { "data-pair": one.pair }, element("th", { scope: "row" }, one.pair.replace(":", " → ")), one.cell)))));
+    if (difference.length) {
+      const titles = ["blocked", `${data.runs[1].name} − ${data.runs[0].name}, percentage points`, "95 % interval"].map((text) => element("th", { scope: "col" }, text));
+      const lines = difference.map(({ curve, cells }) => element("tr", { "data-pair": curve.pair }, element("th", { scope: "row" }, curve.pair.replace(":", " → ")), ...cells));
+      parts.push(element("table", { class: "differences" }, element("caption", { class: "quiet" }, "What changed, sample by sample"), element("thead", {}, element("tr", {}, ...titles)), element("tbody", {}, ...lines)));
+    }
     return {
       element: element("div", { class: "tables" }, ...parts),
       move: () => {
@@ -38,16 +43,16 @@
         for (const { cells, bar, curve, run } of rows) {
           const mean = value(curve, "mean"), own = runs[data.runs.indexOf(run)];
           cells.mean.textContent = percent(mean);
-          cells.interval.textContent = curve.samples > 1 ? `${number(value(curve, "low"))} to ${number(value(curve, "high"))}` : "–";
+          cells.interval.textContent = interval(curve);
           cells.own.textContent = percent(own && value(own.curves.find((one) => one.pair === curve.pair), "mean"));
           const size = Math.min(Math.abs(mean || 0), 100);
           bar.setAttribute("width", size);
           bar.setAttribute("x", 0);
           bar.style.fill = mean < 0 ? "var(--loss)" : "var(--gain)";
         }
-        for (const { curves, cell } of difference) {
-          const [one, other] = curves.map((curve) => value(curve, "mean"));
-          cell.textContent = typeof one === "number" && typeof other === "number" ? number(other - one) : "–";
+        for (const { curve, cells } of difference) {
+          cells[0].textContent = number(value(curve, "mean"));
+          cells[1].textContent = interval(curve);
         }
       },
     };
@@ -58,7 +63,7 @@
     const most = Math.max(...data.runs.flatMap((run) => run.curves.map((curve) => curve.samples)));
     const chart = lineChart({ title: most > 1 ? `Mean of ${most} samples, with intervals of 95 %` : "One sample", unit: "change of the answer's probability, %", curves, choose });
     const table = pairTable();
-    at("curves").append(element("div", { class: "run alone" }, chart.element, table.element));
+    at("curves").append(element("div", { class: several ? "run alone compared" : "run alone" }, chart.element, table.element));
     return [chart, table];
   }
 
@@ -132,7 +137,8 @@
   const whole = (text, last) => Math.min(Math.max(Math.trunc(Number(text)) || 0, 0), last);
   at("title").textContent = data.title;
   document.title = data.title;
-  at("settings").textContent = data.runs.map((run) => (run.name ? run.name + ": " : "") + Object.entries(run.settings).map(([key, text]) => `${key.replaceAll("_", " ")} ${text}`).join(", ")).join("; ") + `; ${data.samples.length} sample${data.samples.length === 1 ? "" : "s"}`;
+  const described = data.runs.map((run) => [run.name, Object.entries(run.settings).map(([key, text]) => `${key.replaceAll("_", " ")} ${text}`).join(", ")].filter(Boolean).join(": "));
+  at("settings").textContent = [...described, `${data.samples.length} sample${data.samples.length === 1 ? "" : "s"}`].filter(Boolean).join("; ");
   at("layer").max = layers - 1;
   at("sample").append(...data.samples.map((text, index) => element("option", { value: index }, text)));
   if (data.skipped.length) {
