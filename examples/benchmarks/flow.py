@@ -54,7 +54,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--question", type=positive, default=12, help="tokens of the question [%(default)s]")
     parser.add_argument("--window", type=positive, default=9, help="layers that are blocked together [%(default)s]")
     parser.add_argument("--rounds", type=positive, default=3, help="in which the engines take turns [%(default)s]")
-    parser.add_argument("--loop", type=positive, default=24, help="patches that the naive loop runs [%(default)s]")
+    parser.add_argument("--loop", type=positive, default=12, help="patches that the naive loop runs [%(default)s]")
     parser.add_argument("--threads", type=positive, default=1, help="[%(default)s]")
     parser.add_argument("--json", type=out_file, help="file for the results")
     options = parser.parse_args(argv)
