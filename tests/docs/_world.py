@@ -88,6 +88,7 @@ def names_for(page):
             "model": _classifier(), "sentiment_dataset": _sentences(), "topic_dataset": _sentences()
         },
         "methods/knockout.md": _question,
+        "knockout-report.md": _question,
         "how-to/trl.md": lambda: {"dataloader": _loader(_language_rows())},
         "how-to/images.md": lambda: {"dataloader": _loader(_images()), "train_dataset": _images()},
         "how-to/multi-task.md": lambda: {"summaries": _texts(), "questions": _texts()},

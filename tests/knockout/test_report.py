@@ -267,6 +267,20 @@ def test_text_of_data_is_text(browser, tmp_path):
 
 
 @needs_browser
+def test_the_page_works_inside_a_frame(browser, tmp_path):
+    """But for the sandbox, into which the test could not look."""
+    shown = report(records(["a", "b"]), title="framed")._repr_html_().replace('sandbox="allow-scripts"', "")
+    (tmp_path / "notebook.html").write_text(f"<!doctype html>{shown}")
+    browser.open(tmp_path / "notebook.html")
+    inside = "document.querySelector('iframe').contentDocument"
+    while browser.run(f"{inside}.readyState") != "complete":
+        pass
+    browser.run(f"{inside}.getElementById('next').click()")
+    assert browser.run(f"{inside}.title") == "framed" and not browser.errors
+    assert browser.run(f"{inside}.getElementById('sample-title').textContent") == "Sample b"
+
+
+@needs_browser
 def test_two_runs_beside_each_other(browser, measured, tmp_path):
     _, _, _, view = measured
     before, after = records(["one", "two"]), records(["one", "two"], seed=1)

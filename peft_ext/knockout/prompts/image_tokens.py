@@ -16,7 +16,7 @@ def image_token_ids(config: Any) -> tuple[int, ...]:
     names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
     ids = {value for name in names if isinstance(value := getattr(config, name, None), int)}
     if not ids:
-        raise ValueError("The model's config names no image token; pass visual_token_ids.")
+        raise ValueError("The model's config names no image token: name it, as visual_token_ids or groups['image'].")
     return tuple(sorted(ids))
 
 

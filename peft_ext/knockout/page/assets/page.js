@@ -72,7 +72,7 @@
     const found = [];
     const add = (view) => { if (view) { found.push(Object.assign(view, { run })); box.append(view.element); } };
     if (several) box.append(element("h3", {}, data.runs[index].name));
-    const says = element("p", { class: "answer" }, "The model answers ", element("strong", {}, element("bdi", {}, run.answer || "?")), run.base !== undefined ? ` (first token read: p = ${probability(run.base)})` : "");
+    const says = element("p", { class: "answer" }, "The model answers ", element("strong", {}, element("bdi", {}, run.answer || "?")), run.base !== undefined ? ` (the token that is read has p = ${probability(run.base)})` : "");
     if (run.answer !== undefined || run.base !== undefined) box.append(says);
     if (run.pieces) {
       run.quantities = quantities(run);
