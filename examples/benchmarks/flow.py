@@ -55,6 +55,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--window", type=positive, default=9, help="layers that are blocked together [%(default)s]")
     parser.add_argument("--rounds", type=positive, default=3, help="in which the engines take turns [%(default)s]")
     parser.add_argument("--loop", type=positive, default=12, help="patches that the naive loop runs [%(default)s]")
+    parser.add_argument(
+        "--parts", nargs="+", choices=("sweeps", "patches"), default=["sweeps", "patches"], help="[both]"
+    )
     parser.add_argument("--threads", type=positive, default=1, help="[%(default)s]")
     parser.add_argument("--json", type=out_file, help="file for the results")
     options = parser.parse_args(argv)
@@ -197,8 +200,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     torch.set_num_threads(options.threads)
     model, sample = build(options)
-    result = measure(options, model, sample)
-    result["patch_effects"] = measure_patches(options, model, sample)
+    result = {}
+    if "sweeps" in options.parts:
+        result |= measure(options, model, sample)
+        print_sweeps(result)
+    if "patches" in options.parts:
+        result["patch_effects"] = measure_patches(options, model, sample)
+        print_patches(result["patch_effects"])
+    if options.json:
+        content = {"settings": {k: v for k, v in vars(options).items() if k != "json"}, **result}
+        content["environment"] = environment(torch.device("cpu"))
+        write_report(options.json, content)
+    return 0
+
+
+def print_sweeps(result: dict[str, Any]) -> None:
     rows = []
     for case, own in result["seconds"].items():
         row = {"blocked": case}
@@ -213,6 +229,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     least = result["peak_bytes"]["clean forward"]
     for name, count in result["peak_bytes"].items():
         print(f"peak memory, {name}: {mebibytes(count)} MiB, {count / least:.2f} × the clean forward")
+
+
+def print_patches(result: dict[str, Any]) -> None:
     rows = [
         {
             "each patch →": target,
@@ -221,14 +240,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "times faster": f"{statistics.median(own['speedup']):.1f}",
             "log p apart": f"{own['log_probability_difference']:.0e}",
         }
-        for target, own in result["patch_effects"].items()
+        for target, own in result.items()
     ]
-    print("\n" + table(rows))
-    if options.json:
-        content = {"settings": {k: v for k, v in vars(options).items() if k != "json"}, **result}
-        content["environment"] = environment(torch.device("cpu"))
-        write_report(options.json, content)
-    return 0
+    print(f"\n{table(rows)}")
 
 
 if __name__ == "__main__":
