@@ -2,7 +2,8 @@
 
 Both read tokens × entries elements of the activations, column by column of one row. A row (8 KB at 4096 inputs in
 16 bits) stays in L1, and so do its neighbours' in L2: programs that share tokens have neighbouring numbers and run
-together. Addresses are int64, since tokens × width may pass 2^31.
+together. Over a copy of `transposed`, what an entry reads of many tokens is one piece of memory instead. Addresses are
+int64, since tokens × width may pass 2^31.
 """
 
 from __future__ import annotations
@@ -29,12 +30,25 @@ def _column(columns, entry, exists, k):
     return column.to(tl.int64)
 
 
+@triton.jit(do_not_specialize=["tokens"])
+def transposed(x, out, tokens, width, x_token, x_column, out_column, BLOCK: tl.constexpr):
+    """`out[c, t] = x[t, c]`, where `out` has `out_column` elements per column."""
+    blocks = (width + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    token = (program // blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    column = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = (token < tokens)[:, None] & (column < width)[None, :]
+    tile = tl.load(x + token[:, None] * x_token + column[None, :] * x_column, mask=inside, other=0)
+    tl.store(out + column[:, None] * out_column + token[None, :], tl.trans(tile), mask=tl.trans(inside))
+
+
 # Not specialised on `tokens`, so that no sequence length compiles anew.
 @triton.jit(do_not_specialize=["tokens"])
 def gather_sum(
     base, x, values, columns, offsets, entries, out, tokens, neurons, k,
     base_token, base_neuron, x_token, x_column, out_token, out_neuron,
     BLOCK_TOKENS: tl.constexpr, BLOCK_NEURONS: tl.constexpr, BLOCK_K: tl.constexpr, LIGHT: tl.constexpr,
+    ROUND: tl.constexpr,
 ):  # fmt: skip
     """
     `out[t, n] = base[t, n] + sum over n's entries e of values[e] * x[t, columns[e]]`, rounded once.
@@ -43,7 +57,7 @@ def gather_sum(
     With `entries` these are numbers of entries (a transposed table); without `columns` an entry reads column
     `entry // k`. Without `base` the sum is written alone. With `offsets` a neuron may own very many entries (inputs
     that most rows select do, in a transposed table): all neurons together sum their first `LIGHT` ones, then those
-    with more get the whole program, one after the other.
+    with more get the whole program, one after the other, `ROUND` entries at a time.
     """
     blocks = (neurons + BLOCK_NEURONS - 1) // BLOCK_NEURONS
     program = tl.program_id(0)
@@ -83,8 +97,8 @@ def gather_sum(
                 start = tl.load(offsets + owner) + LIGHT
                 end = tl.load(offsets + owner + 1)
                 rest = tl.full((BLOCK_TOKENS,), 0.0, tl.float32)
-                for done in range(start, end, LIGHT):
-                    number = done + tl.arange(0, LIGHT)
+                for done in range(start, end, ROUND):
+                    number = done + tl.arange(0, ROUND)
                     exists = number < end
                     entry = _resolved(entries, number, exists)
                     column = _column(columns, entry, exists, k)

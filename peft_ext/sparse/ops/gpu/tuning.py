@@ -29,6 +29,7 @@ class Config:
     block_neurons: int  # or entries, for the gradient of the values
     block_k: int = 1  # entries of a neuron in one round, or of all neurons (staged, uneven)
     num_warps: int = 4
+    columns_first: bool = False  # a direct kernel over a copy of x in which the tokens of a column are neighbours
 
     @property
     def staged(self) -> bool:

@@ -16,19 +16,21 @@ def on_interpreter():
         yield launched
 
 
-@pytest.fixture(params=["direct", "staged"])
+@pytest.fixture(params=["direct", "columns_first", "staged"])
 def kernel(request, on_interpreter, monkeypatch):
     """Both families of kernels in turn, with blocks smaller than the tests' shapes."""
     from peft_ext.sparse.ops.gpu import launch
     from peft_ext.sparse.ops.gpu.tuning import Config
 
-    block_tokens = {"direct": 4, "staged": 0}[request.param]
+    block_tokens = {"direct": 4, "columns_first": 4, "staged": 0}[request.param]
 
     def sum_configs(*sizes):
         uneven = sizes[-1]
-        return [Config(block_tokens, 4, 8 if uneven and request.param == "staged" else 2)]
+        block_k = 8 if uneven and request.param == "staged" else 2
+        return [Config(block_tokens, 4, block_k, columns_first=request.param == "columns_first")]
 
     monkeypatch.setattr(launch, "sum_configs", sum_configs)
+    monkeypatch.setattr(launch, "TRANSPOSE_BLOCK", 4)
     monkeypatch.setattr(launch, "LIGHT", 2)
     monkeypatch.setattr(launch, "value_configs", lambda *sizes: [Config(block_tokens, 8)])
     return request.param

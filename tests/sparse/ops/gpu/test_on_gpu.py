@@ -25,7 +25,7 @@ LARGE = {
 }
 
 
-@pytest.fixture(params=["tuned", "direct", "staged"])
+@pytest.fixture(params=["tuned", "direct", "columns first", "staged"])
 def family(request, monkeypatch):
     """Restrict what is measured to one family of kernels; "tuned" leaves the choice."""
     from peft_ext.sparse.ops.gpu import launch, tuning
@@ -36,7 +36,12 @@ def family(request, monkeypatch):
 
         def some(*sizes, every=every):
             configs = every(*sizes)
-            return [config for config in configs if config.staged == (request.param == "staged")] or configs
+            of_family = {
+                "direct": [config for config in configs if not config.staged and not config.columns_first],
+                "columns first": [config for config in configs if config.columns_first],
+                "staged": [config for config in configs if config.staged],
+            }
+            return of_family[request.param] or configs
 
         monkeypatch.setattr(launch, name, some)
 

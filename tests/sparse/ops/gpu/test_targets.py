@@ -55,6 +55,10 @@ CASES = [
     ("grad_input", 2, 1, 4096, 14336, torch.bfloat16, 90),
     ("grad_input", 2, 20, 4096, 14336, torch.float16, 80),
     ("grad_input", 2, 4, 4096, 11008, torch.bfloat16, 90),
+    ("add", -1, 20, 4096, 14336, torch.bfloat16, 90),
+    ("add", -1, 4, 14336, 4096, torch.float32, 80),
+    ("grad_input", -1, 20, 4096, 14336, torch.bfloat16, 90),
+    ("grad_input", -1, 1, 4096, 14336, torch.float16, 80),
     ("grad_values", 0, 1, 4096, 14336, torch.bfloat16, 90),
     ("grad_values", 1, 20, 4096, 4096, torch.float32, 80),
     ("grad_values", 2, 1, 4096, 14336, torch.bfloat16, 90),
@@ -86,7 +90,7 @@ def test_a_launch_compiles_without_spilling(
     product, config, k, width, rows, dtype, capability, ragged, tmp_path, monkeypatch, record_property
 ):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    ((kernel, args, options),) = launches(lambda: _work(product, config, k, width, rows, dtype, ragged))
+    *_, (kernel, args, options) = launches(lambda: _work(product, config, k, width, rows, dtype, ragged))
     code = compiled(kernel, args, options, capability)
     record_property("registers", code.registers)
     record_property("shared_bytes", code.shared_bytes)
@@ -101,3 +105,13 @@ def test_a_launch_compiles_without_spilling(
     assert offsets
     if dtype != torch.float32:  # in fp32 the values have pointers of the same type
         assert all("i64" in offset for offset in offsets)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_copy_with_columns_first_compiles_without_spilling(dtype, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    ((kernel, args, options),) = launches(
+        lambda: launch.columns_first(torch.empty(1000, 4096, dtype=dtype, device="meta"))
+    )
+    code = compiled(kernel, args, options, 90)
+    assert kernel.__name__ == "transposed" and code.local_bytes == 0 and code.registers <= MAX_REGISTERS

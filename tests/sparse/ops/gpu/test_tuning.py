@@ -145,9 +145,10 @@ def test_candidates_are_few_and_fit_any_width(tokens, k, itemsize):
                 launch.sum_configs(tokens, neurons, width, k, itemsize, True),
                 launch.value_configs(tokens, neurons * k, width, itemsize),
             ):
-                assert 1 <= len(configs) == len(set(configs)) <= 4
+                assert 1 <= len(configs) == len(set(configs)) <= 5
                 assert not configs[0].staged
                 assert width <= launch.MAX_STAGED_WIDTH or not any(config.staged for config in configs)
                 assert all(config.staged or launch.LIGHT % config.block_k == 0 for config in configs)
+                assert all(launch.light_of(config, k) % config.block_k == 0 for config in configs)
                 programs = max(tokens * neurons / (max(1, c.block_tokens) * c.block_neurons) for c in configs)
                 assert programs < 2**31  # what a grid may have
