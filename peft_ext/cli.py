@@ -19,6 +19,7 @@ JOBS = {
     "merge": ("export.cli_merge", "merge an adapter into a checkpoint's files, without loading the model"),
     "export": ("export.cli_export", "write an adapter as a LoRA or as a sparse patch of the checkpoint"),
     "convert": ("conversion.cli", "turn a SHiRA or Super-Tuning adapter into a NeuroAda adapter"),
+    "llava": ("factory.cli", "compose a LLaVA, train it in two stages by any method, evaluate it"),
     "flow": ("knockout.cli", "where information flows in a vision-language model"),
 }
 

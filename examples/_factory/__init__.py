@@ -1,0 +1,1 @@
+"""Tiny parts of many families, to compose models of."""

@@ -1,0 +1,170 @@
+"""
+Compose every language model with every vision tower and connector at a tiny size, and write the table of the docs.
+
+    python examples/llava_combinations.py --docs docs/llava-factory.md --out combinations.json
+
+Each combination is composed, trained for five steps on one batch until its loss falls, saved, and loaded again with
+transformers' Auto classes; the loaded model's logits equal the saved one's bit for bit. About five minutes on a core.
+A call with the same `--out` goes on where an interrupted one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from _factory.parts import CONNECTORS, SIZE, TEXT_MODELS, TOWERS, images, text_model, tokenizer, tower
+from PIL import Image
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments
+
+from peft_ext.factory import Composed, LlavaFactoryForConditionalGeneration
+from peft_ext.factory.compose import assemble
+from peft_ext.factory.data import Collator
+from peft_ext.factory.parts import prepare
+from peft_ext.factory.train import LlavaTrainer
+from peft_ext.io import write_atomically
+
+
+STEPS = 5
+BEGIN, END = "<!-- combinations: begin -->", "<!-- combinations: end -->"
+
+
+def compose(text: str, vision: str, connector: str) -> Composed:
+    layer = -1 if vision == "ConvNeXt" else -2
+    options = CONNECTORS[connector]
+    return assemble(
+        text_model(text),
+        tokenizer(),
+        tower(vision),
+        images(),
+        connector,
+        connector_config=options,
+        feature_layer=layer,
+    )
+
+
+def rows() -> list[dict[str, Any]]:
+    """Two conversations: one of two turns, and one of text alone."""
+    picture = Image.new("RGB", (SIZE, SIZE), (200, 30, 30))
+    colours = [
+        {"role": "user", "content": "<image> what color is the picture ?"},
+        {"role": "assistant", "content": "red"},
+        {"role": "user", "content": "blue ?"},
+        {"role": "assistant", "content": "Hi"},
+    ]
+    greeting = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    return [{"messages": colours, "images": [picture]}, {"messages": greeting}]
+
+
+def check(text: str, vision: str, connector: str, folder: Path) -> str:
+    """
+    One combination: the class that it became, or why it can't be.
+
+    Raises:
+        `AssertionError`: if its loss does not fall, or the loaded model is not the saved one.
+    """
+    try:
+        composed = compose(text, vision, connector)
+    except ValueError as error:
+        return str(error)
+    losses = train(composed, folder)
+    assert losses[-1] < losses[0], f"{text}, {vision}, {connector}: losses {losses}"
+    batch = Collator(composed.processor)(rows())
+    with torch.no_grad():
+        expected = composed.model.eval()(**batch).logits
+    composed.model.save_pretrained(folder)
+    composed.processor.save_pretrained(folder)
+    loaded = AutoModelForImageTextToText.from_pretrained(folder)
+    assert type(loaded) is type(composed.model)
+    again = Collator(AutoProcessor.from_pretrained(folder))(rows())
+    assert all(torch.equal(batch[key], again[key]) for key in batch)
+    with torch.no_grad():
+        assert torch.equal(loaded(**again).logits, expected), f"{text}, {vision}, {connector}: other logits"
+    return "own" if isinstance(loaded, LlavaFactoryForConditionalGeneration) else "llava"
+
+
+def train(composed: Composed, folder: Path) -> list[float]:
+    """Losses of five steps on one batch, everything trained."""
+    model = prepare(composed.model, "full", "full", "full")
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=STEPS,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+    )
+    data: Any = rows()
+    trainer = LlavaTrainer(model, arguments, Collator(composed.processor), data)
+    trainer.pop_callback(transformers.PrinterCallback)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def markdown(results: dict[tuple[str, str, str], str]) -> str:
+    """A row for each language model, a column for each tower; refusals are numbered below."""
+    connectors = list(CONNECTORS)
+    texts, towers = (list(dict.fromkeys(key[place] for key in results)) for place in (0, 1))
+    reasons: list[str] = []
+    lines = [f"| | {' | '.join(towers)} |", "|---" * (len(towers) + 1) + "|"]
+    for text in texts:
+        cells = []
+        for vision in towers:
+            words = []
+            for connector in connectors:
+                result = results[text, vision, connector]
+                if result not in ("llava", "own"):
+                    if result not in reasons:
+                        reasons.append(result)
+                    words.append(f"– {connector} ({reasons.index(result) + 1})")
+                elif result == "own":
+                    words.append(connector)
+                else:
+                    words.append(f"**{connector}**")
+            cells.append(", ".join(words))
+        lines.append(f"| {text} | {' | '.join(cells)} |")
+    lines += ["", f"{sum(result in ('llava', 'own') for result in results.values())} of {len(results)} combinations."]
+    lines += [f"({number}) {reason}" for number, reason in enumerate(reasons, 1)]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[tuple[str, str, str], str]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text-models", nargs="+", default=list(TEXT_MODELS), choices=TEXT_MODELS)
+    parser.add_argument("--towers", nargs="+", default=list(TOWERS), choices=TOWERS)
+    parser.add_argument("--docs", type=Path, help="Markdown file whose table is replaced")
+    parser.add_argument("--out", type=Path, help="JSON file of results, continued if it is there")
+    options = parser.parse_args(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    jobs = [(text, vision, name) for text in options.text_models for vision in options.towers for name in CONNECTORS]
+    done = json.loads(options.out.read_text(encoding="utf-8")) if options.out and options.out.exists() else {}
+    for job in tqdm([job for job in jobs if ", ".join(job) not in done]):
+        with tempfile.TemporaryDirectory() as folder:
+            done[", ".join(job)] = check(*job, Path(folder))
+        if options.out is not None:
+            write_atomically(str(options.out), json.dumps(done, indent=1) + "\n")
+    results = {job: done[", ".join(job)] for job in jobs}
+    table = markdown(results)
+    if options.docs is not None:
+        before, _, rest = options.docs.read_text(encoding="utf-8").partition(BEGIN)
+        _, _, after = rest.partition(END)
+        options.docs.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+    print(table)
+    return results
+
+
+if __name__ == "__main__":
+    main()

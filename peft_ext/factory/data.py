@@ -1,0 +1,283 @@
+"""Conversations about images: LLaVA's JSON layout and Hugging Face data sets, as batches with labels."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .masking import IGNORED, Messages, encode
+from .templates import IMAGE
+
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+@dataclass
+class Sample:
+    """A conversation and its images, paths or pictures, in the order of their places in it."""
+
+    messages: Messages
+    images: list[Any]
+
+    def pictures(self) -> list[Image.Image]:
+        """The images, opened, in RGB."""
+        opened = []
+        for image in self.images:
+            if isinstance(image, dict):  # as data sets store undecoded images
+                image = image["path"]
+            opened.append(Image.open(image).convert("RGB") if isinstance(image, str | Path) else image.convert("RGB"))
+        return opened
+
+
+# ---------------------------------------------------------------------- layouts
+
+
+def question_message(text: str, images: int) -> dict[str, Any]:
+    """
+    A user's message whose `<image>` are parts. A single image goes first, as in LLaVA-1.5; several keep their places.
+
+    Raises:
+        `ValueError`: if the text has another number of `<image>`, unless it has none.
+    """
+    places = text.count(IMAGE)
+    if places not in (0, images):
+        raise ValueError(f"it has {images} images, but {places} {IMAGE}: {text[:80]!r}")
+    words = [piece.strip() for piece in text.split(IMAGE)]
+    if places <= 1:
+        words = ["", " ".join(word for word in words if word)] if images == 1 else [""] * images + words
+    content: list[dict[str, str]] = []
+    for number, word in enumerate(words):
+        content += [{"type": "image"}] if number else []
+        content += [{"type": "text", "text": word}] if word else []
+    return {"role": "user", "content": content}
+
+
+def from_turns(turns: list[dict[str, str]], images: list[Any]) -> Sample:
+    """
+    LLaVA's layout: turns with `from` and `value`.
+
+    Raises:
+        `ValueError`: if the turns are not of that layout, or do not name all images.
+    """
+    if not turns or not all(isinstance(turn, dict) and {"from", "value"} <= set(turn) for turn in turns):
+        raise ValueError("`conversations` is not a list of turns with `from` and `value`")
+    unknown = [turn["from"] for turn in turns if turn["from"] not in ROLES]
+    if unknown:
+        raise ValueError(f"a turn is from {unknown[0]!r}; known are {', '.join(ROLES)}")
+    asked = [turn for turn in turns if ROLES[turn["from"]] == "user"]
+    places = [turn["value"].count(IMAGE) for turn in asked]
+    if not asked or ROLES[turns[-1]["from"]] != "assistant":
+        raise ValueError("a conversation needs a human's turn and ends with an answer")
+    if sum(places) not in (0, len(images)):
+        raise ValueError(f"it has {len(images)} images, but {sum(places)} {IMAGE}")
+    if sum(places) == 0:
+        places[0] = len(images)
+    counts = iter(places)
+    messages = []
+    for turn in turns:
+        role = ROLES[turn["from"]]
+        number = next(counts) if role == "user" else 0
+        messages.append(
+            question_message(turn["value"], number) if number else {"role": role, "content": turn["value"].strip()}
+        )
+    return Sample(messages, images)
+
+
+def from_messages(messages: Messages, images: list[Any]) -> Sample:
+    """The layout of TRL and of chat templates: messages with `role` and `content`, a string or parts."""
+    cleaned: Messages = []
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, str):
+            count = content.count(IMAGE)
+            cleaned.append(question_message(content, count) if count else {**message, "content": content})
+        else:
+            parts = [{k: v for k, v in part.items() if v is not None and k in ("type", "text")} for part in content]
+            cleaned.append({"role": message["role"], "content": parts})
+    return Sample(cleaned, images)
+
+
+def from_question(row: dict[str, Any]) -> Sample:
+    """A question with one answer: choices become letters, of several answers the most frequent one is taken."""
+    question, answer, choices = row["question"], row.get("answer", row.get("answers")), row.get("choices")
+    if choices is not None and not isinstance(choices, str):
+        question = with_choices(question, list(choices))
+        answer = chr(ord("A") + answer) if isinstance(answer, int) else answer
+    if isinstance(answer, list):
+        words = [entry["answer"] if isinstance(entry, dict) else entry for entry in answer]
+        answer = max(words, key=words.count) if words else None
+    if answer is None:
+        raise ValueError(f"the question has no answer: {question[:80]!r}")
+    images = _images(row)
+    return Sample(
+        [
+            question_message(question.replace(IMAGE, "").strip(), len(images)),
+            {"role": "assistant", "content": str(answer)},
+        ],
+        images,
+    )
+
+
+def with_choices(question: str, choices: list[str]) -> str:
+    """LLaVA-1.5's prompt for multiple choice."""
+    lines = [f"{chr(ord('A') + number)}. {choice}" for number, choice in enumerate(choices)]
+    return "\n".join([question, *lines, "Answer with the option's letter from the given choices directly."])
+
+
+def _images(row: dict[str, Any]) -> list[Any]:
+    found = row.get("images")
+    if found is None:
+        found = row.get("image", row.get("query_image"))
+    if found is None:
+        return []
+    return list(found) if isinstance(found, list | tuple) else [found]
+
+
+def sample_of(row: dict[str, Any]) -> Sample:
+    """
+    A row of any of the layouts: `conversations`, `messages`, or `question` and `answer`; with `image` or `images`.
+
+    Raises:
+        `ValueError`: if it is of none of them.
+    """
+    if row.get("conversations") is not None:
+        turns = row["conversations"]
+        return from_turns(json.loads(turns) if isinstance(turns, str) else turns, _images(row))
+    if row.get("messages") is not None:
+        return from_messages(row["messages"], _images(row))
+    if row.get("question") is not None:
+        return from_question(row)
+    raise ValueError(
+        f"a row has the columns {', '.join(row)}; needed are `conversations`, `messages`, or `question` and `answer`"
+    )
+
+
+# ---------------------------------------------------------------------- sources
+
+
+def load_source(
+    path: str,
+    images: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    limit: int | None = None,
+    image_tokens: int = 576,
+) -> Any:
+    """
+    A data set to train on.
+
+    Args:
+        path (`str`): a JSON file in LLaVA's layout, or a Hugging Face data set (Hub id or folder).
+        images (`str`, *optional*): folder of the images that a JSON file names, by default the file's own.
+        split (`str`): of a Hugging Face data set.
+        streaming (`bool`): whether a Hugging Face data set is read as it comes.
+        limit (`int`, *optional*): use the first samples only.
+        image_tokens (`int`): number of tokens of an image, for the column `length` of a JSON file.
+
+    Returns:
+        `datasets.Dataset` or `datasets.IterableDataset`.
+
+    Raises:
+        `ValueError`: if a file is not in LLaVA's layout or an image is missing, naming the entry.
+    """
+    from datasets import Dataset, load_dataset
+
+    if not path.endswith(".json"):
+        data = load_dataset(path, split=split, streaming=streaming)
+        if limit is None:
+            return data
+        return data.take(limit) if streaming else data.select(range(min(limit, len(data))))
+    rows = read_llava(Path(path), Path(images) if images is not None else Path(path).parent, limit)
+    for row in rows:
+        row["length"] = len(row["conversations"]) // 4 + len(row["images"]) * image_tokens
+    return Dataset.from_list(rows)
+
+
+def read_llava(path: Path, images: Path, limit: int | None = None) -> list[dict[str, Any]]:
+    """
+    Rows of a file such as `llava_v1_5_mix665k.json`: `conversations` as JSON text and `images` as paths.
+
+    Raises:
+        `ValueError`: if an entry is of another layout or names an image that is not there.
+    """
+    if not path.is_file():
+        raise ValueError(f"data: there is no file {path}.")
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path} is not in LLaVA's layout, a list of entries with `conversations` and `image`.")
+    rows = []
+    for number, entry in enumerate(entries[:limit]):
+        place = f"{path}, entry {number}"
+        if not isinstance(entry, dict) or "conversations" not in entry:
+            raise ValueError(f"{place} is not in LLaVA's layout: it has no `conversations`.")
+        found = [str(images / name) for name in _images(entry)]
+        try:
+            from_turns(entry["conversations"], found)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}.") from error
+        missing = [name for name in found if not Path(name).is_file()]
+        if missing:
+            raise ValueError(f"{place}: there is no image {missing[0]}; pass the images' folder as `images`.")
+        rows.append({"conversations": json.dumps(entry["conversations"]), "images": found})
+    return rows
+
+
+# ---------------------------------------------------------------------- batches
+
+
+class Collator:
+    """
+    Rows to what a Llava is trained on, padded on the right.
+
+    Args:
+        processor (`LlavaProcessor`): the model's.
+        max_length (`int`, *optional*): longer conversations are cut at the end.
+    """
+
+    def __init__(self, processor: Any, max_length: int | None = None) -> None:
+        self.processor, self.max_length = processor, max_length
+        self._warned = False
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        samples = [sample_of(row) for row in rows]
+        pictures = [sample.pictures() for sample in samples]
+        flat = [picture for some in pictures for picture in some]
+        batch: dict[str, Tensor] = {}
+        if flat:
+            batch["pixel_values"] = self.processor.image_processor(images=flat, return_tensors="pt")["pixel_values"]
+        counts = iter(image_token_counts(self.processor, batch.get("pixel_values")))
+        encoded = [
+            encode(self.processor, sample.messages, [next(counts) for _ in some], self.max_length)
+            for sample, some in zip(samples, pictures, strict=True)
+        ]
+        if not self._warned and any(set(labels) == {IGNORED} for _, labels in encoded):
+            self._warned = True
+            warnings.warn(
+                f"max_length={self.max_length} cuts all answers of some conversations, from which nothing is learned.",
+                stacklevel=2,
+            )
+        length = max(len(ids) for ids, _ in encoded)
+        pad = self.processor.tokenizer.pad_token_id
+        batch["input_ids"] = torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in encoded])
+        batch["labels"] = torch.tensor([labels + [IGNORED] * (length - len(labels)) for _, labels in encoded])
+        batch["attention_mask"] = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in encoded])
+        return batch
+
+
+def image_token_counts(processor: Any, pixel_values: Tensor | None) -> list[int]:
+    """Number of tokens of each image, as the processor counts them."""
+    if pixel_values is None:
+        return []
+    inputs = {"pixel_values": pixel_values}
+    texts = [processor.replace_image_token(inputs, number) for number in range(len(pixel_values))]
+    return [text.count(processor.image_token) for text in texts]

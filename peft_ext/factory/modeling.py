@@ -1,0 +1,92 @@
+"""A Llava with what transformers' own can't express: other connectors, feature maps, heads with bias or "
+"scaled logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+)
+from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
+
+from .connectors import OWN
+
+
+@strict
+class LlavaFactoryConfig(LlavaConfig):
+    """
+    A `LlavaConfig` with two things more.
+
+    Args:
+        connector (`str`, *optional*, defaults to `"mlp2x_gelu"`):
+            Name of the connector; see [`peft_ext.factory.connectors`].
+        connector_config (`dict`, *optional*):
+            Its options: `factor` of `pixel_shuffle`; `queries` and transformers' own of `resampler` and `qformer`.
+        lm_head_bias (`bool`, *optional*, defaults to `False`):
+            Whether the language model's head has a bias, as Phi-2's has.
+    """
+
+    model_type = "llava_factory"
+
+    connector: str = "mlp2x_gelu"
+    connector_config: dict[str, Any] | None = None
+    lm_head_bias: bool = False
+
+
+class Head(nn.Linear):
+    """A language model's head: bias, factor and soft cap of the logits as the text configuration says."""
+
+    def __init__(self, text_config: Any, bias: bool) -> None:
+        super().__init__(text_config.hidden_size, text_config.vocab_size, bias=bias)
+        self.factor: float | None = getattr(text_config, "logit_scale", None)
+        self.divisor: float | None = getattr(text_config, "logits_scaling", None)
+        self.cap: float | None = getattr(text_config, "final_logit_softcapping", None)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits = super().forward(hidden)
+        if self.factor is not None:
+            logits = logits * self.factor
+        if self.divisor is not None:
+            logits = logits / self.divisor
+        return logits if self.cap is None else (logits / self.cap).tanh() * self.cap
+
+
+class LlavaFactoryModel(LlavaModel):
+    """Vision tower, connector and decoder."""
+
+    config_class = LlavaFactoryConfig
+
+    def __init__(self, config: LlavaFactoryConfig) -> None:
+        LlavaPreTrainedModel.__init__(self, config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = OWN[config.connector][0](config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+
+class LlavaFactoryForConditionalGeneration(LlavaForConditionalGeneration):
+    """
+    A composed model that transformers' `LlavaForConditionalGeneration` can't express.
+
+    `AutoModelForImageTextToText` loads it after `import peft_ext.factory`.
+    """
+
+    config_class = LlavaFactoryConfig
+
+    def __init__(self, config: LlavaFactoryConfig) -> None:
+        LlavaPreTrainedModel.__init__(self, config)
+        self.model = LlavaFactoryModel(config)
+        self.lm_head = Head(config.text_config, config.lm_head_bias)
+        self.post_init()
+
+
+AutoConfig.register("llava_factory", LlavaFactoryConfig)
+AutoModelForImageTextToText.register(LlavaFactoryConfig, LlavaFactoryForConditionalGeneration)
