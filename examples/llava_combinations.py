@@ -114,30 +114,29 @@ def train(composed: Composed, folder: Path) -> list[float]:
 
 
 def markdown(results: dict[tuple[str, str, str], str]) -> str:
-    """A row for each language model, a column for each tower; refusals are numbered below."""
-    connectors = list(CONNECTORS)
+    """A row for each language model, a column for each tower; what a letter stands for is said below."""
     texts, towers = (list(dict.fromkeys(key[place] for key in results)) for place in (0, 1))
-    reasons: list[str] = []
+    meanings: dict[str, str] = {}
     lines = [f"| | {' | '.join(towers)} |", "|---" * (len(towers) + 1) + "|"]
     for text in texts:
-        cells = []
+        letters = []
         for vision in towers:
-            words = []
-            for connector in connectors:
-                result = results[text, vision, connector]
-                if result not in ("llava", "own"):
-                    if result not in reasons:
-                        reasons.append(result)
-                    words.append(f"– {connector} ({reasons.index(result) + 1})")
-                elif result == "own":
-                    words.append(connector)
-                else:
-                    words.append(f"**{connector}**")
-            cells.append(", ".join(words))
-        lines.append(f"| {text} | {' | '.join(cells)} |")
-    lines += ["", f"{sum(result in ('llava', 'own') for result in results.values())} of {len(results)} combinations."]
-    lines += [f"({number}) {reason}" for number, reason in enumerate(reasons, 1)]
-    return "\n".join(lines)
+            meaning = _meaning({name: results[text, vision, name] for name in CONNECTORS})
+            letters.append(meanings.setdefault(meaning, chr(ord("A") + len(meanings))))
+        lines.append(f"| {text} | {' | '.join(letters)} |")
+    lines.append("")
+    lines += [f"- **{letter}**: {meaning}" for meaning, letter in meanings.items()]
+    good = sum(result in ("llava", "own") for result in results.values())
+    return "\n".join([*lines, "", f"{good} of {len(results)} combinations compose."])
+
+
+def _meaning(kinds: dict[str, str]) -> str:
+    """What became of a language model and a tower with each connector."""
+    own, native = ([name for name, result in kinds.items() if result == kind] for kind in ("own", "llava"))
+    words = [f"`llava` with {', '.join(native)}"] if native else []
+    words += [f"`llava_factory` with {', '.join(own)}"] if own else []
+    words += [f"refused with {name}: {result}" for name, result in kinds.items() if result not in ("own", "llava")]
+    return "; ".join(words)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[tuple[str, str, str], str]:

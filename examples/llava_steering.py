@@ -1,167 +1,119 @@
 """
-Compose a LLaVA, align its connector, adapt it by any method, and compare accuracy and attention before and after.
+The LLaVA Steering Factory end to end on the shapes world, offline: compose, align, adapt by any method, evaluate.
 
     python examples/llava_steering.py --method mores-1@1
 
-runs offline on the shapes world: the parts are the text model and the vision tower of `examples/shapes_llava` with a
-new connector. Stage 1 trains the connector alone; stage 2 adapts the model to a shifted task (every colour has another
-name) by the method. Methods: full, lora-8, ia3, oft-8, mores-<rank>@<percent>, connector-<rank>, neuroada-<k>.
-
-    python examples/llava_steering.py --text-model microsoft/phi-2 --vision-tower google/siglip-so400m-patch14-384 \\
-        --align-data blip_laion_cc_sbu_558k.json --data llava_v1_5_mix665k.json --images DIR --method mores-1@1
-
-does the same with models and data in LLaVA's layout; `--data derek-thomas/ScienceQA` (or VizWiz, IconQA, or any data
-set of images, questions and answers) takes one from the Hub, and `--model llava-hf/llava-1.5-7b-hf` a whole model.
+The parts are the text model and the vision tower of `examples/shapes_llava` with a new connector. Stage 1 trains the
+connector alone; stage 2 adapts the model to a shifted task (every colour has another name) by the method. Accuracy and
+LMAR are measured before and after. Each step is the command `peft-ext llava`, printed as it is run; the same commands
+take other models, and data in LLaVA's layout (docs/llava-factory.md).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from _shapes.parts import write_parts, write_questions
 from _shapes.world import PALETTE
-from _steering import composing, data, running
-from _steering.methods import Method, trained_parameters
-from transformers import set_seed
+from _steering.methods import LEARNING_RATES
 
-from peft_ext.knockout.read.modality_plots import plot_modality
+from peft_ext.cli import main as command
+from peft_ext.factory import Method
 
 
-SHAPES = Path(__file__).parent / "shapes_llava"
+# The picture's colours move by one: what looks green is called red now.
 SHIFTED = dict(zip(PALETTE, [*list(PALETTE.values())[1:], next(iter(PALETTE.values()))], strict=True))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", help="a whole vision-language model: Hub id or folder; skips stage 1")
-    model.add_argument("--text-model", help="compose: causal language model, Hub id or folder")
-    model.add_argument("--vision-tower", help="compose: vision model, Hub id or folder")
-    model.add_argument("--vision-layer", type=int, default=-2, help="compose: layer of the tower used (%(default)s)")
-    source = parser.add_argument_group("data")
-    source.add_argument("--data", default="shapes", help="shapes, a JSON file in LLaVA's layout, or a Hub data set")
-    source.add_argument("--align-data", help="the same for stage 1 (with --data shapes: the world before the shift)")
-    source.add_argument("--images", type=Path, default=Path(), help="folder of the images that a JSON file names")
-    source.add_argument("--split", default="train", help="split of a Hub data set to train on (%(default)s)")
-    source.add_argument("--test-split", default="test", help="split of a Hub data set to test on (%(default)s)")
-    source.add_argument("--samples", type=int, default=2000, help="samples to train on (%(default)s)")
-    source.add_argument("--test-samples", type=int, default=256, help="samples to test on (%(default)s)")
-    training = parser.add_argument_group("training")
-    training.add_argument("--method", default="mores-1@1", help="how to adapt (%(default)s)")
-    training.add_argument("--library", choices=("trainer", "trl"), default="trainer", help="(%(default)s)")
-    training.add_argument("--align-steps", type=int, default=150, help="steps of stage 1 (%(default)s)")
-    training.add_argument("--align-learning-rate", type=float, default=3e-3, help="of stage 1 (%(default)s)")
-    training.add_argument("--steps", type=int, default=150, help="steps of stage 2 (%(default)s)")
-    training.add_argument("--learning-rate", type=float, help="of stage 2 (default: the method's)")
-    training.add_argument("--batch-size", type=int, default=32, help="(%(default)s)")
-    training.add_argument("--gradient-checkpointing", action="store_true")
-    training.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("llava_steering_output"), help="folder (%(default)s)")
+    parser.add_argument("--method", default="mores-1@1", help="how to adapt (%(default)s)")
+    parser.add_argument("--connector", default="mlp2x_gelu", help="name of the connector (%(default)s)")
+    parser.add_argument("--library", choices=("trainer", "trl"), default="trainer", help="(%(default)s)")
+    parser.add_argument("--samples", type=int, default=2000, help="samples of each stage (%(default)s)")
+    parser.add_argument("--test-samples", type=int, default=256, help="samples to test on (%(default)s)")
+    parser.add_argument("--align-steps", type=int, default=150, help="steps of stage 1 (%(default)s)")
+    parser.add_argument("--steps", type=int, default=150, help="steps of stage 2 (%(default)s)")
+    parser.add_argument("--learning-rate", type=float, help="of stage 2 (default: the method's, found on this world)")
+    parser.add_argument("--batch-size", type=int, default=32, help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("llava_steering_output"), help="new folder (%(default)s)")
     args = parser.parse_args(argv)
-    if bool(args.text_model) != bool(args.vision_tower):
-        parser.error("--text-model and --vision-tower go together")
-    if args.model and args.text_model:
-        parser.error("--model is a whole model; leave out --text-model and --vision-tower")
-    for name in ("samples", "test_samples", "steps", "batch_size"):
+    for name in ("samples", "test_samples", "align_steps", "steps", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    if args.align_steps < 0:
-        parser.error(f"--align-steps must not be negative, got {args.align_steps}")
-    for name in (args.data, args.align_data):
-        if name is not None and name.endswith(".json") and not Path(name).is_file():
-            parser.error(f"--data and --align-data: there is no file {name}")
+    if args.out.exists():
+        parser.error(f"--out {args.out} is there already; name a new folder")
     try:
-        args.method = Method.parse(args.method)
+        args.learning_rate = args.learning_rate or LEARNING_RATES[Method.parse(args.method).kind]
     except ValueError as error:
         parser.error(f"--method: {error}")
     return args
 
 
-def samples_of(name: str, number: int, seed: int, split: str, args: argparse.Namespace, shifted: bool) -> Any:
-    """Samples from wherever `name` says."""
-    if name == "shapes":
-        return data.shapes(number, seed, SHIFTED if shifted else PALETTE)
-    if name.endswith(".json"):
-        return data.llava_file(Path(name), args.images, number)
-    return data.hub_dataset(name, split, number)
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
-    set_seed(args.seed)
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.model:
-        composed = composing.load(args.model)
-    elif args.text_model:
-        composed = composing.compose(args.text_model, args.vision_tower, args.vision_layer)
-    else:
-        composed = composing.forget_connector(composing.load(str(SHAPES)))
-    model, processor = composed.model, composed.processor
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model.to(device)
-    report: dict[str, Any] = {"method": args.method.name, "seed": args.seed}
+    out = args.out
+    write_parts(out)
+    write_questions(out / "align.json", args.samples, args.seed)
+    write_questions(out / "tune.json", args.samples, args.seed + 1, SHIFTED)
+    write_questions(out / "test.json", args.test_samples, args.seed + 10_000, SHIFTED)
 
-    if not args.model and args.align_steps:
-        print("Stage 1: aligning the connector")
-        model.requires_grad_(False)
-        model.model.multi_modal_projector.requires_grad_(True)
-        aligned_on = samples_of(args.align_data or args.data, args.samples, args.seed, args.split, args, False)
-        report["alignment_loss"] = running.train(
-            model,
-            processor,
-            aligned_on,
-            args.out / "alignment",
-            steps=args.align_steps,
-            batch_size=args.batch_size,
-            learning_rate=args.align_learning_rate,
-            seed=args.seed,
+    def run(*words: object) -> None:
+        print("$ peft-ext llava", shlex.join(map(str, words)), flush=True)
+        if command(["llava", *map(str, words)]):
+            raise SystemExit(1)
+
+    def train(stage: str, model: str, steps: int, rate: float, *settings: str) -> None:
+        settings = (
+            f"model={out / model}",
+            f"output={out / stage}",
+            f"data=[{{path: {out / stage}.json}}]",
+            f"library={args.library}",
+            f"arguments.max_steps={steps}",
+            f"arguments.learning_rate={rate}",
+            f"arguments.per_device_train_batch_size={args.batch_size}",
+            f"arguments.warmup_steps={max(1, steps // 20)}",
+            f"arguments.logging_steps={max(1, steps // 10)}",
+            f"arguments.seed={args.seed}",
+            "arguments.train_sampling_strategy=random",
+            "arguments.dataloader_num_workers=0",
+            "arguments.gradient_checkpointing=false",
+            "arguments.save_strategy=no",
+            *settings,
         )
+        run("train", stage, *(word for setting in settings for word in ("--set", setting)))
 
-    held_out = samples_of(args.data, args.test_samples, args.seed + 10_000, args.test_split, args, True)
-    if args.data.endswith(".json"):  # one file: its last samples are not trained on
-        training = samples_of(args.data, args.samples + args.test_samples, args.seed, args.split, args, True)
-        if len(training) <= args.test_samples:
-            raise SystemExit(f"{args.data} has {len(training)} samples with an image; lower --test-samples")
-        training, held_out = training[: -args.test_samples], training[-args.test_samples :]
-    else:
-        training = samples_of(args.data, args.samples, args.seed + 1, args.split, args, True)
-    probes = held_out[: min(64, len(held_out))]
-
-    def look(name: str) -> None:
-        score = running.exact_match(model, processor, held_out, args.batch_size)
-        attention[name] = running.measure(model, processor, probes, args.batch_size)
-        report[name] = {"exact_match": score, "lmar": attention[name].ratio.tolist()}
-        print(f"{name}: exact match {score:.3f}, LMAR {attention[name].ratio.mean():.3f}")
-
-    attention: dict[str, Any] = {}
-    look("before")
-    print(f"Stage 2: {args.method.name}")
-    model = args.method.adapt(model)
-    report["trained_parameters"] = trained_parameters(model)
-    print(f"trained parameters: {report['trained_parameters']:,}")
-    report["loss"] = running.train(
-        model,
-        processor,
-        training,
-        args.out / "training",
-        library=args.library,
-        steps=args.steps,
-        batch_size=args.batch_size,
-        learning_rate=args.learning_rate or args.method.learning_rate,
-        seed=args.seed,
-        checkpointing=args.gradient_checkpointing,
-    )
-    look("after")
-    model.save_pretrained(args.out / "adapted")
-    processor.save_pretrained(args.out / "adapted")
-    plot_modality(attention, args.out / "lmar.png")
-    (args.out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(f"Results are in {args.out}")
+    options = ["--feature-layer", "-1", "--chat-template", out / "template.jinja", "--seed", args.seed]
+    parts = ["--text-model", out / "text", "--vision-tower", out / "tower", "--connector", args.connector]
+    run("compose", out / "composed", *parts, *options)
+    train("align", "composed", args.align_steps, 3e-3)
+    train("tune", "align", args.steps, args.learning_rate, *trained(args.method))
+    whole = Method.parse(args.method).kind in ("full", "projector", "bitfit")
+    questions = ["--task", "llava", "--questions", out / "test.json", "--batch-size", args.batch_size]
+    questions += ["--lmar-samples", min(64, args.test_samples), "--max-new-tokens", 8]
+    run("evaluate", "--model", out / "align", *questions, "--out", out / "before")
+    adapted = ["--model", out / "tune"] if whole else ["--model", out / "align", "--adapter", out / "tune"]
+    run("evaluate", *adapted, *questions, "--out", out / "after")
+    report: dict[str, Any] = {"method": args.method, "seed": args.seed}
+    report |= {stage: json.loads((out / stage / "report.json").read_text()) for stage in ("align", "tune")}
+    for name in ("before", "after"):
+        (report[name],) = json.loads((out / name / "report.json").read_text()).values()
+        ratios = report[name]["lmar"]
+        print(f"{name}: exact match {report[name]['exact match']:.1f}, LMAR {sum(ratios) / len(ratios):.3f}")
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
+
+
+def trained(method: str) -> tuple[str, str]:
+    """The settings of a method: full training has the connector with it, `projector` is the connector alone."""
+    connector = "full" if method in ("full", "projector") else "frozen"
+    return f"connector={connector}", f"language_model={'frozen' if method == 'projector' else method}"
 
 
 if __name__ == "__main__":

@@ -24,10 +24,12 @@ from typing import Any
 import torch
 from _shapes.batches import Batches, accuracy
 from _shapes.world import PALETTE
-from _steering.methods import LEARNING_RATES, Method, trained_parameters
+from _steering.methods import LEARNING_RATES
 from tqdm import tqdm
 from transformers import AutoProcessor, LlavaForConditionalGeneration, get_cosine_schedule_with_warmup
 
+from peft_ext.factory import Method
+from peft_ext.factory.parts import adapt, trained_parameters
 from peft_ext.io import write_atomically
 from peft_ext.knockout.read.modality import ModalityAttention, lmar
 from peft_ext.knockout.read.modality_plots import plot_modality
@@ -78,9 +80,9 @@ def run(name: str, seed: int, options: argparse.Namespace, learning_rate: float 
     trained = 0
     if name != "none":
         method = Method.parse(name)
-        model = method.adapt(model)
+        model = adapt(model, method)
         trained = trained_parameters(model)
-        rate = method.learning_rate if learning_rate is None else learning_rate
+        rate = LEARNING_RATES[method.kind] if learning_rate is None else learning_rate
         train(model, Batches(processor, seed, SHIFTED), options.steps, rate, options.images, options.turns)
     held_out = Batches(processor, 10_000 + seed, SHIFTED)
     number = options.questions
