@@ -20,12 +20,14 @@ ORDER = {
         "sparse",
         "tuners",
         "knockout mtl",
-        "install conversion factory",
+        "install conversion export factory",
+        "api",
         "__init__",
         "autoload cli install.autoload_hook",
     ],
     "peft_ext.sparse": [
-        "support memory checks",
+        "another_base memory checks",
+        "support",
         "ops",
         "bases",
         "selection",
@@ -50,13 +52,11 @@ ORDER = {
 }
 
 # These rooms are read, tested and benchmarked without PEFT.
-TORCH_ALONE = ("peft_ext.sparse.ops", "peft_ext.sparse.support", "peft_ext.sparse.memory")
+TORCH_ALONE = ("peft_ext.sparse.ops", "peft_ext.sparse.support", "peft_ext.sparse.memory", "peft_ext.sparse.another_base")
 LIBRARIES = {"torch", "triton", "peft_ext", *sys.stdlib_module_names}
 
 # Imports that should not be. Mend and delete them; add none.
 EXCEPTIONS = {
-    # Registering a method wraps PEFT's loading, which asks the tuners what they need.
-    ("peft_ext.hf.registration", "peft_ext.install.loading"),
     # The figure takes the report's class, and the report has a method that draws.
     ("peft_ext.sparse.report.selection_report", "peft_ext.sparse.report.plot"),
     # The kernels ask their package which dtypes they take, and it imports them on first use.

@@ -236,6 +236,9 @@ def test_an_adapter_that_has_them_loads_with_a_warning(by, tmp_path):
             }
             loaded = inject_adapter_in_model(kind, Model(), state_dict=state)
     assert _adapted(loaded) == READ | CALLED
+    if by == "PEFT":  # such adapters can be combined, as they could
+        with pytest.warns(UserWarning, match="merging them changes"):
+            loaded.add_weighted_adapter(["default"], [0.5], "halved")
 
 
 # What the blocks of each architecture, on any path, read and don't call.

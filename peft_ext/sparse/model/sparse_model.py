@@ -120,7 +120,8 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
             if name and not inside_adapter(model, name) and self._is_wanted(peft_config, name)
         }
         targets = without_parts(model, targets)
-        check_suitable(model, targets, trained=peft_config.from_checkpoint or self._named is not None)
+        exists = peft_config.from_checkpoint or peft_config.supports is not None or self._named is not None
+        check_suitable(model, targets, trained=exists)
         self._plan = self._make_plan(peft_config, targets)
 
     def _is_wanted(self, config: SparseConfig, name: str) -> bool:
