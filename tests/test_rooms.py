@@ -20,7 +20,8 @@ ORDER = {
         "sparse",
         "tuners",
         "knockout mtl",
-        "install conversion export factory",
+        "install export",
+        "conversion factory",
         "api",
         "__init__",
         "autoload cli install.autoload_hook",
@@ -38,7 +39,7 @@ ORDER = {
         "report",
     ],
     "peft_ext.tuners": ["neuroada gps psn mores"],
-    "peft_ext.knockout": ["model", "cut", "prompts", "sweep", "read", "plots ask", "cli"],
+    "peft_ext.knockout": ["model", "cut", "prompts", "sweep", "read", "plots ask", "page", "cli"],
     "peft_ext.mtl": [
         "aggregators metrics",
         "parallel",
@@ -52,7 +53,12 @@ ORDER = {
 }
 
 # These rooms are read, tested and benchmarked without PEFT.
-TORCH_ALONE = ("peft_ext.sparse.ops", "peft_ext.sparse.support", "peft_ext.sparse.memory", "peft_ext.sparse.another_base")
+TORCH_ALONE = (
+    "peft_ext.sparse.ops",
+    "peft_ext.sparse.support",
+    "peft_ext.sparse.memory",
+    "peft_ext.sparse.another_base",
+)
 LIBRARIES = {"torch", "triton", "peft_ext", *sys.stdlib_module_names}
 
 # Imports that should not be. Mend and delete them; add none.
