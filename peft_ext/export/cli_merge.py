@@ -10,7 +10,7 @@ from pathlib import Path
 DESCRIPTION = (
     "Write a checkpoint with a sparse adapter merged in, shard by shard: one tensor is in memory at a time, and the "
     "tensors are bit for bit those of merge_and_unload() in the checkpoint's dtype. The result loads in plain "
-    "transformers. What was replaced is kept beside the weights, in originals.peft_ext, for --revert."
+    "transformers. What was replaced is kept beside the weights, in peft_ext_merge.originals, for --revert."
 )
 EXAMPLE = """example:
   peft-ext merge meta-llama/Llama-3.2-1B my-adapter merged

@@ -18,7 +18,7 @@ from .patch import SparsePatch, read_patch, write_patch
 
 
 # No ending that serving engines take for weights: vLLM reads every `*.safetensors` beside a model.
-ORIGINALS_FILE = "originals.peft_ext"
+ORIGINALS_FILE = "peft_ext_merge.originals"
 Name = str | os.PathLike[str]
 
 
@@ -28,7 +28,7 @@ def merge_checkpoint(base: Name, adapter: Name, out: Name) -> int:
     Merge a sparse adapter into a checkpoint without loading the model: one tensor is in memory at a time. The tensors
     are bit for bit those of `merge_and_unload()` on the model loaded in the checkpoint's dtype.
 
-    Beside the weights lies `originals.peft_ext`, which holds what was replaced, for [`revert_checkpoint`].
+    Beside the weights lies `peft_ext_merge.originals`, which holds what was replaced, for [`revert_checkpoint`].
 
     Args:
         base (`str`): folder or Hub id of the base model, in safetensors.
