@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peft_ext.sparse.ops import BACKENDS, choose_backend
-from peft_ext.sparse.ops.crossovers import EVEN, MIN_DENSE_SHARE, UNEVEN, Costs, EntryCosts, Share, fastest_path
+from peft_ext.sparse.ops.crossovers import EVEN, MIN_DENSE_SHARE, UNEVEN, Costs, EntryCosts, Shares, fastest_path
 
 
 def _choose(requested="auto", dtype=torch.float32, x_dtype=None, entries=64, rows=64, fan_in=100, **options):
@@ -82,4 +82,6 @@ def test_costs_decide_by_their_sum():
     assert [costs.fastest(entries, 10, 10, 5) for entries in (16, 17)] == ["folded", "dense"]
     # 10 tokens: dense 600; folded 500 and 25 per entry; bypass 520 and 10 per entry.
     assert [costs.fastest(entries, 10, 10, 10) for entries in (1, 2, 7, 9)] == ["folded", "bypass", "bypass", "dense"]
-    assert [Share(0.1).fastest(entries, 10, 10, 5) for entries in (10, 11)] == ["folded", "dense"]
+    shares = Shares(0.02, 0.1, 6)
+    assert [shares.fastest(entries, 10, 10, 6) for entries in (2, 3, 10, 11)] == ["bypass", "folded", "folded", "dense"]
+    assert [shares.fastest(entries, 10, 10, 5) for entries in (2, 3, 10, 11)] == ["bypass", "bypass", "bypass", "dense"]
