@@ -19,7 +19,7 @@ from .data import COLUMNS, differences, label, overview, sample_data
 from .views import SampleView
 
 
-_SCRIPTS = ("charts.js", "patches.js", "words.js", "page.js")
+_SCRIPTS = ("charts.js", "patches.js", "words.js", "pairs.js", "page.js")
 
 
 class Report:

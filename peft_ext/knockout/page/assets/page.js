@@ -4,88 +4,112 @@
 (() => {
   const read = (name) => JSON.parse(document.getElementById(name).textContent);
   const at = (name) => document.getElementById(name);
-  const data = read("data"), several = data.runs.length > 1;
+  const data = read("data"),
+    several = data.runs.length > 1;
   const state = { layer: 0, sample: 0, quantity: null };
   const layers = 1 + Math.max(...data.runs.flatMap((run) => run.curves.flatMap((curve) => curve.layers)));
-  let overall = null, views = [], runs = [];
+  let overall = null,
+    views = [],
+    runs = [];
 
-  const named = (curve, run) => curve.pair.replace(":", " → ") + (several ? ` (${run.name})` : "");
+  const named = (curve, run) => arrow(curve.pair) + (several ? ` (${run.name})` : "");
   const pairs = [...new Set(data.runs.flatMap((run) => run.curves.map((curve) => curve.pair)))];
-  const styled = (curve, run) => ({ colour: pairs.indexOf(curve.pair), dash: several ? data.runs.indexOf(run) : pairs.indexOf(curve.pair) });
-  const value = (curve, key) => curve && curve[key][curve.layers.indexOf(state.layer)];
-  const interval = (curve) => (curve.samples > 1 ? `${number(value(curve, "low"))} to ${number(value(curve, "high"))}` : "–");
-  const choose = (layer) => { state.layer = layer; move(); };
-
-  function pairTable() {
-    const rows = [];
-    for (const pair of pairs) for (const run of data.runs) {
-      const curve = run.curves.find((one) => one.pair === pair);
-      if (!curve) continue;
-      const bar = shape("rect", { y: 3, height: 10, class: "bar now" });
-      const cells = { mean: element("td", { class: "number mean" }), interval: element("td", { class: "number interval" }), own: element("td", { class: "number own" }) };
-      const row = element("tr", { "data-pair": pair, "data-run": run.name }, element("td", {}, swatch(styled(curve, run))), element("th", { scope: "row" }, curve.pair.replace(":", " → ")), several ? element("td", {}, run.name) : null,
-        element("td", {}, shape("svg", { class: "swatch", viewBox: "0 0 100 16", preserveAspectRatio: "none", "aria-hidden": "true" }, bar)), cells.mean, cells.interval, cells.own);
-      rows.push({ row, cells, bar, curve, run });
-    }
-    const difference = data.differences.map((curve) => ({ curve, cells: [element("td", { class: "number difference" }), element("td", { class: "number" })] }));
-    const head = ["", "blocked", ...(several ? ["run"] : []), "", "mean", "95 % interval", "this sample"].map((text) => element("th", { scope: "col" }, text));
-    const body = element("tbody", {}, ...rows.map((one) => one.row));
-    const parts = [element("table", { class: "pairs" }, element("caption", { class: "quiet" }), element("thead", {}, element("tr", {}, ...head)), body)];
-    if (difference.length) {
-      const titles = ["blocked", `${data.runs[1].name} − ${data.runs[0].name}, percentage points`, "95 % interval"].map((text) => element("th", { scope: "col" }, text));
-      const lines = difference.map(({ curve, cells }) => element("tr", { "data-pair": curve.pair }, element("th", { scope: "row" }, curve.pair.replace(":", " → ")), ...cells));
-      parts.push(element("table", { class: "differences" }, element("caption", { class: "quiet" }, "What changed, sample by sample"), element("thead", {}, element("tr", {}, ...titles)), element("tbody", {}, ...lines)));
-    }
-    return {
-      element: element("div", { class: "tables" }, ...parts),
-      move: () => {
-        parts[0].caption.textContent = `Change of the answer's probability at layer ${state.layer}`;
-        for (const { cells, bar, curve, run } of rows) {
-          const mean = value(curve, "mean"), own = runs[data.runs.indexOf(run)];
-          cells.mean.textContent = percent(mean);
-          cells.interval.textContent = interval(curve);
-          cells.own.textContent = percent(own && value(own.curves.find((one) => one.pair === curve.pair), "mean"));
-          const size = Math.min(Math.abs(mean || 0), 100);
-          bar.setAttribute("width", size);
-          bar.setAttribute("x", 0);
-          bar.style.fill = mean < 0 ? "var(--loss)" : "var(--gain)";
-        }
-        for (const { curve, cells } of difference) {
-          cells[0].textContent = number(value(curve, "mean"));
-          cells[1].textContent = interval(curve);
-        }
-      },
-    };
-  }
+  const styled = (curve, run) => ({
+    colour: pairs.indexOf(curve.pair),
+    dash: several ? data.runs.indexOf(run) : pairs.indexOf(curve.pair),
+  });
+  const choose = (layer) => {
+    state.layer = layer;
+    move();
+  };
 
   function overview() {
-    const curves = data.runs.flatMap((run) => run.curves.map((curve) => ({ ...curve, name: named(curve, run), style: styled(curve, run) })));
+    const curves = pairs.flatMap((pair) =>
+      data.runs.flatMap((run) => {
+        const curve = run.curves.find((one) => one.pair === pair);
+        return curve ? [{ ...curve, run: run.name, name: named(curve, run), style: styled(curve, run) }] : [];
+      }),
+    );
     const most = Math.max(...data.runs.flatMap((run) => run.curves.map((curve) => curve.samples)));
-    const chart = lineChart({ title: most > 1 ? `Mean of ${most} samples, with intervals of 95 %` : "One sample", unit: "change of the answer's probability, %", curves, choose });
-    const table = pairTable();
-    at("curves").append(element("div", { class: several ? "run alone compared" : "run alone" }, chart.element, table.element));
+    const chart = lineChart({
+      title: most > 1 ? `Mean of ${most} samples, with intervals of 95 %` : "One sample",
+      unit: "change of the answer's probability, %",
+      curves,
+      choose,
+    });
+    const names = data.runs.map((run) => run.name);
+    const own = (curve) => {
+      const run = runs[names.indexOf(curve.run)];
+      return run && run.curves.find((one) => one.pair === curve.pair);
+    };
+    const table = pairTable(curves, data.differences, names, own);
+    at("curves").append(
+      element("div", { class: several ? "run alone compared" : "run alone" }, chart.element, table.element),
+    );
     return [chart, table];
   }
 
   function runView(run, index, image) {
-    const box = element("section", { class: several ? "run" : "run alone", "aria-label": data.runs[index].name || "This sample" });
+    const described = data.runs[index];
+    const box = element("section", {
+      class: several ? "run" : "run alone",
+      "aria-label": described.name || "This sample",
+    });
     const found = [];
-    const add = (view) => { if (view) { found.push(Object.assign(view, { run })); box.append(view.element); } };
-    if (several) box.append(element("h3", {}, data.runs[index].name));
-    const says = element("p", { class: "answer" }, "The model answers ", element("strong", {}, element("bdi", {}, run.answer || "?")), run.base !== undefined ? ` (the token that is read has p = ${probability(run.base)})` : "");
+    const add = (view) => {
+      if (view) {
+        found.push(Object.assign(view, { run }));
+        box.append(view.element);
+      }
+    };
+    if (several) box.append(element("h3", {}, described.name));
+    const says = element(
+      "p",
+      { class: "answer" },
+      "The model answers ",
+      element("strong", {}, element("bdi", {}, run.answer || "?")),
+      run.base !== undefined ? ` (the token that is read has p = ${probability(run.base)})` : "",
+    );
     if (run.answer !== undefined || run.base !== undefined) box.append(says);
     if (run.pieces) {
       run.quantities = quantities(run);
       add(patchMap(run, image));
       add(promptView(run));
     }
-    if (run.curves.length) add(lineChart({ title: "This sample", unit: "change of the answer's probability, %", curves: run.curves.map((curve) => ({ ...curve, name: named(curve, data.runs[index]), style: styled(curve, data.runs[index]) })), choose }));
+    if (run.curves.length)
+      add(
+        lineChart({
+          title: "This sample",
+          unit: "change of the answer's probability, %",
+          curves: run.curves.map((curve) => ({
+            ...curve,
+            name: named(curve, described),
+            style: styled(curve, described),
+          })),
+          choose,
+        }),
+      );
     if (run.lens) {
       const states = run.lens.probability.map((_, layer) => layer - 1);
-      add(lineChart({ title: `Probability of the answer “${run.lens.answer.trim()}” after each layer`, unit: "probability", curves: [{ name: "answer", layers: states, mean: run.lens.probability, style: { colour: 0, dash: 0 } }], range: [0, 1], choose }));
+      add(
+        lineChart({
+          title: `Probability of the answer “${run.lens.answer.trim()}” after each layer`,
+          unit: "probability",
+          curves: [{ name: "answer", layers: states, mean: run.lens.probability, style: { colour: 0, dash: 0 } }],
+          range: [0, 1],
+          choose,
+        }),
+      );
       add(wordsTable(run.lens));
     }
-    if (run.lmar && run.lmar.length) add(barChart({ title: "Attention on an image token, divided by that on a text token (LMAR)", values: run.lmar, choose }));
+    if (run.lmar && run.lmar.length)
+      add(
+        barChart({
+          title: "Attention on an image token, divided by that on a text token (LMAR)",
+          values: run.lmar,
+          choose,
+        }),
+      );
     at("runs").append(box);
     return found;
   }
@@ -102,8 +126,14 @@
       run.groups = run.groups || {};
       run.patches = expand(run.patches || []);
       run.places = run.places || [];
-      run.members = Object.fromEntries(Object.entries(run.groups).map(([name, ranges]) => [name, new Set(expand(ranges))]));
-      run.positions = run.patches.length ? run.patches : run.pieces ? run.pieces.flatMap(([text, own]) => (text ? own : [])) : [];
+      run.members = Object.fromEntries(
+        Object.entries(run.groups).map(([name, ranges]) => [name, new Set(expand(ranges))]),
+      );
+      run.positions = run.patches.length
+        ? run.patches
+        : run.pieces
+          ? run.pieces.flatMap(([text, own]) => (text ? own : []))
+          : [];
     }
     views = runs.flatMap((run, index) => runView(run, index, sample.image));
     at("previous").disabled = state.sample === 0;
@@ -117,7 +147,8 @@
   }
 
   function showQuantity() {
-    for (const view of views) if (view.show) view.show((view.run.quantities || []).find((one) => one.key === state.quantity));
+    for (const view of views)
+      if (view.show) view.show((view.run.quantities || []).find((one) => one.key === state.quantity));
     move();
   }
 
@@ -129,31 +160,71 @@
   }
 
   function remember() {
-    const address = `#sample=${state.sample}&layer=${state.layer}${state.quantity ? "&show=" + encodeURIComponent(state.quantity) : ""}`;
-    try { history.replaceState(null, "", address); } catch { /* a page inside another has no address of its own */ }
+    const show = state.quantity ? "&show=" + encodeURIComponent(state.quantity) : "";
+    const address = `#sample=${state.sample}&layer=${state.layer}${show}`;
+    try {
+      history.replaceState(null, "", address);
+    } catch {
+      /* a page inside another has no address of its own */
+    }
   }
 
   const asked = new URLSearchParams(location.hash.slice(1));
   const whole = (text, last) => Math.min(Math.max(Math.trunc(Number(text)) || 0, 0), last);
   at("title").textContent = data.title;
   document.title = data.title;
-  const described = data.runs.map((run) => [run.name, Object.entries(run.settings).map(([key, text]) => `${key.replaceAll("_", " ")} ${text}`).join(", ")].filter(Boolean).join(": "));
-  at("settings").textContent = [...described, `${data.samples.length} sample${data.samples.length === 1 ? "" : "s"}`].filter(Boolean).join("; ");
+  const described = data.runs.map((run) =>
+    [
+      run.name,
+      Object.entries(run.settings)
+        .map(([key, text]) => `${key.replaceAll("_", " ")} ${text}`)
+        .join(", "),
+    ]
+      .filter(Boolean)
+      .join(": "),
+  );
+  at("settings").textContent = [...described, `${data.samples.length} sample${data.samples.length === 1 ? "" : "s"}`]
+    .filter(Boolean)
+    .join("; ");
   at("layer").max = layers - 1;
   at("sample").append(...data.samples.map((text, index) => element("option", { value: index }, text)));
   if (data.skipped.length) {
     at("skipped").hidden = false;
     at("skipped").firstElementChild.textContent = `${data.skipped.length} questions left out`;
-    at("skipped").lastElementChild.append(...data.skipped.map((row) => element("li", {}, element("bdi", {}, row.sample), ": ", row.reason)));
+    at("skipped").lastElementChild.append(
+      ...data.skipped.map((row) => element("li", {}, element("bdi", {}, row.sample), ": ", row.reason)),
+    );
   }
-  const theme = (name) => { if (name) document.documentElement.dataset.theme = name; else delete document.documentElement.dataset.theme; at("theme").value = name; };
+  const theme = (name) => {
+    if (name) document.documentElement.dataset.theme = name;
+    else delete document.documentElement.dataset.theme;
+    at("theme").value = name;
+  };
   theme(["light", "dark"].includes(asked.get("theme")) ? asked.get("theme") : "");
-  const deepest = data.runs[0].curves.flatMap((curve) => curve.mean.map((mean, index) => [mean, curve.layers[index]])).sort((a, b) => a[0] - b[0])[0][1];
-  Object.assign(state, { layer: asked.has("layer") ? whole(asked.get("layer"), layers - 1) : deepest, sample: whole(asked.get("sample"), data.samples.length - 1), quantity: asked.get("show") });
-  const go = (step) => { const next = state.sample + step; if (next >= 0 && next < data.samples.length) { state.sample = next; showSample(); } };
+  const deepest = data.runs[0].curves
+    .flatMap((curve) => curve.mean.map((mean, index) => [mean, curve.layers[index]]))
+    .sort((a, b) => a[0] - b[0])[0][1];
+  Object.assign(state, {
+    layer: asked.has("layer") ? whole(asked.get("layer"), layers - 1) : deepest,
+    sample: whole(asked.get("sample"), data.samples.length - 1),
+    quantity: asked.get("show"),
+  });
+  const go = (step) => {
+    const next = state.sample + step;
+    if (next >= 0 && next < data.samples.length) {
+      state.sample = next;
+      showSample();
+    }
+  };
   at("layer").addEventListener("input", (event) => choose(Number(event.target.value)));
-  at("sample").addEventListener("change", (event) => { state.sample = Number(event.target.value); showSample(); });
-  at("quantity").addEventListener("change", (event) => { state.quantity = event.target.value; showQuantity(); });
+  at("sample").addEventListener("change", (event) => {
+    state.sample = Number(event.target.value);
+    showSample();
+  });
+  at("quantity").addEventListener("change", (event) => {
+    state.quantity = event.target.value;
+    showQuantity();
+  });
   at("theme").addEventListener("change", (event) => theme(event.target.value));
   at("previous").addEventListener("click", () => go(-1));
   at("next").addEventListener("click", () => go(1));
