@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from peft_ext.knockout import AttentionKnockout, FlowSample, ModuleKnockout, find_token_groups, layer_sweep
-from peft_ext.knockout.sweep import windows
+from peft_ext.knockout.sweep.windows import windows
 
 from . import _processors as make
 from ._models import LAYERS, build, inputs

@@ -14,7 +14,7 @@ from peft_ext.knockout import (
     residual_stream,
     topk_jaccard,
 )
-from peft_ext.knockout.sweep import windows
+from peft_ext.knockout.sweep.windows import windows
 
 from . import _processors as make
 from ._models import FAMILIES, LAYERS, build, inputs

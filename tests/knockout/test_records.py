@@ -162,7 +162,7 @@ import os, sys
 import torch
 from tests.knockout.test_records import OPTIONS, PAIRS, build, samples
 from peft_ext.knockout import layer_sweep
-from peft_ext.knockout.processes import this_process
+from peft_ext.knockout.sweep.processes import this_process
 torch.set_num_threads(1)
 other = os.fork()
 os.environ["RANK"] = os.environ["LOCAL_RANK"] = "1" if other else "0"

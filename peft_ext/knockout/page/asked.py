@@ -60,6 +60,5 @@ def report_questions(
             )
         except ValueError as reason:
             views.append(SampleView(question.name, question.text, image=question.image, problem=str(reason)))
-    for question in questions[limit:]:
-        views.append(SampleView(question.name, question.text, image=None, problem=""))
+    views += [SampleView(question.name, question.text) for question in questions[limit:]]
     return report(records, views, path, title=title, skipped=skipped)
