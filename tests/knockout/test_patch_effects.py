@@ -82,6 +82,10 @@ def test_words():
         ({"sources": "pixels"}, "sources is 'pixels'"),
         ({"sources": "words"}, "needs the processor"),
         ({"sources": {}}, "sources is empty"),
+        (
+            {"sources": {"last": torch.ones(1, 26, dtype=torch.bool)}},
+            "sources holds 'last', which is the target's name",
+        ),
         ({"block": 0}, "block is 0"),
         ({"grid": (3, 5)}, "3 x 5 patches are not the 16 image tokens"),
         ({"layers": [1]}, "give a window"),

@@ -23,7 +23,7 @@ from peft_ext.knockout.prompts.patches import box_coverage, patch_places
 from peft_ext.knockout.read.modality import lmar
 
 from . import _processors
-from ._models import build, inputs
+from ._models import VISION, build, inputs
 from ._pages import NASTY, PAIRS, records
 
 
@@ -98,6 +98,35 @@ def test_a_view_is_what_the_measurements_say(measured):
     for effects in view.effects[:1]:
         found = patch_effects(model, sample, effects.target, window=1)
         np.testing.assert_allclose(effects.change[:, 0], [r["change_percent"] for r in found], atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*block.* nothing:UserWarning")  # patches outside a sliding window
+@pytest.mark.parametrize("family", VISION)
+def test_views_of_every_family(family):
+    """Attention and answer are what the whole model computes in eager mode."""
+    batch, groups = inputs(family, texts=((3, 7),))
+    model = build(family)
+    view = sample_view(model, _processors.tokenizer(), FlowSample(batch, groups, names=["one"]), words=False)
+    with torch.no_grad():
+        output = build(family, "eager")(**batch, output_attentions=True)
+    length = batch["input_ids"].shape[1]
+    for layer, weights in enumerate(output.attentions):
+        expected = weights[0, :, -1].mean(0)
+        expected = torch.nn.functional.pad(expected, (length - len(expected), 0)).numpy()
+        np.testing.assert_allclose(view.attention[layer], expected, atol=1e-5)
+    assert view.lens.probability[-1] == pytest.approx(float(output.logits[0, -1].softmax(-1).max()), abs=1e-5)
+    assert len(view.lmar) == len(output.attentions) and view.patches == groups["image"][0].nonzero().flatten().tolist()
+    assert [(e.kind, e.layers, e.change.shape) for e in view.effects] == [("patch", [], (len(view.patches), 1))]
+
+
+def test_blocks_of_pictures_that_are_no_squares():
+    """Qwen2-VL's grid has the picture's shape, which the places of its patches tell."""
+    processor = _processors.Qwen()
+    model = _processors.local_model(processor)
+    picture = Image.effect_noise((80, 48), 90).convert("RGB")
+    batch = processor([picture], ["<image> What color is the table?"])
+    view = sample_view(model, processor, FlowSample(batch, find_token_groups(processor, batch)), picture, block=3)
+    assert len(view.patches) == 6 * 10 and sorted(map(len, view.effects[0].units)) == [3, 3] + [9] * 6
 
 
 def test_the_page_holds_the_view(measured):

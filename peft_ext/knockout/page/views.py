@@ -109,8 +109,8 @@ def sample_view(
             named on the page; the rest is measured all the same.
         question (`str`, *optional*): as text.
         targets (`Sequence[str]`, *optional*, defaults to `("last",)`): each patch is hidden from these groups, see
-            [`patch_effects`]. The last token costs about as much as a few forward passes; a question of n tokens n
-            times that. `()` for none.
+            [`patch_effects`]. Of 576 patches the last token costs a few forward passes, and a few tens with a
+            window around each layer; a question of n tokens n times that. `()` for none.
         window (`int`, *optional*), mode (`str`, *optional*, defaults to `"centred"`), block (`int`, *optional*,
             defaults to 1): of [`patch_effects`].
         words (`bool`, *optional*, defaults to `True`): hide the question's words from the targets, too.
@@ -185,10 +185,8 @@ def _place(view: SampleView, processor: Any, options: dict[str, Any]) -> None:
 def _effects(
     model: nn.Module, sample: FlowSample, target: str, sources: str, options: dict[str, Any], view: SampleView
 ) -> Effects:
-    if sources == "patches":
-        side = math.isqrt(len(view.patches))
-        if side * side != len(view.patches):
-            options = {**options, "block": 1}
+    if sources == "patches" and options["block"] > 1:
+        options = {**options, "grid": _grid(view)}
     records = patch_effects(model, sample, target, sources=sources, **options)
     layers = [layer for layer in dict.fromkeys(record["layer"] for record in records) if layer is not None]
     units: dict[int, list[int]] = {record["unit"]: record["positions"] for record in records}
@@ -197,3 +195,13 @@ def _effects(
     for record in records:
         change[record["unit"], at.get(record["layer"], 0)] = record["change_percent"]
     return Effects("patch" if sources == "patches" else "word", target, layers, list(units.values()), change)
+
+
+def _grid(view: SampleView) -> tuple[int, int] | None:
+    """Rows and columns of the patches, where their places are those of one grid, row by row."""
+    places = [place for place in view.places if place is not None]
+    if not places or len(places) != len(view.patches):
+        return None
+    middle = (places[0][1] + places[0][3]) / 2
+    columns = sum(place[1] < middle for place in places)  # the first row
+    return (len(places) // columns, columns) if len(places) % columns == 0 else None

@@ -85,6 +85,8 @@ def patch_effects(
         raise ValueError("inputs must hold input_ids [batch, sequence], as the processor makes them.")
     units = _units(sample, sources, architecture.model.config, processor, block, grid)
     name, mask = _target(sample, target)
+    if name in units:
+        raise ValueError(f"sources holds {name!r}, which is the target's name: give it another one.")
     masks = {unit: unit_mask for unit, (unit_mask, _) in units.items()}
     named = FlowSample(sample.inputs, {**masks, name: mask}, sample.answer_ids, sample.names, sample.info)
     pairs = [(unit, name) for unit in units]
