@@ -119,6 +119,22 @@ def test_views_of_every_family(family):
     assert [(e.kind, e.layers, e.change.shape) for e in view.effects] == [("patch", [], (len(view.patches), 1))]
 
 
+def test_answers_of_several_tokens():
+    """The last one is read after the others, in the lens, the attention and the effects."""
+    batch, groups = inputs(texts=((3, 7),))
+    model = build()
+    sample = FlowSample(batch, groups, answer_ids=[[5, 9, 7]], names=["one"])
+    view = sample_view(model, _processors.tokenizer(), sample, answer_token="last", words=False)
+    longer = {"input_ids": torch.cat([batch["input_ids"], torch.tensor([[5, 9]])], 1)}
+    with torch.no_grad():
+        final = model(**{**batch, **longer, "attention_mask": None}).logits[0, -1].softmax(-1)
+    assert view.lens.probability[-1] == pytest.approx(float(final[7]), rel=1e-3)
+    assert view.attention.shape[1] == longer["input_ids"].shape[1]
+    (record, *_) = patch_effects(model, sample, answer_token="last")
+    assert record["base_probability"] == pytest.approx(float(final[7]), rel=1e-3) and record["answer_id"] == 7
+    assert view.effects[0].change[0, 0] == pytest.approx(record["change_percent"], abs=1e-3)
+
+
 def test_blocks_of_pictures_that_are_no_squares():
     """Qwen2-VL's grid has the picture's shape, which the places of its patches tell."""
     processor = _processors.Qwen()
