@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -270,3 +271,12 @@ def test_overview_and_sample_data_agree():
     (run,) = overview({"": made}, 10, 0)
     own = sample_data("a", {"": made}, {"": None})["runs"][0]
     assert [curve["mean"] for curve in run["curves"]] == [curve["mean"] for curve in own["curves"]]
+
+
+def test_the_demo_is_up_to_date():
+    """Otherwise: make flow-demo."""
+    demo = (Path(__file__).parents[2] / "docs/flow-demo.html").read_text(encoding="utf-8")
+    new = report(records(["a"]), title="Where a tiny LLaVA looks").html
+    assert re.sub(r'<script type="application/json".*?</script>\n', "", demo) == re.sub(
+        r'<script type="application/json".*?</script>\n', "", new
+    )
