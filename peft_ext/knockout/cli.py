@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jaccard", action="store_true", help="also compare the question's top words without modules")
     parser.add_argument("--report", type=Path, help="also write one HTML page of it all, such as out/report.html")
     parser.add_argument(
-        "--report-samples", type=int, default=25, help="questions that it shows one by one (default: %(default)s)"
+        "--report-samples", type=int, default=20, help="questions that it shows one by one (default: %(default)s)"
     )
     parser.add_argument(
         "--report-targets",
