@@ -1,5 +1,4 @@
-"""LLaVA Steering Factory: compose a vision-language model, train it in two stages, evaluate it (Bi et "
-"al., section 6)."""
+"""LLaVA Steering Factory (Bi et al., section 6): compose a vision-language model, train it, evaluate it."""
 
 from .compose import Composed, compose, load
 from .methods import Method

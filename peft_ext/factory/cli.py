@@ -94,8 +94,7 @@ def _train(options: argparse.Namespace) -> None:
     from .train import read_settings, train
 
     changes = [*options.set, *([f"language_model={options.method}"] if options.method else [])]
-    report = train(read_settings(options.stage, options.config, changes))
-    print(f"{report['steps']} steps, loss {report['training_loss']:.4f}")
+    train(read_settings(options.stage, options.config, changes))
 
 
 def _config(options: argparse.Namespace) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 from transformers import LlavaProcessor, Trainer, TrainingArguments, set_seed
 
 from .compose import Composed, load
@@ -157,21 +156,9 @@ def _meant(key: str, value: Any) -> Any:
 
 
 class _ForImages:
-    """
-    What a Llava's training needs beside a trainer's own: a learning rate for the connector, and batches of text alone,
-    whose loss reaches nothing that is trained if that acts on images.
-    """
+    """What a Llava's training needs beside a trainer's own: a learning rate for the connector."""
 
     connector_learning_rate: float | None = None
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        has_images = "pixel_values" in inputs
-        result = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
-        if has_images:
-            return result
-        loss = result[0] if isinstance(result, tuple) else result
-        loss = loss + _nothing(model)
-        return (loss, *result[1:]) if isinstance(result, tuple) else loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
@@ -187,11 +174,13 @@ class _ForImages:
         return optimizer
 
 
-def _nothing(model: Any) -> Tensor:
-    """Zero that depends on every trained parameter."""
-    total = sum(p.sum() * 0.0 for p in model.parameters() if p.requires_grad)
-    assert isinstance(total, Tensor)
-    return total
+def reach_all(model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    """
+    A forward hook. The loss of a batch of text alone reaches nothing that is trained if that acts on images, which
+    backward refuses and several processes wait for. Add zero times everything that is trained.
+    """
+    if kwargs.get("pixel_values") is None and getattr(output, "loss", None) is not None:
+        output.loss = output.loss + sum(p.sum() * 0.0 for p in model.parameters() if p.requires_grad)
 
 
 class LlavaTrainer(_ForImages, Trainer):
@@ -263,7 +252,9 @@ def train(settings: Settings) -> dict[str, Any]:
     trainer = _trainer(settings, composed, data)
     if trainer.is_world_process_zero():
         print("trained parameters: " + ", ".join(f"{part} {number:,}" for part, number in counts.items()), flush=True)
+    hook = composed.model.register_forward_hook(reach_all, with_kwargs=True)
     result = trainer.train(resume_from_checkpoint=settings.resume or None)
+    hook.remove()
     trainer.save_model(settings.output)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     report = {
@@ -273,6 +264,7 @@ def train(settings: Settings) -> dict[str, Any]:
         "losses": losses,
     }
     if trainer.is_world_process_zero():
+        print(f"{result.global_step} steps, loss {result.training_loss:.4f}")
         composed.processor.save_pretrained(settings.output)
         Path(settings.output, "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report

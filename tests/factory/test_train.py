@@ -1,7 +1,11 @@
 """The two stages through the command, on the shapes world at the smallest size."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -12,7 +16,8 @@ from safetensors.torch import load_file
 
 from peft_ext.cli import main
 from peft_ext.factory import load
-from peft_ext.factory.data import Collator
+from peft_ext.factory.data import Collator, sample_of
+from peft_ext.factory.evaluate import generate, load_adapted
 from peft_ext.factory.parts import prepare
 from peft_ext.factory.train import LlavaTrainer, Settings, _trainer, defaults, load_data, read_settings, train
 
@@ -141,6 +146,39 @@ def test_a_resumed_run_equals_one_that_went_through(settings, tmp_path, monkeypa
     for key, tensor in load_file(adapter).items():
         torch.testing.assert_close(tensor, expected[key])
         assert not torch.allclose(halfway[key], expected[key])
+
+
+def test_bf16_trains_in_fp32_on_a_frozen_bf16_base(settings, composed_shapes, tmp_path):
+    half = load(str(composed_shapes / "composed"))
+    half.model.bfloat16().save_pretrained(tmp_path / "half")
+    half.processor.save_pretrained(tmp_path / "half")
+    made = settings(model=str(tmp_path / "half"), language_model="mores-1@25", arguments={"bf16": True})
+    train(made)
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert any("projector" in key for key in tensors) and any("mores" in key for key in tensors)
+    composed = load_adapted(made.model, made.output)
+    row = load_data(made, 16)[0]
+    assert len(generate(composed, [sample_of(row)], 1, 2)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["mores-1@25", "lora-2"])
+def test_two_processes_train_as_one(settings, tmp_path, method):
+    """Also where a process has text alone: the last batch is half of it."""
+    arguments = {"max_steps": 4, "train_sampling_strategy": "sequential", "logging_steps": 1}
+    one = train(settings(language_model=method, output=str(tmp_path / "one"), arguments=arguments))
+    two = settings(language_model=method, arguments=arguments | {"per_device_train_batch_size": 2})
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(asdict(two)))
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*start, "-m", "peft_ext.cli", "llava", "train", "tune", "--config", str(tmp_path / "two.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["losses"] == pytest.approx(one["losses"], rel=1e-3)
+    mine, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "out"))
+    for key, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[key], rtol=1e-2, atol=1e-4)
 
 
 def test_a_data_set_is_streamed_from_a_folder(settings, data, tmp_path):
