@@ -16,7 +16,7 @@ if Path((getattr(sys, "argv", None) or [""])[0]).stem != "peft-ext":
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("export", "factory", "knockout", "mtl"):  # import much, such as transformers' Trainer: when they are asked for
+    if name in ("export", "factory", "knockout", "mtl"):  # import much, such as Trainer: when they are asked for
         return importlib.import_module(f".{name}", __name__)
     if not name.startswith("__") and hasattr(api := importlib.import_module(".api", __name__), name):
         return getattr(api, name)

@@ -1,5 +1,4 @@
-"""A Llava with what transformers' own can't express: other connectors, feature maps, heads with bias or "
-"scaled logits."""
+"""A Llava for what transformers' own can't express: other connectors, feature maps, heads with more than a product."""
 
 from __future__ import annotations
 
