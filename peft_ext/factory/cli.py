@@ -9,9 +9,8 @@ from typing import Any
 
 
 DESCRIPTION = (
-    "The LLaVA Steering Factory (Bi et al., section 6). Under 'accelerate launch -m peft_ext.cli llava "
-    "train …' several "
-    "processes train together. docs/llava-factory.md goes through a run."
+    "The LLaVA Steering Factory (Bi et al., section 6). Under 'accelerate launch -m peft_ext.cli llava train …' "
+    "several processes train together. docs/llava-factory.md goes through a run."
 )
 
 
@@ -30,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto (the language model's own), vicuna, chatml, plain or a Jinja file",
     )
+    compose.add_argument("--pad", action="store_true", help="pad images to squares instead of cropping them")
     compose.add_argument("--dtype", default="auto", help="dtype of all parts (default: the language model's)")
     compose.add_argument("--seed", type=int, default=0, help="of the connector's weights (default: %(default)s)")
 
@@ -83,6 +83,7 @@ def _compose(options: argparse.Namespace) -> None:
         connector_config=options.connector_config,
         feature_layer=options.feature_layer,
         template=options.chat_template,
+        pad=options.pad,
         dtype=options.dtype,
     )
     composed.model.save_pretrained(options.out)

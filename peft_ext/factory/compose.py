@@ -24,7 +24,7 @@ from .masking import end_of_turn
 from .modeling import LlavaFactoryConfig, LlavaFactoryForConditionalGeneration
 from .templates import IMAGE, chat_template
 from .text import add_image_token, check_text, is_plain_head
-from .tower import blank, features, gives_maps, grey, has_class_token, load_tower
+from .tower import blank, features, gives_maps, grey, has_class_token, load_tower, pad_to_square
 
 
 @dataclass
@@ -51,6 +51,7 @@ def compose(
     connector_config: dict[str, Any] | None = None,
     feature_layer: int = -2,
     template: str = "auto",
+    pad: bool = False,
     dtype: str | torch.dtype = "auto",
 ) -> Composed:
     """
@@ -70,6 +71,8 @@ def compose(
             (`queries`, and those of transformers' `Idefics2PerceiverConfig` and `Blip2QFormerConfig`).
         feature_layer (`int`): the tower's hidden states that are used; -2 is LLaVA-1.5's choice.
         template (`str`): the chat template; see [`~peft_ext.factory.templates.chat_template`].
+        pad (`bool`): pad images to squares, as LLaVA-1.5's second stage does. By default the tower's processor
+            decides; CLIP's crops.
         dtype (`str` or `torch.dtype`): dtype of all parts, by default the language model's own.
 
     Returns:
@@ -94,7 +97,7 @@ def compose(
         text,
         tokenizer,
         tower,
-        images,
+        pad_to_square(images) if pad else images,
         connector,
         connector_config=options,
         feature_layer=feature_layer,

@@ -113,9 +113,8 @@ class PixelShuffle(Connector):
         side, factor = math.isqrt(tokens), options["factor"]
         if side * side != tokens or side % factor:
             raise ValueError(
-                f"connector='pixel_shuffle' needs a square grid whose side factor={factor} divides, but the "
-                f"tower gives "
-                f"{tokens} tokens an image. Pass another factor, or a tower without class and register tokens."
+                f"connector='pixel_shuffle' needs a square grid whose side factor={factor} divides, but the tower "
+                f"gives {tokens} tokens an image. Pass another factor, or a tower without class and register tokens."
             )
         return (side // factor) ** 2
 

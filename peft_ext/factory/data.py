@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .masking import IGNORED, Messages, encode
 from .templates import IMAGE
+from .tower import grey
 
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -246,6 +247,7 @@ class Collator:
 
     def __init__(self, processor: Any, max_length: int | None = None) -> None:
         self.processor, self.max_length = processor, max_length
+        self.image_shape, self.image_tokens = _image_size(processor)
         self._warned = False
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -255,9 +257,13 @@ class Collator:
         batch: dict[str, Tensor] = {}
         if flat:
             batch["pixel_values"] = self.processor.image_processor(images=flat, return_tensors="pt")["pixel_values"]
-        counts = iter(image_token_counts(self.processor, batch.get("pixel_values")))
+            if batch["pixel_values"].shape[1:] != self.image_shape:
+                raise ValueError(
+                    f"The image processor makes {tuple(batch['pixel_values'].shape[1:])} of some images and "
+                    f"{tuple(self.image_shape)} of others; set its crop or its size."
+                )
         encoded = [
-            encode(self.processor, sample.messages, [next(counts) for _ in some], self.max_length)
+            encode(self.processor, sample.messages, [self.image_tokens] * len(some), self.max_length)
             for sample, some in zip(samples, pictures, strict=True)
         ]
         if not self._warned and any(set(labels) == {IGNORED} for _, labels in encoded):
@@ -274,10 +280,7 @@ class Collator:
         return batch
 
 
-def image_token_counts(processor: Any, pixel_values: Tensor | None) -> list[int]:
-    """Number of tokens of each image, as the processor counts them."""
-    if pixel_values is None:
-        return []
-    inputs = {"pixel_values": pixel_values}
-    texts = [processor.replace_image_token(inputs, number) for number in range(len(pixel_values))]
-    return [text.count(processor.image_token) for text in texts]
+def _image_size(processor: Any) -> tuple[torch.Size, int]:
+    """Shape of an image's pixels, and number of its tokens."""
+    batch = processor(images=[grey()], text=[processor.image_token], add_special_tokens=False, return_tensors="pt")
+    return batch["pixel_values"].shape[1:], int((batch["input_ids"] == processor.image_token_id).sum())

@@ -103,9 +103,8 @@ def end_of_turn(processor: Any) -> int:
     last = labels[-1] if labels[-1] != IGNORED else next(label for label in reversed(labels) if label != IGNORED)
     if last not in processor.tokenizer.all_special_ids and last not in processor.tokenizer.added_tokens_decoder:
         raise ValueError(
-            f"The chat template ends an answer with {processor.tokenizer.decode([last])!r}, which is no "
-            f"special token, so "
-            "generation would not stop there. Compose with template='vicuna', or a Jinja file that ends answers with "
-            "eos_token."
+            f"The chat template ends an answer with {processor.tokenizer.decode([last])!r}, which is no special "
+            "token, so generation would not stop there. Compose with template='vicuna', or a Jinja file that ends "
+            "answers with eos_token."
         )
     return int(last)

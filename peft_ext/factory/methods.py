@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..tuners.mores import MoReSConfig
 from ..tuners.neuroada import NeuroAdaConfig
+from .connectors import Resampler
 
 
 PARTS = {"vision_tower": "vision_tower", "connector": "multi_modal_projector", "language_model": "language_model"}
@@ -67,9 +68,8 @@ class Method:
             return cls(kind.lower(), "peft", 0, options=dict(name))
         if name.split("-")[0] == "adapter":
             raise ValueError(
-                f"method={name!r}: PEFT has no bottleneck adapters (Houlsby et al.), so this row of the "
-                f"paper's table is "
-                f"left out. Use {NAMES}"
+                f"method={name!r}: PEFT has no bottleneck adapters (Houlsby et al.), so this row of the paper's table "
+                f"is left out. Use {NAMES}"
             )
         match = _NAME.fullmatch(name)
         if match is None:
@@ -104,7 +104,7 @@ class Method:
         if self.kind in ("mores", "connector", "loreft"):
             if part != "language_model":
                 raise ValueError(f"method={self.name!r} steers the language model; it can't adapt the {part}.")
-            return self._steering()
+            return self._steering(model)
         linears = linear_targets(model, part)
         if self.kind == "peft":
             return self._by_type(linears)
@@ -121,8 +121,13 @@ class Method:
         keys = linear_targets(model, part, "k_proj", "v_proj")
         return IA3Config(target_modules=f"{keys}|{down}", feedforward_modules=down)
 
-    def _steering(self) -> MoReSConfig:
+    def _steering(self, model: Any) -> MoReSConfig:
         if self.kind == "connector":
+            if isinstance(model.model.multi_modal_projector, Resampler):
+                raise ValueError(
+                    f"method={self.name!r} steers the connector's last linear layer, after which a resampler has a "
+                    "norm; use mores-<rank>."
+                )
             return MoReSConfig(rank=self.size, token_ratio=1.0, site="connector")
         if self.kind == "loreft":
             return MoReSConfig(rank=self.size, token_positions="f7+l7", layers_to_transform="all")
@@ -158,8 +163,7 @@ def linear_targets(model: Any, part: str, *names: str) -> str:
     chosen = sorted(known & set(names) if names else known)
     if not chosen:
         raise ValueError(
-            f"The {part}, a {type(module).__name__}, has no linear layers called "
-            f"{' or '.join(names) or 'anything'} in "
-            f"its blocks, but {', '.join(sorted(known))}. Pass a PEFT configuration with target_modules."
+            f"The {part}, a {type(module).__name__}, has no linear layers called {' or '.join(names) or 'anything'} "
+            f"in its blocks, but {', '.join(sorted(known))}. Pass a PEFT configuration with target_modules."
         )
     return rf".*{PARTS[part]}\..*\.\d+\..*\b({'|'.join(chosen)})"

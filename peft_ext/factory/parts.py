@@ -98,9 +98,8 @@ def _adapt(model: Any, adapters: dict[str, Method], kinds: dict[str, str], conne
         )
     if len({(method.name, str(method.options)) for method in adapters.values()}) > 1:
         raise ValueError(
-            "vision_tower and language_model name different adapters; PEFT saves one kind of adapter with "
-            "a model. Name "
-            "the same one twice, or train the tower in full."
+            "vision_tower and language_model name different adapters; PEFT saves one kind of adapter with a model. "
+            "Name the same one twice, or train the tower in full."
         )
     configs = [method.config(model, part) for part, method in adapters.items()]
     config = configs[-1]

@@ -24,7 +24,7 @@ FLATTEN = (
     "{%- set messages = flat.messages -%}"
 )
 
-_BOS = "{%- if bos_token -%}{{- bos_token -}}{%- endif -%}"
+_BOS = "{{- bos_token -}}"  # left out for tokenizers that do not begin with it
 TEMPLATES = {
     # LLaVA-1.5's, from Vicuna.
     "vicuna": FLATTEN + _BOS + "{%- if messages[0]['role'] == 'system' -%}{{- messages[0]['content'] + ' ' -}}"
@@ -73,7 +73,8 @@ def chat_template(name: str, tokenizer: Any) -> str:
                 f"chat_template={name!r} needs the special token {unknown[0]!r}, which the tokenizer lacks; "
                 f"use 'vicuna'."
             )
-        return TEMPLATES[name]
+        begins = tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+        return TEMPLATES[name] if begins else TEMPLATES[name].replace(_BOS, "")
     path = Path(name)
     if not path.is_file():
         raise ValueError(

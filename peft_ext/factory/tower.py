@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, LlavaImageProcessor
 
 from .connectors import tokens_of, vision_width
 
@@ -33,6 +33,24 @@ def model_class(config: Any, what: str) -> Any:
             return type(AutoModel.from_config(config))
     except ValueError as error:
         raise ValueError(f"{what}: transformers has no model for a {type(config).__name__}.") from error
+
+
+def pad_to_square(images: Any) -> Any:
+    """
+    An image processor that pads to a square with the mean colour, as LLaVA-1.5's recipe does, instead of cropping.
+
+    Raises:
+        `ValueError`: if the processor's images are no squares.
+    """
+    height, width = blank(images).shape[-2:]
+    if height != width:
+        raise ValueError(f"pad: the image processor makes {height} × {width} pixels, which are no square.")
+    size = {"height": height, "width": width}
+    kept = {name: value for name in _KEPT if (value := getattr(images, name, None)) is not None}
+    return LlavaImageProcessor(**kept, do_pad=True, size={"shortest_edge": height}, crop_size=size)
+
+
+_KEPT = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "resample", "do_convert_rgb")
 
 
 def blank(images: Any, width: int = 64) -> Any:

@@ -1,6 +1,6 @@
 """A tokenizer of bytes, with or without merges, and chat templates in the form of well-known models' own."""
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
 from peft_ext.factory.templates import IMAGE, chat_template
@@ -42,6 +42,9 @@ def tokenizer(merges: int) -> PreTrainedTokenizerFast:
         vocab_size=size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     made.train_from_iterator(TEXTS, trainer)
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=made,
         pad_token="<pad>",

@@ -2,14 +2,20 @@
 
 import pytest
 import torch
-from llava_combinations import check, compose
+from llava_combinations import check, compose, rows
+from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration, MambaConfig, MambaForCausalLM
 
 from peft_ext.cli import main
 from peft_ext.factory import LlavaFactoryForConditionalGeneration, load
 from peft_ext.factory import compose as by_name
 from peft_ext.factory.compose import assemble
+from peft_ext.factory.data import sample_of
+from peft_ext.factory.evaluate import measure_lmar, prompts
 from peft_ext.factory.modeling import Head
+from peft_ext.factory.parts import adapt
+from peft_ext.factory.templates import chat_template
 
 
 SAMPLE = [
@@ -88,6 +94,39 @@ def test_generation_stops_where_the_template_ends_an_answer():
     assert composed.model.generation_config.pad_token_id == 0
 
 
+def test_images_are_padded_to_squares(composed_shapes):
+    """A wide red image: rows of the mean colour above and below, which normalises to zero."""
+    parts = [str(composed_shapes / name) for name in ("text", "tower")]
+    composed = by_name(*parts, feature_layer=-1, template="vicuna", pad=True)
+    pixels = composed.processor.image_processor(images=Image.new("RGB", (64, 32), "red"), return_tensors="pt")
+    rows = pixels["pixel_values"][0].abs().amax(dim=(0, 2))
+    assert (rows[:7] < 0.05).all() and (rows[9:23] > 1).all() and (rows[25:] < 0.05).all()
+    assert composed.model.config.image_seq_length == 16
+
+
+def test_a_template_begins_as_the_tokenizer_does():
+    from _factory.parts import tokenizer
+
+    words = tokenizer()
+    assert "bos_token" not in chat_template("vicuna", words)
+    words._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    assert "bos_token" in chat_template("vicuna", words)
+
+
+def test_special_tokens_of_the_language_model_stay():
+    tokens = compose("Llama", "CLIP", "linear").processor.tokenizer.all_special_tokens
+    assert {"<image>", "<|im_start|>", "<|im_end|>"} <= set(tokens)
+
+
+def test_lmar_and_steering_of_an_own_format():
+    composed = compose("Phi-2", "CLIP", "qformer")
+    composed.model = adapt(composed.model, "mores-1@25").eval()
+    samples = [sample_of(row) for row in rows()[:1]]
+    assert measure_lmar(composed, samples, 1).ratio.shape == (2,)
+    with pytest.raises(ValueError, match="a resampler has a norm"):
+        adapt(compose("Llama", "CLIP", "resampler").model, "connector-2")
+
+
 def parts(**changed):
     from _factory.parts import images, text_model, tokenizer, tower
 
@@ -141,11 +180,6 @@ def test_a_recurrent_model_is_refused():
 
 @pytest.mark.slow
 def test_generation_with_every_own_connector():
-    from llava_combinations import rows
-
-    from peft_ext.factory.data import sample_of
-    from peft_ext.factory.evaluate import prompts
-
     for connector in ("identity", "pixel_shuffle", "resampler", "qformer"):
         composed = compose("Llama", "CLIP", connector)
         assert isinstance(composed.model, LlavaFactoryForConditionalGeneration)

@@ -28,7 +28,6 @@ SMALL = {
     "max_steps": 3,
     "per_device_train_batch_size": 4,
     "dataloader_num_workers": 0,
-    "gradient_checkpointing": False,
     "use_cpu": True,
     "dataloader_pin_memory": False,
     "save_strategy": "no",
