@@ -12,6 +12,7 @@ from ._version import __version__
 
 # By name, where a job is and what it does. Its file is imported when it is asked for: torch takes seconds to import.
 JOBS = {
+    "train": ("train.cli", "train any PEFT method with a trainer of TRL, from a YAML file"),
     "inspect": (
         "export.cli_inspect",
         "show what adapters train: entries, norms, and what they share",
@@ -38,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             job = importlib.import_module(f".{place}", __package__)
             command.description = job.DESCRIPTION
             job.add_arguments(command)
-    options = parser.parse_args(arguments)
+    options, further = parser.parse_known_args(arguments)
+    options.further = further
+    if further and not hasattr(job, "TAKES_FURTHER_OPTIONS"):
+        parser.error(f"unrecognized arguments: {' '.join(further)}")
     try:
         return job.run(options)
     except (TypeError, ValueError, OSError) as error:

@@ -1,0 +1,1 @@
+"""Training runs from a file: any PEFT method with TRL's trainers."""
