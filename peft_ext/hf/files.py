@@ -9,6 +9,8 @@ import zipfile
 from collections.abc import Callable, Mapping
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -41,6 +43,26 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def local_adapter(path: str, subfolder: str, options: Mapping[str, Any]) -> str:
+    """
+    The folder of an adapter's files: of one on the Hub, after its weights were downloaded to the cache.
+
+    Args:
+        path (`str`): a folder or Hub id.
+        subfolder (`str`): in it.
+        options: where on the Hub, as `hf_hub_download` takes it; others are ignored.
+    """
+    folder = os.path.join(path, subfolder)
+    if os.path.isdir(path):
+        return folder
+    places = ("revision", "token", "cache_dir", "local_files_only")
+    where = {name: options[name] for name in places if options.get(name) is not None}
+    try:
+        return os.path.dirname(hf_hub_download(path, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder or None, **where))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError):  # who loads next says what is wrong
+        return folder
 
 
 def check_weights(folder: str) -> None:

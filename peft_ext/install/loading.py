@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
@@ -25,7 +24,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from ..hf.adapter_state import naming
 from ..hf.config import SavedConfig
-from ..hf.files import check_weights
+from ..hf.files import check_weights, local_adapter
 from ..hf.injection import loading
 from ..hf.loadable import tuner_of
 from .snapshot import Snapshot
@@ -107,8 +106,8 @@ def all_or_nothing(load_adapter: Callable[..., Any], path_argument: str) -> Call
         attempt = _Attempt(self, name)
         try:
             if path is not None:
-                subfolder = {**(given.get("adapter_kwargs") or {}), **given.get("kwargs", {})}.get("subfolder") or ""
-                check_weights(os.path.join(path, subfolder))
+                options = {**given, **(given.get("adapter_kwargs") or {}), **given.get("kwargs", {})}
+                check_weights(local_adapter(path, options.get("subfolder") or "", options))
             with attempt.checks, loading(attempt.begin), naming(path):
                 result = load_adapter(self, *args, **kwargs)
             config = self.peft_config[name]

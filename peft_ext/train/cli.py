@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 
-SUMMARY = "train any PEFT method with a trainer of TRL, from a YAML file"
 DESCRIPTION = (
     "Train as TRL's own commands do, with an adapter of any PEFT method. The file holds TRL's options (the trainer's, "
     "ModelConfig and ScriptArguments), the trainer's name and a `peft:` block. Options on the command line, such as "
