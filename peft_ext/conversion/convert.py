@@ -37,33 +37,30 @@ def convert(
     **load_options: Any,
 ) -> PeftModel:
     """
-    Turn SHiRA and Super-Tuning adapters into NeuroAda's, which compute the same at a cost that follows the number of
-    their entries, and can be trained on, saved, merged and unmerged bit by bit.
+    Turn SHiRA and Super-Tuning adapters into NeuroAda adapters. They compute the same, at a cost that follows the
+    number of their entries. They can be trained on, saved, merged, and unmerged bit by bit.
 
-    In fp32, merged weights are the same bits as PEFT's (of a weight that modules share, PEFT changes the other modules
-    too). In 16 bits, PEFT rounds Super-Tuning's values before it adds them, and here the sum is rounded once. A SHiRA
-    adapter's `scaling` becomes a part of its values.
+    In float32, merged weights have the same bits as PEFT's. (Where modules share a weight, PEFT changes the other
+    modules too.) In 16 bits, PEFT rounds Super-Tuning's values before it adds them; here the sum is rounded once. The
+    `scaling` of a SHiRA adapter becomes part of its values.
 
     Args:
-        model (`PeftModel`, or `str`):
-            A model with adapters of one of the two methods, whose layers are replaced: go on with what is returned.
-            Or a folder or Hub id with such an adapter.
+        model (`PeftModel` or `str`):
+            A model with adapters of one of the two methods. Its layers are replaced, so go on with the model that is
+            returned. Or the folder or Hub id of such an adapter.
         base_model (`torch.nn.Module`, *optional*):
-            With a folder or Hub id: the model to load the adapter onto.
-        load_options:
-            With a folder or Hub id: passed on to `PeftModel.from_pretrained`, such as `is_trainable`,
-            `adapter_name` or `revision`.
+            The model to load the adapter onto, if `model` is a folder or Hub id.
+        **load_options: Passed on to `PeftModel.from_pretrained` if `model` is a folder or Hub id, such as
+        `is_trainable`, `adapter_name` or `revision`.
 
     Returns:
-        `PeftModel`: around the same base model, with the same adapters by name. The same ones are active, disabled
-            and trainable.
+        `PeftModel`: A model around the same base model, with the same adapters by name. The same adapters are active,
+            disabled and trainable.
 
     Raises:
-        `TypeError`: if an adapter is of another method, `model` is no `PeftModel`, or a load option is not known.
-        `ValueError`: if an adapter has a LoRA part (Super-Tuning's `r`), is merged, has no indices, cannot be read, or
-            does not fit the base model.
-
-        On any error the model is as it was.
+        `TypeError`: If an adapter is of another method, `model` is no `PeftModel`, or a load option is not known.
+        `ValueError`: If an adapter has a LoRA part (Super-Tuning's `r`), is merged, has no indices, cannot be read, or
+            does not fit the base model. After any error the model is as it was.
 
     Example:
 

@@ -28,21 +28,28 @@ def plot_sweep(
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """
-    The mean change of the answer's probability over the layers, one curve per pair (thesis, figs. 7.3 to 7.5), with
-    bootstrap intervals of 95 % over samples.
+    Draw the mean change of the answer's probability over the layers, one curve per pair, with 95 % bootstrap intervals
+    over samples.
 
     Args:
-        records (`list[dict]`): of [`layer_sweep`].
-        path (`str`): of the PNG.
-        by (`str`, *optional*, defaults to `"pair"`): the column that tells curves apart.
-        title (`str`, *optional*): of the figure.
-        resamples (`int`, *optional*, defaults to 1000), seed (`int`, *optional*, defaults to 0): of the bootstrap.
+        records (`list[dict]`):
+            Records of [`layer_sweep`].
+        path (`str`):
+            File of the PNG.
+        by (`str`, *optional*, defaults to `"pair"`):
+            Name of the column that tells curves apart.
+        title (`str`, *optional*):
+            Title of the figure.
+        resamples (`int`, *optional*, defaults to 1000):
+            Number of bootstrap samples.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the bootstrap.
 
     Returns:
-        `list[dict]`: the numbers behind the figure: curve, layer, mean, low, high, samples.
+        `list[dict]`: The numbers behind the figure: curve, layer, mean, low, high, samples.
 
     Raises:
-        `ValueError`: if the records lack a column or a curve lacks a layer for some sample.
+        `ValueError`: If the records lack a column, or a curve lacks a layer for some sample.
     """
     label = "change of the answer's probability (%)"
     return _curves(records, "change_percent", by, path, label, title, resamples, seed, zero=True)
@@ -56,7 +63,18 @@ def plot_answer_probability(
     resamples: int = 1000,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """As [`plot_sweep`], of [`answer_probability_by_layer`]'s records (fig. 7.6)."""
+    """
+    Draw the records of [`answer_probability_by_layer`], one curve per word, with 95 % bootstrap intervals over
+    samples.
+
+    Args:
+        records (`list[dict]`):
+            Records of [`answer_probability_by_layer`].
+        path, by, title, resamples, seed: As for [`plot_sweep`].
+
+    Returns:
+        `list[dict]`: The numbers behind the figure, as for [`plot_sweep`].
+    """
     return _curves(records, "probability", by, path, "probability", title, resamples, seed)
 
 
@@ -68,7 +86,17 @@ def plot_jaccard(
     resamples: int = 1000,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """As [`plot_sweep`], of [`topk_jaccard`]'s records (fig. 26)."""
+    """
+    Draw the records of [`topk_jaccard`], one curve per intervention, with 95 % bootstrap intervals over samples.
+
+    Args:
+        records (`list[dict]`):
+            Records of [`topk_jaccard`].
+        path, by, title, resamples, seed: As for [`plot_sweep`].
+
+    Returns:
+        `list[dict]`: The numbers behind the figure, as for [`plot_sweep`].
+    """
     return _curves(records, "jaccard", by, path, "Jaccard similarity", title, resamples, seed)
 
 
@@ -168,17 +196,24 @@ def plot_token_map(
     title: str = "",
 ) -> list[dict[str, Any]]:
     """
-    One number per image token, over the image: changes of the answer, coverage, membership in a group.
+    Draw one number per image token over the image: changes of the answer, coverage, or membership in a group.
 
     Args:
-        image (`PIL.Image.Image` or array `[height, width, 3]`): as the model sees it, so cropped or padded.
-        values (`torch.Tensor`): float `[tokens]`, row by row.
-        path (`str`): of the PNG.
-        grid (`tuple[int, int]`, *optional*): rows and columns of tokens; by default a square.
-        label (`str`, *optional*), title (`str`, *optional*): of the colour bar and the figure.
+        image (`PIL.Image.Image` or array `[height, width, 3]`):
+            The image as the model sees it, so cropped or padded.
+        values (`torch.Tensor`):
+            Numbers, float `[tokens]`, row by row.
+        path (`str`):
+            File of the PNG.
+        grid (`tuple[int, int]`, *optional*):
+            Rows and columns of tokens; by default a square.
+        label (`str`, *optional*):
+            Label of the colour bar.
+        title (`str`, *optional*):
+            Title of the figure.
 
     Raises:
-        `ValueError`: if the values do not fill the grid.
+        `ValueError`: If the values do not fill the grid.
     """
     numbers = np.asarray(values.detach().cpu().float() if isinstance(values, Tensor) else values, dtype=float)
     side = math.isqrt(numbers.size)

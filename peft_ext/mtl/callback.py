@@ -26,52 +26,53 @@ TaskLosses = Callable[[nn.Module, Any], Mapping[str, Tensor]]
 
 
 class GradientConflictCallback(TrainerCallback):
-    r"""
-    Records how often the gradients of several tasks conflict while any `Trainer` trains.
+    """
+    Callback that records how often the gradients of several tasks conflict while any `Trainer` trains.
 
-    Two tasks conflict where the cosine between their gradients is negative (thesis, definition 6.3.1). Before every
-    `every_n_steps`-th optimiser step, one backward pass per task on the probe batch gives the gradients; they never
-    reach the optimiser. Random streams, buffers and gradients are put back, so that the training is the same bit for
-    bit.
+    Two tasks conflict where the cosine between their gradients is negative (Zhang et al., [Proactive Gradient Conflict
+    Mitigation in Multi-Task Learning](https://arxiv.org/abs/2411.18615)). Every `every_n_steps` optimiser steps, the
+    gradients are computed by one backward pass per task on the probe batch. They never reach the optimiser. Random
+    streams, buffers and gradients are restored, so that the training is the same bit for bit.
 
     Args:
         probe (`dict` or `list`):
-            The probe batch: one batch for all tasks, with `task_losses_func`; or a dict of one batch per task, whose
-            loss the model itself returns. With `data_collator`, a list of samples in place of each batch.
+            The probe batch: one batch for all tasks, with `task_losses_func`, or a dict with one batch per task, whose
+            loss the model returns. With `data_collator`, pass a list of samples in place of each batch.
         task_losses_func (`Callable`, *optional*):
-            `f(model, batch) -> dict` of one scalar loss per task.
+            `f(model, batch) -> dict` with one scalar loss per task.
         every_n_steps (`int`, *optional*, defaults to 10):
-            How often. Each time costs about as much as one training step per task.
+            Number of steps between measurements. Each measurement costs about as much as one training step per task.
         scope (`str`, *optional*):
-            Regular expression of the names of the parameters to look at; by default the trainable ones that more than
+            Regular expression for the names of the parameters to measure. By default the trainable ones that more than
             one task reaches.
         layerwise (`bool`, *optional*, defaults to `False`):
-            Record the incidence per layer too.
+            Whether to record the conflicts of each layer too.
         noise_floor (`bool`, *optional*, defaults to `False`):
-            Compare two halves of each task's batch too: how often noise alone makes gradients conflict. Needs
-            samples: the rows of a collated batch need not be samples.
+            Whether to compare two halves of each task's batch too. The result shows how often noise alone makes
+            gradients conflict. It needs samples, because the rows of a collated batch need not be samples.
         output_file (`str`, *optional*, defaults to `"gradient_conflicts.jsonl"`):
-            In the trainer's `output_dir`; empty for none.
-        data_collator (`Callable`, *optional*): makes a batch of a list of samples, once for the whole training.
+            Name of the file in the trainer's `output_dir`. An empty name writes none.
+        data_collator (`Callable`, *optional*):
+            Makes a batch of a list of samples, once for the whole training.
 
     Raises:
-        `ValueError`: if an argument is malformed, or `noise_floor` is given collated batches.
+        `ValueError`: If an argument is malformed, or `noise_floor` is given collated batches.
 
     Attributes:
-        recorder ([`ConflictRecorder`]): what was recorded; from the first measurement on.
+        recorder ([`ConflictRecorder`]):
+            The measurements, from the first one on.
 
-    To have the values in TensorBoard and Weights & Biases, add the callback with [`log_gradient_conflicts`]: those
-    callbacks come first, and pass on what they are given.
+    Usage:
 
-    Example:
+        ```python
+        from peft_ext.mtl import GradientConflictCallback, log_gradient_conflicts
 
-    ```py
-    probe = {"math": math_samples, "code": code_samples}
-    callback = GradientConflictCallback(probe, every_n_steps=10, noise_floor=True, data_collator=collator)
-    log_gradient_conflicts(trainer, callback)
-    trainer.train()
-    print(callback.recorder.summary())
-    ```
+        probe = {"math": math_samples, "code": code_samples}
+        callback = GradientConflictCallback(probe, every_n_steps=10, noise_floor=True, data_collator=collator)
+        log_gradient_conflicts(trainer, callback)  # so that TensorBoard and Weights & Biases show the values
+        trainer.train()
+        print(callback.recorder.summary())
+        ```
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class GradientConflictCallback(TrainerCallback):
     # ------------------------------------------------------------------ measuring
 
     def measure(self, model: nn.Module, args: Any, state: Any) -> None:
-        """Record the conflicts of the model as it is now."""
+        """Record the conflicts of the model in its present state."""
         # DDP's wrapper would average over processes by itself.
         bare: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         if any(is_sharded(parameter) for parameter in bare.parameters()):
@@ -207,11 +208,14 @@ class GradientConflictCallback(TrainerCallback):
 
 def log_gradient_conflicts(trainer: Any, callback: GradientConflictCallback) -> GradientConflictCallback:
     """
-    Add the callback to a trainer, ahead of those that report to TensorBoard, Weights & Biases and the like.
+    Add the callback to a trainer, ahead of the callbacks that report to TensorBoard, Weights & Biases and the like, so
+    that they report its values.
 
     Args:
-        trainer (`Trainer`): any trainer, before `train()`.
-        callback ([`GradientConflictCallback`]): the callback.
+        trainer (`Trainer`):
+            Any trainer, before `train()`.
+        callback ([`GradientConflictCallback`]):
+            The callback.
 
     Returns:
         The callback.

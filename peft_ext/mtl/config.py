@@ -21,49 +21,8 @@ GRANULARITIES = ("model", "layer")
 @dataclass
 class MTLArguments:
     """
-    The options themselves, to be mixed into an arguments class: [`MTLConfig`] for `Trainer`, `MTLSFTConfig` for TRL's
-    `SFTTrainer`.
-
-    Args:
-        mtl_method (`str`, *optional*, defaults to `"joint"`):
-            How the tasks' gradients are combined: `"joint"`, `"pcgrad"`, `"cagrad"`, `"graddrop"`, `"mgda"`,
-            `"imtl_g"`, `"nash_mtl"`, `"famo"`, or one of TorchJD's (`peft_ext.mtl.METHODS`).
-        mtl_method_kwargs (`dict` or `str`, *optional*):
-            The method's options, as a dict or JSON: `{"c": 0.4}` for CAGrad, `{"max_norm": 1.0}` for Nash-MTL.
-        task_names (`list[str]`, *optional*):
-            Names of the tasks, in the order of their numbers. By default the keys of the dict of training sets, or of
-            the first dict of losses.
-        task_column (`str`, *optional*, defaults to `"task_ids"`):
-            Column with the number of each sample's task.
-        task_sampling (`str`, *optional*, defaults to `"mixed"`):
-            How samples are drawn where every sample belongs to one task. Samples mixed within a batch: `"mixed"`
-            (equal shares, so that every step has every task), `"proportional"` (to the tasks' sizes) or
-            `"temperature"`. One task per micro-batch: `"homogeneous"` (every round of micro-batches has each task
-            once, in random order) or `"round_robin"` (in fixed order).
-        sampling_temperature (`float`, *optional*, defaults to 1.0):
-            For `"temperature"`: tasks are drawn with probability proportional to `size ** (1 / temperature)`.
-        shared_parameters (`str`, *optional*):
-            Regular expression searched for in the names of trainable parameters: those whose gradients are combined.
-            By default those that more than one task reaches; for a PEFT model, the adapter without `modules_to_save`.
-        gradient_reduction (`str`, *optional*, defaults to `"mean"`):
-            Scale of the combined gradient: `"mean"` (thesis, equations 6.5 and 6.6) or `"reference"` (published code).
-        jacobian_dtype (`str`, *optional*, defaults to `"float32"`):
-            Dtype in which each task's gradient is kept. Inner products are computed in float64.
-        task_loss_scale (`str`, *optional*, defaults to `"batch"`):
-            What `compute_task_losses_func` returns: `"batch"`, means over the micro-batch, which are weighted by its
-            share of the task's labels in the accumulation window; or `"window"`, sums already divided by the
-            `num_items_in_batch[task]` that it then receives.
-        conflict_logging_steps (`int`, *optional*, defaults to 1):
-            Record gradient conflicts every so many optimiser steps; 0 never. Free with every method but `"joint"` on
-            one input with several labels, which then pays one backward pass per task in those steps.
-        conflict_granularity (`str`, *optional*, defaults to `"model"`):
-            `"layer"` also records the incidence per layer.
-        conflict_file (`str`, *optional*, defaults to `"gradient_conflicts.jsonl"`):
-            File in `output_dir` with one line per recorded step; empty for none.
-        noise_floor_steps (`int`, *optional*, defaults to 0):
-            Every so many steps, compare the gradients of two halves of one task's batch, which shows how many
-            conflicts noise alone makes. Costs two more passes over the batch, whose samples are collated anew. These
-            steps' conflicts are recorded too. Not with FSDP2.
+    The options of multi-task training, to be mixed into a class of training arguments. [`MTLConfig`] explains them. It
+    mixes them into `TrainingArguments`, and [`MTLSFTConfig`] into TRL's `SFTConfig`.
     """
 
     mtl_method: str = field(default="joint", metadata={"help": "How the tasks' gradients are combined."})
@@ -132,13 +91,57 @@ class MTLArguments:
 @dataclass
 class MTLConfig(MTLArguments, TrainingArguments):
     """
-    `TrainingArguments` with the options of multi-task training; see [`MTLArguments`].
+    Arguments of [`MTLTrainer`]: transformers' `TrainingArguments`, and the following ones.
+
+    Args:
+        mtl_method (`str`, *optional*, defaults to `"joint"`):
+            How the gradients of the tasks are combined: `"joint"`, `"pcgrad"`, `"cagrad"`, `"graddrop"`, `"mgda"`,
+            `"imtl_g"`, `"nash_mtl"`, `"famo"`, or one of TorchJD's methods. `peft_ext.mtl.METHODS` lists them all.
+        mtl_method_kwargs (`dict` or `str`, *optional*):
+            Options of the method, as a dict or as JSON: `{"c": 0.4}` for CAGrad, `{"max_norm": 1.0}` for Nash-MTL.
+        task_names (`list[str]`, *optional*):
+            Names of the tasks, in the order of their numbers. By default the keys of the dict of training sets, or of
+            the first dict of losses.
+        task_column (`str`, *optional*, defaults to `"task_ids"`):
+            Name of the column that holds the number of each sample's task.
+        task_sampling (`str`, *optional*, defaults to `"mixed"`):
+            How samples are drawn if every sample belongs to one task. Three choices mix tasks within a batch:
+            `"mixed"` (equal shares, so that every step has every task), `"proportional"` (to the sizes of the tasks)
+            and `"temperature"`. Two choices give each micro-batch one task: `"homogeneous"` (each round of
+            micro-batches has each task once, in random order) and `"round_robin"` (in fixed order).
+        sampling_temperature (`float`, *optional*, defaults to 1.0):
+            With `task_sampling="temperature"`, tasks are drawn with probability proportional to
+            `size ** (1 / temperature)`.
+        shared_parameters (`str`, *optional*):
+            Regular expression for names of trainable parameters. The gradients of those that match are combined. By
+            default these are the parameters that more than one task reaches, and for a PEFT model the adapter without
+            `modules_to_save`.
+        gradient_reduction (`str`, *optional*, defaults to `"mean"`):
+            Scale of the combined gradient: `"mean"`, the scale of the mean gradient of the tasks, or `"reference"`,
+            the scale of the method's published code.
+        jacobian_dtype (`str`, *optional*, defaults to `"float32"`):
+            Dtype in which the gradient of each task is kept. Inner products are computed in float64.
+        task_loss_scale (`str`, *optional*, defaults to `"batch"`):
+            What `compute_task_losses_func` returns. `"batch"`: means over the micro-batch. Each is weighted by its
+            share of the task's labels in the accumulation window. `"window"`: sums that the function has divided by
+            the `num_items_in_batch[task]` that it receives.
+        conflict_logging_steps (`int`, *optional*, defaults to 1):
+            Record gradient conflicts every so many optimiser steps; 0 never does. Recording is free, except for
+            `"joint"` on inputs with several labels: there it costs one backward pass per task in those steps.
+        conflict_granularity (`str`, *optional*, defaults to `"model"`):
+            `"layer"` also records the conflicts of each layer.
+        conflict_file (`str`, *optional*, defaults to `"gradient_conflicts.jsonl"`):
+            Name of the file in `output_dir`, with one line per recorded step. An empty name writes none.
+        noise_floor_steps (`int`, *optional*, defaults to 0):
+            Every so many steps, compare the gradients of two halves of one task's batch; 0 never does. The result
+            shows how many conflicts come from noise alone. It costs two more passes over the batch, whose samples are
+            collated again. The conflicts of these steps are recorded too. Not available with FSDP2.
 
     Example:
 
-    ```py
-    >>> from peft_ext.mtl import MTLConfig
+        ```py
+        >>> from peft_ext.mtl import MTLConfig
 
-    >>> config = MTLConfig(output_dir="out", mtl_method="cagrad", mtl_method_kwargs={"c": 0.4})
-    ```
+        >>> config = MTLConfig(output_dir="out", mtl_method="cagrad", mtl_method_kwargs={"c": 0.4})
+        ```
     """

@@ -19,39 +19,40 @@ def relative_task_drop(
     reduction: str = "metrics",
 ) -> float:
     """
-    Relative task drop Δm % (Maninis et al. 2019; thesis, section 6.4.1): lower is better, negative is better than the
-    baseline.
+    Relative task drop Δm in percent. Lower is better; a negative value is better than the baseline.
 
-    Every metric contributes `(-1)^δ (M_b − M_s) / M_s` with δ = 1 where higher is better. The thesis prints the mean
-    over tasks of the mean over each task's metrics; its tables, and those of the papers it compares with, hold the
-    mean over all metrics. For nine NYUv2 metrics in three tasks the two differ by several points.
+    Paper: Maninis et al., [Attentive Single-Tasking of Multiple Tasks](https://arxiv.org/abs/1904.08918).
+
+    Every metric contributes `(-1)^δ (M_b − M_s) / M_s`, with δ = 1 where higher is better. Papers average in two ways,
+    which differ by several points on the nine metrics of NYUv2. Tables usually hold the mean over all metrics. Printed
+    formulas take the mean over tasks of the mean over the metrics of each task.
 
     Args:
         metrics (`dict[str, dict[str, float]]`):
             Per task, the value of each metric.
         baseline (`dict[str, dict[str, float]]`):
-            The same of single-task learning.
+            The same for single-task learning.
         higher_is_better (`dict`):
-            Per metric name `True` or `False`; or per task such a dict, where a name means something else in each.
+            `True` or `False` per metric name. Or one such dict per task, if a name means something else in each.
         reduction (`str`, *optional*, defaults to `"metrics"`):
-            `"metrics"`: mean over all metrics, as in the tables. `"tasks"`: over tasks of the mean over their metrics,
-            as in the printed formula.
+            `"metrics"`: the mean over all metrics, as in tables. `"tasks"`: the mean over tasks of the mean over their
+            metrics, as in the printed formula.
 
     Returns:
         Percent.
 
     Raises:
-        `ValueError`: if a metric is missing or not finite, a baseline is not above zero, or the reduction is
-        not known.
+        `ValueError`: If a metric is missing or not finite, a baseline is not above zero, or the reduction is not
+            known.
 
     Example:
 
-    ```py
-    >>> from peft_ext.mtl import relative_task_drop
+        ```py
+        >>> from peft_ext.mtl import relative_task_drop
 
-    >>> relative_task_drop({"seg": {"miou": 0.40}}, {"seg": {"miou": 0.50}}, {"miou": True})
-    19.999999999999996
-    ```
+        >>> relative_task_drop({"seg": {"miou": 0.40}}, {"seg": {"miou": 0.50}}, {"miou": True})
+        19.999999999999996
+        ```
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r} is not known; choose one of {', '.join(REDUCTIONS)}.")

@@ -21,31 +21,40 @@ from .edges import check_pairs
 
 class AttentionKnockout:
     """
-    Context manager: inside, the target of each pair does not attend to its source in the given layers.
+    Context manager that blocks attention. Inside it, the target of each pair cannot attend to the source in the given
+    layers.
 
-    The model's own mask (causal, padding, sliding window) stays as it is; edges are only taken away. The blocked
-    weights are exactly 0 and the rest of each row sums to 1. A row that loses all its edges adds nothing to the
-    residual stream, in every implementation. Several knockouts can be active at once. On exit, also after an
-    exception, nothing is left behind. Only calls of the thread that entered are knocked out, so run the model in it.
-    With flash or flex attention the decoder runs sdpa meanwhile (or eager, where it has no sdpa), in all threads.
+    Paper: Zhang et al., [Cross-modal Information Flow in Multimodal Large Language
+    Models](https://arxiv.org/abs/2411.18620).
+
+    The model's own mask (causal, padding, sliding window) is kept; edges are only removed. Blocked weights are exactly
+    0, and the rest of each row sums to 1. A row that loses all its edges adds nothing to the residual stream, in every
+    attention implementation. Several knockouts can be active at once. On exit, also after an exception, the model is
+    as it was. Only calls of the thread that entered the context are affected, so run the model in that thread. With
+    flash or flex attention, the decoder runs sdpa inside the context (or eager, if it has no sdpa), in all threads.
 
     Args:
-        model (`torch.nn.Module`): a decoder of transformers, with or without vision or PEFT adapters.
-        layers (`Sequence[int]`): layer numbers from 0; negative ones count from the end.
-        pairs (`list[tuple[torch.Tensor, torch.Tensor]]`): `(source, target)`, each bool `[batch, sequence]` over the
-            prompt. One row serves any batch; beams repeat rows.
-        generated (`str`, *optional*, defaults to `"follow"`): `"follow"`: a group that is the last position of the
-            prompt alone is taken over by each generated token. `"fixed"`: groups are of the prompt only.
-        answer_tokens (`int`, *optional*, defaults to 0): tokens that a call may carry after the prompt, such as a
-            given answer or the candidates of assisted generation. They count as generated.
+        model (`torch.nn.Module`):
+            A decoder of transformers, with or without a vision tower or PEFT adapters.
+        layers (`Sequence[int]`):
+            Layer numbers, counted from 0; negative numbers count from the end.
+        pairs (`list[tuple[torch.Tensor, torch.Tensor]]`):
+            `(source, target)`, each a bool mask `[batch, sequence]` over the prompt. A mask of one row serves any
+            batch. Beams repeat rows.
+        generated (`str`, *optional*, defaults to `"follow"`):
+            What happens to generated tokens. `"follow"`: each takes over the groups that hold only the last position
+            of the prompt. `"fixed"`: groups stay in the prompt.
+        answer_tokens (`int`, *optional*, defaults to 0):
+            Number of tokens that a call may carry after the prompt, such as a given answer or the candidates of
+            assisted generation. They count as generated.
 
     Raises:
-        `ValueError`: if the model lacks a part, or an argument is malformed; before anything is changed. During the
+        `ValueError`: If the model lacks a part or an argument is malformed, before anything is changed. During the
             forward pass, if the masks do not fit its inputs.
 
     Warns:
-        `UserWarning`: if the model has none of a pair's edges, so that nothing is blocked; on exit, if none of the
-            layers was called.
+        `UserWarning`: If the model has none of the edges of a pair, so that nothing is blocked. On exit, if none of
+            the layers was called.
 
     Example:
 

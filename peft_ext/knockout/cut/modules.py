@@ -23,25 +23,40 @@ MODULES = ("attention", "mlp")
 
 class ModuleKnockout:
     """
-    Context manager: inside, the attention or the MLP of the given layers adds nothing at the given positions.
+    Context manager that removes the output of modules. Inside it, the attention or the MLP of the given layers adds
+    nothing to the residual stream at the given positions.
 
-    Several can be active at once, with [`AttentionKnockout`] too. On exit, also after an exception, nothing is left
-    behind. Only calls of the thread that entered are knocked out, so run the model in it.
+    Several knockouts can be active at once, with [`AttentionKnockout`] too. On exit, also after an exception, the
+    model is as it was. Only calls of the thread that entered the context are affected, so run the model in that
+    thread.
 
     Args:
-        model (`torch.nn.Module`): a decoder of transformers, with or without vision or PEFT adapters.
-        layers (`Sequence[int]`): layer numbers from 0; negative ones count from the end.
-        positions (`torch.Tensor`): bool `[batch, sequence]` over the prompt. One row serves any batch.
-        module (`str`, *optional*, defaults to `"attention"`): `"attention"` (a in eq. 7.1) or `"mlp"` (f).
-        generated (`str`, *optional*, defaults to `"follow"`): as in [`AttentionKnockout`].
-        answer_tokens (`int`, *optional*, defaults to 0): as in [`AttentionKnockout`].
+        model (`torch.nn.Module`):
+            A decoder of transformers, with or without a vision tower or PEFT adapters.
+        layers (`Sequence[int]`):
+            Layer numbers, counted from 0; negative numbers count from the end.
+        positions (`torch.Tensor`):
+            Bool mask `[batch, sequence]` over the prompt. A mask of one row serves any batch.
+        module (`str`, *optional*, defaults to `"attention"`):
+            `"attention"` or `"mlp"`.
+        generated (`str`, *optional*, defaults to `"follow"`):
+            As in [`AttentionKnockout`].
+        answer_tokens (`int`, *optional*, defaults to 0):
+            As in [`AttentionKnockout`].
 
     Raises:
-        `ValueError`: if the model lacks a part, or an argument is malformed; before anything is changed. During the
+        `ValueError`: If the model lacks a part or an argument is malformed, before anything is changed. During the
             forward pass, if the positions do not fit its inputs.
 
     Warns:
-        `UserWarning`: on exit, if none of the layers was called.
+        `UserWarning`: On exit, if none of the layers was called.
+
+    Example:
+
+        ```py
+        >>> with ModuleKnockout(model, [4, 5], groups["last"], module="mlp"):
+        ...     logits = model(**inputs).logits
+        ```
     """
 
     def __init__(

@@ -35,16 +35,20 @@ COLUMNS = (
 @dataclass
 class FlowSample:
     """
-    One batch of prompts, often of one.
+    A batch of prompts, often of one, for [`layer_sweep`].
 
     Args:
-        inputs (`dict`): what the model is called with, as the processor returns it.
-        groups (`dict[str, torch.Tensor]`): token groups, bool `[batch, sequence]`, as
-            [`find_token_groups`] returns them.
-        answer_ids (`list[list[int]]`, *optional*): each row's answer in tokens. Left out, the answer is the token
-            that the model itself finds most probable, as in the thesis (section 7.4).
-        names (`list[str]`, *optional*): of the rows, unique in a data set, in the results' column `sample`.
-        info (`dict`, *optional*): more columns for the results, such as the task.
+        inputs (`dict`):
+            Arguments of the model, as the processor returns them.
+        groups (`dict[str, torch.Tensor]`):
+            Token groups, bool `[batch, sequence]`, as [`find_token_groups`] returns them.
+        answer_ids (`list[list[int]]`, *optional*):
+            Tokens of the answer of each row. By default the answer is the token that the model finds most probable, as
+            in the paper.
+        names (`list[str]`, *optional*):
+            Names of the rows, unique in a data set. They fill the column `sample` of the results.
+        info (`dict`, *optional*):
+            Further columns of the results, such as the task.
     """
 
     inputs: Mapping[str, Any]
@@ -57,11 +61,14 @@ class FlowSample:
 @dataclass
 class LazySample:
     """
-    A sample that is made when its turn comes: not by another process, nor if the results are there already.
+    A sample that is made only when it is needed. It is not made if another process runs it, or if its results are in
+    the output file already.
 
     Args:
-        name (`str`): the sample's name in the results.
-        make (`Callable`): returns the [`FlowSample`], or `None` to leave it out.
+        name (`str`):
+            Name of the sample in the results.
+        make (`Callable`):
+            Returns the [`FlowSample`], or `None` to leave it out.
     """
 
     name: str

@@ -46,40 +46,57 @@ def find_token_groups(
     image_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Tensor]:
     """
-    Find the groups of tokens that information flows between (thesis, sections 7.4, 7.6, E.6).
+    Find the groups of tokens between which information flows: image, text, last position, parts of the question, and
+    patches of objects.
+
+    Paper: Zhang et al., [Cross-modal Information Flow in Multimodal Large Language
+    Models](https://arxiv.org/abs/2411.18620).
 
     Args:
-        processor (`ProcessorMixin`): that made the inputs; for text models their tokenizer.
-        inputs (`dict`): its output, with `input_ids` `[batch, sequence]`, padded on either side.
-        image (*optional*): the image, or a list with one per row: PIL, array, or `(width, height)`. With `boxes`.
-        spans (`dict[str, str | list[str]]`, *optional*): phrases by the name of their group, or a list with one such
-            dict per row. `true_option`, `false_option`, `options` and `objects` are looked for inside the question,
-            other names everywhere. Words are matched whole: as they are written if they are there so, otherwise in
-            another case, otherwise in a compatible spelling or as a plural in -s or -es. Of equal matches those after
-            the image come first. A part of the question avoids longer ones: in "Is it light blue or blue?" the option
-            `blue` is the second one.
-        boxes (`list`, *optional*): boxes of the related objects, four numbers each in the image's pixels, or a list
-            with one such list per row.
-        box_format (`str`, *optional*, defaults to `"xywh"`): left, top, width, height; or `"xyxy"`.
-        threshold (`float`, *optional*): a patch is related if the boxes cover more than this share of it. By default
-            one covered pixel is enough.
-        occurrence (`str`, *optional*, defaults to `"first"`): of a phrase that comes several times take the `"first"`,
-            as the thesis's code does, or `"all"` that match as well as the best one.
-        norms (`torch.Tensor`, *optional*): float `[batch, sequence]`, see [`image_token_norms`]. Patches above
-            `max_norm` are then left out of the related and the other patches (appendix E.10).
-        max_norm (`float`, *optional*, defaults to 57): the thesis's threshold for LLaVA-1.5.
-        image_options (`dict`, *optional*): what the processor was called with for images, such as `do_pad=True`.
+        processor (`ProcessorMixin`):
+            The processor that made the inputs; for text models, their tokenizer.
+        inputs (`dict`):
+            Output of the processor, with `input_ids` `[batch, sequence]`, padded on either side.
+        image (`PIL.Image.Image`, array or `tuple[int, int]`, *optional*):
+            The image or its `(width, height)`, or a list with one per row. Needed with `boxes`.
+        spans (`dict[str, str | list[str]]`, *optional*):
+            Phrases by the name of their group, or a list with one such dict per row. `true_option`, `false_option`,
+            `options` and `objects` are searched inside the question, other names everywhere. Whole words are matched:
+            as they are written, otherwise in another case, otherwise in a compatible spelling or as a plural in -s or
+            -es. Of equal matches, those after the image come first. A part of the question avoids longer parts: in "Is
+            it light blue or blue?" the option `blue` is the second one.
+        boxes (`list`, *optional*):
+            Boxes of the related objects, four numbers each in pixels of the image, or a list with one such list per
+            row.
+        box_format (`str`, *optional*, defaults to `"xywh"`):
+            `"xywh"` (left, top, width, height) or `"xyxy"`.
+        threshold (`float`, *optional*):
+            A patch counts as related if the boxes cover more than this share of it. By default one covered pixel is
+            enough.
+        occurrence (`str`, *optional*, defaults to `"first"`):
+            Which match to take if a phrase occurs several times: the `"first"`, as the published code does, or `"all"`
+            that match as well as the best one.
+        norms (`torch.Tensor`, *optional*):
+            Norms of the patches, float `[batch, sequence]`, from [`image_token_norms`]. Patches above `max_norm` are
+            then left out of the related and the other patches.
+        max_norm (`float`, *optional*, defaults to 57):
+            The threshold for `norms`. The default suits LLaVA-1.5.
+        image_options (`dict`, *optional*):
+            Options for images that the processor was called with, such as `do_pad=True`.
 
     Returns:
-        `dict[str, torch.Tensor]`: bool `[batch, sequence]` by name. `text` (neither image nor padding) and `last` (the
-            last attended token) always; `image` (with newlines) and `newline` where there are such tokens; the spans;
-            `options` (both), `question_without_options` and `question_without_objects`; with boxes `related_patches`
-            and `other_patches`; with norms `high_norm_patches`. A derived group that would be empty in some row is
-            left out.
+        `dict[str, torch.Tensor]`: Bool masks `[batch, sequence]` by name.
+
+        - Always: `text` (neither image nor padding) and `last` (the last attended token).
+        - If there are such tokens: `image` (with newlines) and `newline`.
+        - The spans, and derived from them `options` (both), `question_without_options` and `question_without_objects`.
+        - With `boxes`: `related_patches` and `other_patches`. With `norms`: `high_norm_patches`.
+
+        A derived group that would be empty in some row is left out.
 
     Raises:
-        `ValueError`: naming the argument, the value and the remedy, if something is malformed, a phrase or a box is
-            not there, two phrases come out as the same tokens, or the processor's cropping leaves nothing of a box.
+        `ValueError`: If an argument is malformed, a phrase or a box is not found, two phrases match the same tokens,
+            or the processor's cropping removes a whole box. The message names the argument, the value and the remedy.
     """
     tokens = inputs.get("input_ids") if hasattr(inputs, "get") else None
     if not isinstance(tokens, Tensor) or tokens.dim() != 2 or 0 in tokens.shape:

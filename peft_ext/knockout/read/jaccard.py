@@ -42,29 +42,44 @@ def topk_jaccard(
     info: Mapping[str, Any] | None = None,
 ) -> list[Record]:
     """
-    Knock out modules at some positions, or pairs of groups, in a window of each layer, and compare the words that are
-    read from these positions after the last layer with those of the model as it is: |A ∩ B| / |A ∪ B|.
+    Knock out modules at some positions, or pairs of token groups, in a window of each layer. Then compare the `k`
+    words that are read from these positions after the last layer with those of the unchanged model:
+    `|A ∩ B| / |A ∪ B|`.
+
+    Paper: Zhang et al., [Cross-modal Information Flow in Multimodal Large Language
+    Models](https://arxiv.org/abs/2411.18620), appendix.
 
     Args:
-        model (`torch.nn.Module`): a decoder of transformers.
-        inputs (`dict`): what it is called with.
-        positions (`torch.Tensor`): bool `[batch, sequence]`, Q: usually the question.
-        modules (`list[str]`, *optional*): `"attention"` and/or `"mlp"`, knocked out at the positions (E.4).
-        pairs (`dict[str, tuple[torch.Tensor, torch.Tensor]]`, *optional*): by name `(source, target)` (E.7; its text
-            says question → question, its figure image → question).
-        window (`int`, *optional*, defaults to 9), mode (`str`, *optional*): see [`windows`]. By default `"forward"`
-            for modules and `"centred"` for pairs, as in the thesis.
-        k (`int`, *optional*, defaults to 10): words per position.
-        pooled (`str`, *optional*, defaults to `"tokens"`): what a set holds: the `"tokens"` of all positions, or pairs
-            of `"positions"` and tokens. The thesis does not say.
-        engine (`str`, *optional*, defaults to `"auto"`): as in [`layer_sweep`].
-        names (`list[str]`, *optional*), info (`dict`, *optional*): for the records.
+        model (`torch.nn.Module`):
+            A decoder of transformers.
+        inputs (`dict`):
+            Arguments of the model.
+        positions (`torch.Tensor`):
+            Positions to read, bool `[batch, sequence]`: usually the question.
+        modules (`list[str]`, *optional*):
+            `"attention"` and/or `"mlp"`, knocked out at the positions.
+        pairs (`dict[str, tuple[torch.Tensor, torch.Tensor]]`, *optional*):
+            Pairs `(source, target)` by name.
+        window (`int`, *optional*, defaults to 9):
+            Number of layers per window.
+        mode (`str`, *optional*):
+            `"centred"` or `"forward"`; see [`windows`]. By default `"forward"` for modules and `"centred"` for pairs.
+        k (`int`, *optional*, defaults to 10):
+            Number of words per position.
+        pooled (`str`, *optional*, defaults to `"tokens"`):
+            What a set holds: the `"tokens"` of all positions, or pairs of `"positions"` and tokens.
+        engine (`str`, *optional*, defaults to `"auto"`):
+            As in [`layer_sweep`].
+        names (`list[str]`, *optional*):
+            Names of the rows, for the column `sample`.
+        info (`dict`, *optional*):
+            Further columns of the records.
 
     Returns:
-        `list[dict]`: one record per row, intervention and layer, with `sample`, `intervention`, `layer`, `jaccard`.
+        `list[dict]`: One record per row, intervention and layer, with `sample`, `intervention`, `layer`, `jaccard`.
 
     Raises:
-        `ValueError`: naming the argument, if one is malformed.
+        `ValueError`: If an argument is malformed; the message names it.
     """
     architecture = inspect_model(model)
     positions = check_mask(positions, "positions")

@@ -21,13 +21,16 @@ from ..sweep.records import Record
 @torch.no_grad()
 def residual_stream(model: nn.Module, inputs: Mapping[str, Any], positions: Tensor | None = None) -> Tensor:
     """
-    The states at one position of each row: before the first layer and after each one, all before the final norm
-    (unlike transformers' `hidden_states`, whose last entry is normed).
+    States at one position of each row, before the first layer and after each layer. All are taken before the final
+    norm, unlike the last entry of transformers' `hidden_states`.
 
     Args:
-        model (`torch.nn.Module`): a decoder of transformers.
-        inputs (`dict`): what it is called with.
-        positions (`torch.Tensor`, *optional*): int64 `[batch]`; by default the last attended token of each row.
+        model (`torch.nn.Module`):
+            A decoder of transformers.
+        inputs (`dict`):
+            Arguments of the model.
+        positions (`torch.Tensor`, *optional*):
+            Position per row, int64 `[batch]`. By default the last attended token.
 
     Returns:
         `torch.Tensor`: `[layers + 1, batch, D]`, on the CPU.
@@ -57,12 +60,17 @@ def residual_stream(model: nn.Module, inputs: Mapping[str, Any], positions: Tens
 
 class RidgeLens:
     """
-    A tuned lens: for each layer an affine map, fitted by ridge regression in closed form, from the state at the last
-    position to what it is after the last layer.
+    A tuned lens: one affine map per layer, from the state at the last position to the state after the last layer. It
+    is fitted in closed form by ridge regression.
+
+    Paper: Belrose et al., [Eliciting Latent Predictions from Transformers with the Tuned
+    Lens](https://arxiv.org/abs/2303.08112), which fits the maps by gradient descent instead.
 
     Args:
-        weight (`torch.Tensor`): float32 `[layers + 1, D, D]`.
-        bias (`torch.Tensor`): float32 `[layers + 1, D]`.
+        weight (`torch.Tensor`):
+            Float32 `[layers + 1, D, D]`.
+        bias (`torch.Tensor`):
+            Float32 `[layers + 1, D]`.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
@@ -78,10 +86,18 @@ class RidgeLens:
         cls, model: nn.Module, batches: Iterable[Mapping[str, Any]], ridge: float = 1e-2, progress: bool = True
     ) -> RidgeLens:
         """
-        Fit on prompts, of which there should be more than D; not those that are read with the lens afterwards.
+        Fit the lens on prompts. Use more than `D` prompts, and others than those that you read with the lens
+        afterwards.
 
         Args:
-            ridge (`float`, *optional*, defaults to 0.01): the penalty, relative to the states' mean variance.
+            model (`torch.nn.Module`):
+                A decoder of transformers.
+            batches (`Iterable[dict]`):
+                Arguments of the model, batch by batch.
+            ridge (`float`, *optional*, defaults to 0.01):
+                Penalty, relative to the mean variance of the states.
+            progress (`bool`, *optional*, defaults to `True`):
+                Whether to show a progress bar.
         """
         if not ridge > 0:
             raise ValueError(f"ridge is {ridge!r}: must be greater than 0.")
@@ -119,7 +135,7 @@ class RidgeLens:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RidgeLens:
-        """Read what [`RidgeLens.save`] wrote."""
+        """Read a file that [`RidgeLens.save`] wrote."""
         tensors = load_file(path)
         return cls(tensors["weight"], tensors["bias"])
 
@@ -136,26 +152,36 @@ def answer_probability_by_layer(
     info: Mapping[str, Any] | None = None,
 ) -> list[Record]:
     """
-    The probability of some words at the last position, read after each layer (thesis, section 7.7).
+    Read the probability of some words at the last position after each layer.
+
+    Paper: Zhang et al., [Cross-modal Information Flow in Multimodal Large Language
+    Models](https://arxiv.org/abs/2411.18620).
 
     Args:
-        model (`torch.nn.Module`): a decoder of transformers.
-        inputs (`dict`): what it is called with.
-        tokens (`dict[str, int | list[int]]`): by a word's name its first token, or one per row, see
-            [`answer_tokens`].
-        norm (`bool`, *optional*, defaults to `True`): whether the final norm comes before the output embeddings, as in
-            the model. `False` is eq. 7.8 as the thesis writes it.
-        lens ([`RidgeLens`], *optional*): applied to the states first.
-        positions (`torch.Tensor`, *optional*): int64 `[batch]`; by default the last attended token of each row.
-        names (`list[str]`, *optional*): of the rows, for the column `sample`.
-        info (`dict`, *optional*): more columns.
+        model (`torch.nn.Module`):
+            A decoder of transformers.
+        inputs (`dict`):
+            Arguments of the model.
+        tokens (`dict[str, int | list[int]]`):
+            Per name of a word, its first token, or one token per row. [`answer_tokens`] makes this dict.
+        norm (`bool`, *optional*, defaults to `True`):
+            Whether to apply the final norm before the output embeddings, as the model does. `False` follows equation
+            7.8 of Zhi Zhang's thesis, which has no norm.
+        lens ([`RidgeLens`], *optional*):
+            A lens to apply to the states first.
+        positions (`torch.Tensor`, *optional*):
+            Position to read per row, int64 `[batch]`. By default the last attended token.
+        names (`list[str]`, *optional*):
+            Names of the rows, for the column `sample`.
+        info (`dict`, *optional*):
+            Further columns of the records.
 
     Returns:
-        `list[dict]`: one record per row, word and layer, with `sample`, `word`, `token_id`, `layer` (0 is before the
-            first layer) and `probability`.
+        `list[dict]`: One record per row, word and layer, with `sample`, `word`, `token_id`, `layer` (0 is before the
+        first layer) and `probability`.
 
     Raises:
-        `ValueError`: naming the argument, if one is malformed.
+        `ValueError`: If an argument is malformed; the message names it.
     """
     architecture = inspect_model(model)
     batch = len(inputs["input_ids"])
@@ -211,17 +237,22 @@ def _check_tokens(tokens: Any, batch: int, vocabulary: int) -> dict[str, list[in
 
 def answer_tokens(tokenizer: Any, answer: str, like: int | None = None, **others: str) -> dict[str, int]:
     """
-    First tokens of an answer with an upper- and a lower-case initial, and of other words, such as the options.
+    Find the first token of an answer, with an upper-case and with a lower-case initial, and of other words, such as
+    the options.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): of the model.
-        answer (`str`): the answer.
-        like (`int`, *optional*): a token that the model says, which tells whether its answers begin with a space.
-        others (`str`): more words by their names; those whose first token is that of the answer are left out, since
-            their probability would be the answer's.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Tokenizer of the model.
+        answer (`str`):
+            The answer.
+        like (`int`, *optional*):
+            A token that the model has answered. It tells whether the model's answers begin with a space.
+        **others (`str`):
+            Further words by their names. Words whose first token is that of the answer are left out, because their
+            probability would be the answer's.
 
     Raises:
-        `ValueError`: for a word without tokens.
+        `ValueError`: If a word has no tokens.
     """
     words = {"capitalized": answer[:1].upper() + answer[1:], "noncapitalized": answer[:1].lower() + answer[1:]}
     found = {name: first_token(tokenizer, word, like) for name, word in words.items()}

@@ -84,49 +84,56 @@ def lmar(
     progress: bool = False,
 ) -> ModalityAttention:
     """
-    Measure LMAR of a vision-language model, with or without adapters.
+    Measure the layer-wise modality attention ratio (LMAR) of a vision-language model, with or without adapters:
+    attention on visual tokens divided by attention on text tokens, per layer.
 
-    The prompt but for its last token runs with the model's own attention and fills a cache; then single tokens run
-    with eager attention, whose rows are what is measured. So no map of tokens × tokens is ever made.
+    Paper: Bi et al., [LLaVA Steering](https://arxiv.org/abs/2412.12359), equation 2. The paper leaves several choices
+    open; each is an argument here.
+
+    The prompt without its last token runs with the model's own attention and fills a cache. Then single tokens run
+    with eager attention, and their rows are measured. No attention map of tokens × tokens is ever made.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
-            In eval mode.
+            The model, in eval mode.
         batches (iterable of `dict`):
-            What the model is called with: `input_ids` `[batch, tokens]`, `attention_mask`, `pixel_values` and so on,
-            without labels; padded on the left, if at all.
+            Arguments of the model: `input_ids` `[batch, tokens]`, `attention_mask`, `pixel_values` and so on, without
+            labels. Padding must be on the left.
         reduction (`str`, *optional*, defaults to `"mean"`):
-            Attention on a modality is the `"mean"` over its tokens (as below eq. 2), or the `"sum"` (as for fig. 1),
-            which grows with the number of tokens.
+            How attention on a modality is computed from that on its tokens: their `"mean"`, or their `"sum"`, which
+            grows with the number of tokens.
         heads (`str`, *optional*, defaults to `"mean"`):
-            `"mean"` over heads, then the ratio; or the `"ratio"` of each head, then the mean, to which heads that
-            ignore text contribute very large numbers.
+            `"mean"`: average over heads, then take the ratio. `"ratio"`: take the ratio of each head, then average.
+            Heads that ignore text contribute very large numbers to the latter.
         queries (`str`, *optional*, defaults to `"first"`):
-            Whose attention: `"first"`, the last prompt token, which decides the first output token; `"generated"`,
-            also each token then generated greedily but the last, averaged.
+            Whose attention is measured. `"first"`: that of the last prompt token, which decides the first output
+            token. `"generated"`: also that of each greedily generated token except the last, averaged.
         max_new_tokens (`int`, *optional*, defaults to 16):
-            Output tokens with `queries="generated"`. An end-of-sequence token does not stop: every sample has as many.
+            Number of output tokens with `queries="generated"`. An end-of-sequence token does not stop generation, so
+            that all samples have as many.
         system (`str`, *optional*, defaults to `"exclude"`):
-            Tokens before the first visual one (system prompt, template, beginning of sequence). Eq. 1 names them
-            apart from text, so they count as neither; `"text"` counts them as text. The beginning of the sequence
-            often draws most of the attention, so this matters.
+            What tokens before the first visual token count as (system prompt, template, beginning of sequence).
+            `"exclude"`: neither image nor text, as equation 1 has it. `"text"`: text. The beginning of the sequence
+            often gets most of the attention, so this matters.
         count_generated (`bool`, *optional*, defaults to `False`):
             Whether generated tokens count as text when later ones attend to them.
         average (`str`, *optional*, defaults to `"ratios"`):
-            Mean over samples of `"ratios"` (eq. 2), or ratio of the `"means"`.
+            Average over samples: of their `"ratios"` (equation 2), or of attention first, then the ratio of the
+            `"means"`.
         visual_token_ids (iterable of `int`, *optional*):
-            Placeholders of visual tokens in `input_ids`; by default those of the model's config.
+            Placeholders of visual tokens in `input_ids`. By default those of the model's config.
         engine (`str`, *optional*, defaults to `"step"`):
-            `"full"` runs the whole prompt eagerly. Needed where a prompt's tokens attend to later ones (PaliGemma), a
-            prompt ends in an image, or MoReS steers text, whose last tokens the shorter prompt would not have.
-        progress (`bool`, *optional*, defaults to `False`): whether to show a progress bar.
+            `"full"` runs the whole prompt with eager attention. Use it if tokens of a prompt attend to later ones
+            (PaliGemma), if a prompt ends in an image, or if MoReS steers text.
+        progress (`bool`, *optional*, defaults to `False`):
+            Whether to show a progress bar.
 
     Returns:
-        [`ModalityAttention`]
+        [`ModalityAttention`]: The measured attention. Its `ratio` is LMAR per layer.
 
     Raises:
-        `ValueError`: for unknown choices, training mode, right padding, a sample without visual or text tokens, or
-            what `engine="step"` cannot measure.
+        `ValueError`: If a choice is not known, the model is in training mode, padding is on the right, a sample has no
+            visual or no text tokens, or `engine="step"` cannot measure the model.
     """
     given = {
         "reduction": reduction,

@@ -15,16 +15,19 @@ def plot_modality(
     trained_parameters: Mapping[str, int] | None = None,
 ) -> None:
     """
-    Draw the paper's figures 1 and 2 for several methods: the share of attention that visual tokens get per layer,
-    LMAR per layer, and the mean share against the number of trained parameters.
+    Draw figures 1 and 2 of the LLaVA Steering paper for several methods: the share of attention on visual tokens per
+    layer, LMAR per layer, and the mean share against the number of trained parameters.
 
     Args:
-        results (`dict[str, ModalityAttention]`): by the methods' names, of models with the same number of layers.
-        path (`str`): the PNG to write; the numbers go into a CSV of the same name beside it.
-        trained_parameters (`dict[str, int]`, *optional*): per method; without it the third panel is left out.
+        results (`dict[str, ModalityAttention]`):
+            Results of [`lmar`] by the name of the method, from models with the same number of layers.
+        path (`str`):
+            File of the PNG. The numbers go into a CSV of the same name beside it.
+        trained_parameters (`dict[str, int]`, *optional*):
+            Number of trained parameters per method. Without it the third panel is left out.
 
     Raises:
-        `ValueError`: if there is nothing to draw, or a method's number of trained parameters is missing.
+        `ValueError`: If there is nothing to draw, or the number of trained parameters of a method is missing.
     """
     if not results:
         raise ValueError("results is empty; pass at least one method's result of lmar().")

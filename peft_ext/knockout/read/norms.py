@@ -20,20 +20,25 @@ SITES = ("vision", "decoder")
 @torch.no_grad()
 def image_token_norms(model: nn.Module, inputs: Mapping[str, Any], image_tokens: Tensor, at: str = "vision") -> Tensor:
     """
-    The Euclidean norm of each image token's features.
+    Euclidean norm of the features of each image token.
 
     Args:
-        model (`torch.nn.Module`): a vision-language model of transformers.
-        inputs (`dict`): what it is called with.
-        image_tokens (`torch.Tensor`): bool `[batch, sequence]`, the group `image`.
-        at (`str`, *optional*, defaults to `"vision"`): `"vision"`: what enters the connector, where the outliers of
-            Darcet et al. are; `"decoder"`: what enters the decoder. The thesis does not say which it uses.
+        model (`torch.nn.Module`):
+            A vision-language model of transformers.
+        inputs (`dict`):
+            Arguments of the model.
+        image_tokens (`torch.Tensor`):
+            The group `image`, bool `[batch, sequence]`.
+        at (`str`, *optional*, defaults to `"vision"`):
+            Where to read the features. `"vision"`: the input of the connector, which has the outliers of Darcet et
+            al., [Vision Transformers Need Registers](https://arxiv.org/abs/2309.16588). `"decoder"`: the input of the
+            decoder.
 
     Returns:
-        `torch.Tensor`: float32 `[batch, sequence]`, 0 for other tokens.
+        `torch.Tensor`: Float32 `[batch, sequence]`, 0 for other tokens.
 
     Raises:
-        `ValueError`: if the features at this place are not one per image token, as before a connector that merges
+        `ValueError`: If there is not one feature per image token at this place, as before a connector that merges
             patches or adds newlines.
     """
     if at not in SITES:

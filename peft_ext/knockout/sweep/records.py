@@ -107,10 +107,15 @@ class RecordFile:
 
 def read_records(path: str | os.PathLike[str]) -> list[Record]:
     """
-    A sweep's results, of a line that was cut off all but that line. Ready for `pandas.DataFrame(records)`.
+    Read the results of a sweep. A last line that was cut off is ignored. Pass the records to
+    `pandas.DataFrame(records)` for a table.
+
+    Args:
+        path (`str`):
+            The file.
 
     Raises:
-        `ValueError`: naming the line, if the file holds something else.
+        `ValueError`: If the file holds something else; the message names the line.
     """
     return _read(Path(path))
 

@@ -42,35 +42,57 @@ def layer_sweep(
     progress: bool = True,
 ) -> list[Record]:
     """
-    Block each pair of groups in a window around each layer, and measure what the answer's probability loses:
-    `change_percent` = (p₂ − p₁) / p₁ · 100 (thesis, section 7.4). It is a ratio per sample; average it over samples.
+    Block each pair of token groups in a window around each layer, and measure how the probability `p` of the answer
+    changes: `change_percent` is `(p_blocked − p_clean) / p_clean · 100`. It is a ratio per sample; average it over
+    samples.
+
+    Paper: Zhang et al., [Cross-modal Information Flow in Multimodal Large Language
+    Models](https://arxiv.org/abs/2411.18620).
 
     Args:
-        model (`torch.nn.Module`): a decoder of transformers, in eval mode.
-        samples (`Iterable[FlowSample]`): the data set; [`LazySample`]s are made when their turn comes.
-        pairs (`list[str]`): `"source:target"`, names of groups: the target may not attend to the source.
-        window (`int`, *optional*, defaults to 9): layers per window.
-        mode (`str`, *optional*, defaults to `"centred"`): `"centred"` or `"forward"`, see [`windows`].
-        engine (`str`, *optional*, defaults to `"auto"`): `"full"`, `"suffix"` or `"packed"`, or `"auto"` for the
-            fastest that is exact. All pairs of a sample share one clean pass.
-        answer_token (`str` or `int`, *optional*, defaults to `"first"`): the answer's sub-word whose probability is
-            read: `"first"`, `"last"` (appendix E.3) or its number. The sub-words before it are given.
-        layers (`Sequence[int]`, *optional*): report these layers only.
-        output (`str`, *optional*): a file for the results, one JSON object per line, written sample by sample. If it
-            is there already, samples that it holds are not run again.
-        self_check (`bool`, *optional*, defaults to `True`): compare the first sample's largest change of each pair
-            with the full engine, and fall back to a slower engine with a warning where they differ.
-        progress (`bool`, *optional*, defaults to `True`): show a progress bar.
+        model (`torch.nn.Module`):
+            A decoder of transformers, in eval mode.
+        samples (`Iterable[FlowSample]`):
+            The data set. A [`LazySample`] is made when it is needed.
+        pairs (`list[str]`):
+            Pairs of group names, `"source:target"`. The target may not attend to the source.
+        window (`int`, *optional*, defaults to 9):
+            Number of layers per window.
+        mode (`str`, *optional*, defaults to `"centred"`):
+            `"centred"` or `"forward"`; see [`windows`].
+        engine (`str`, *optional*, defaults to `"auto"`):
+            `"full"`, `"suffix"` or `"packed"`. `"auto"` takes the fastest that is exact. All pairs of a sample share
+            one clean pass.
+        answer_token (`str` or `int`, *optional*, defaults to `"first"`):
+            Sub-word of the answer whose probability is read: `"first"`, `"last"` or its number. The sub-words before
+            it are part of the input.
+        layers (`Sequence[int]`, *optional*):
+            Layers to report; by default all.
+        output (`str`, *optional*):
+            File for the results, one JSON object per line, written sample by sample. Samples that the file holds
+            already are not run again.
+        self_check (`bool`, *optional*, defaults to `True`):
+            Whether to compare the largest change of each pair of the first sample with the full engine. If they
+            differ, a slower engine is used, with a warning.
+        progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar.
 
     Returns:
-        `list[dict]`: one record per sample, pair and layer, with `sample`, `pair`, `source`, `target`, `layer`,
-            `window_start`, `window_end` (exclusive), `base_probability`, `probability`, `change_percent`, `answer_id`,
-            the settings, the engine that was used, and the samples' `info`. Under accelerate's launcher each process
-            takes its share of the samples; with `output` all of them return all records.
+        `list[dict]`: One record per sample, pair and layer, with `sample`, `pair`, `source`, `target`, `layer`,
+        `window_start`, `window_end` (exclusive), `base_probability`, `probability`, `change_percent`, `answer_id`, the
+        settings, the engine that was used, and the samples' `info`. Under accelerate's launcher each process runs its
+        share of the samples; with `output` all processes return all records.
 
     Raises:
-        `ValueError`: if an argument or a sample is malformed, naming it; or if `engine` is a fast one that would not
-            be exact, as with PaliGemma's bidirectional prefix.
+        `ValueError`: If an argument or a sample is malformed; the message names it. If `engine` is a fast one that
+            would not be exact, as with PaliGemma's bidirectional prefix.
+
+    Example:
+
+        ```py
+        >>> records = layer_sweep(model, [FlowSample(inputs, groups)], ["image:question", "question:last"])
+        >>> plot_sweep(records, "sweep.png")
+        ```
     """
     architecture = inspect_model(model)
     named = parse_pairs(pairs)

@@ -26,14 +26,16 @@ def windows(num_layers: int, size: int = 9, mode: str = "centred") -> list[Windo
     One window per layer, clipped to the model.
 
     Args:
-        num_layers (`int`): L.
-        size (`int`, *optional*, defaults to 9): k, layers per window. The thesis uses 9 (section 7.5), its code 7 for
-            models of 32 layers.
-        mode (`str`, *optional*, defaults to `"centred"`): `"centred"` on the layer (section 7.5; of an even window
-            the larger half comes before), or `"forward"` from the layer on (appendix E.4).
+        num_layers (`int`):
+            Number of layers of the model.
+        size (`int`, *optional*, defaults to 9):
+            Number of layers per window. The paper uses 9; its code uses 7 for models of 32 layers.
+        mode (`str`, *optional*, defaults to `"centred"`):
+            `"centred"`: around the layer; the larger half of an even window comes before it. `"forward"`: from the
+            layer on.
 
     Raises:
-        `ValueError`: if `size` or `num_layers` is less than 1, or `mode` is neither.
+        `ValueError`: If `size` or `num_layers` is less than 1, or `mode` is neither.
     """
     for name, value in (("num_layers", num_layers), ("window", size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -36,13 +36,15 @@ def make_aggregator(method: str, num_tasks: int, /, **kwargs: Any) -> Aggregator
     Build an aggregator by name.
 
     Args:
-        method (`str`): one of `METHODS`.
-        num_tasks (`int`): number of tasks.
-        **kwargs: the method's options, and `reduction` and `seed`; see [`Aggregator`].
+        method (`str`):
+            One of `METHODS`.
+        num_tasks (`int`):
+            Number of tasks.
+        **kwargs: Options of the method, and `reduction` and `seed` of [`Aggregator`].
 
     Raises:
-        `ValueError`: if the method is not known or does not have such an option.
-        `ImportError`: if the method comes from TorchJD, which is not installed.
+        `ValueError`: If the method is not known, or has no such option.
+        `ImportError`: If the method comes from TorchJD, which is not installed.
     """
     if method in TORCHJD_METHODS:
         if method == "constant":  # the only one with weights per task

@@ -38,23 +38,27 @@ class Step:
 
 class Aggregator:
     """
-    Combines the gradients of several tasks into one direction.
+    Base class of the methods that combine the gradients of several tasks into one direction.
 
-    Most methods are a weight per task that follows from the Gramian alone: they implement `solve`. Methods that look
-    at single coordinates set `needs_rows` and implement `combine`.
+    Most methods compute one weight per task from the Gramian (the inner products of the gradients). They implement
+    `solve`. Methods that look at single coordinates set `needs_rows` and implement `combine`.
 
     Args:
         reduction (`str`, *optional*, defaults to `"mean"`):
-            `"mean"`: the scale of the mean of the tasks' gradients, as in equations 6.5 and 6.6 of the thesis.
-            `"reference"`: the scale of the method's published code. MGDA, IMTL-G, Nash-MTL and FAMO fix their scale
-            themselves, so that it makes no difference to them.
+            `"mean"`: the direction has the scale of the mean of the tasks' gradients. `"reference"`: it has the scale
+            of the method's published code. It makes no difference to MGDA, IMTL-G, Nash-MTL and FAMO, which define
+            their scale themselves.
         seed (`int`, *optional*, defaults to 0):
-            Of the method's own random stream. The global one is never touched: dropout must not depend on the method.
+            Seed of the method's own random stream. The global stream is never used, so that dropout does not depend on
+            the method.
 
     Attributes:
-        needs_rows: whether the whole gradients are needed, not only their Gramian.
-        weights_heads: whether the weights apply to the parameters of a single task too.
-        needs_feedback: whether `feedback` wants the losses after the optimiser's step.
+        needs_rows (`bool`):
+            Whether the method needs the whole gradients, not only their Gramian.
+        weights_heads (`bool`):
+            Whether the weights apply to the parameters of a single task too.
+        needs_feedback (`bool`):
+            Whether `feedback` needs the losses after the optimiser's step.
     """
 
     needs_rows: ClassVar[bool] = False
@@ -68,15 +72,17 @@ class Aggregator:
         self.generator = torch.Generator().manual_seed(seed)
 
     def solve(self, gramian: Array, step: Step) -> Array:
-        """Weights of the active tasks, `[active]`, at the scale of `reduction`; `gramian` is theirs alone."""
+        """
+        Weights `[active]` of the active tasks, at the scale of `reduction`, from their Gramian `[active, active]`.
+        """
         raise NotImplementedError
 
     def combine(self, rows: Tensor, step: Step) -> Tensor:
-        """Direction `[parameters]` from the rows `[active, parameters]` of the active tasks."""
+        """Direction `[parameters]` from the gradients `[active, parameters]` of the active tasks."""
         raise NotImplementedError
 
     def weights(self, step: Step) -> Array:
-        """Weight of every task, `[tasks]`; zero for those that are absent or have no gradient."""
+        """Weights `[tasks]` of all tasks. They are zero for tasks that are absent or have no gradient."""
         weights = np.zeros(len(step.gramian))
         active = step.active
         if len(active):
@@ -84,21 +90,21 @@ class Aggregator:
         return weights
 
     def head_weights(self, step: Step, weights: Array | None) -> Array:
-        """Factors `[tasks]` of the gradients of parameters that belong to one task."""
+        """Factors `[tasks]` for the gradients of parameters that belong to one task."""
         if self.weights_heads and weights is not None:
             return weights
         share = 1.0 / max(1, int(step.present.sum())) if self.reduction == "mean" else 1.0
         return np.where(step.present, share, 0.0)
 
     def mean_scale(self, step: Step) -> float:
-        """Factor that takes a sum over tasks to the scale of `reduction`."""
+        """Factor that scales a sum over tasks to the scale of `reduction`."""
         return 1.0 / int(step.present.sum()) if self.reduction == "mean" else 1.0
 
     def feedback(self, losses: Array) -> None:
-        """Take the losses `[tasks]` of the same batch after the optimiser's step."""
+        """Receive the losses `[tasks]` of the same batch after the optimiser's step."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that later steps depend on, as tensors and plain values."""
+        """All that later steps depend on, as tensors and plain values."""
         return {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

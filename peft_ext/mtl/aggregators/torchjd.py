@@ -34,16 +34,18 @@ _PLAIN = (bool, int, float, str, type(None), torch.dtype, tuple, list)
 
 class TorchJDAggregator(Aggregator):
     """
-    An aggregator of TorchJD (https://torchjd.org).
+    Adapter for an aggregator of [TorchJD](https://torchjd.org).
 
-    It runs on float64 CPU copies: on the Gramian where TorchJD offers that, else on the rows. Methods that are
-    homogeneous get gradients of norm about one, since TorchJD's thresholds are absolute. Random draws come from this
-    object's stream. The direction has TorchJD's own scale whatever `reduction` is.
+    TorchJD runs on float64 copies on the CPU: on the Gramian if it offers that, otherwise on the gradients. Random
+    draws come from a stream of this object. The direction has TorchJD's own scale; `reduction` has no effect.
 
     Args:
-        aggregator (`torchjd.aggregation.Aggregator`): the method.
-        homogeneous (`bool`, *optional*, defaults to `False`): whether scaling all gradients scales its direction.
-        **kwargs: see [`Aggregator`].
+        aggregator (`torchjd.aggregation.Aggregator`):
+            The method.
+        homogeneous (`bool`, *optional*, defaults to `False`):
+            Whether scaling all gradients scales the method's direction alike. Gradients are then scaled to norms of
+            about one, because TorchJD's thresholds are absolute.
+        **kwargs: See [`Aggregator`].
     """
 
     def __init__(self, aggregator: nn.Module, homogeneous: bool = False, **kwargs: Any) -> None:

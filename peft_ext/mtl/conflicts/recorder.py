@@ -33,14 +33,18 @@ def pair_cosines(gramian: Array) -> Array:
 
 def conflict_incidence(cosines: Any) -> float:
     """
-    Average incidence of gradient conflict, p % (thesis, section 6.4.1): per step the share of pairs with a negative
-    cosine, averaged over the steps.
+    Average incidence of gradient conflicts in percent: the share of pairs with a negative cosine in each step,
+    averaged over the steps.
+
+    Paper: Zhang et al., [Proactive Gradient Conflict Mitigation in Multi-Task
+    Learning](https://arxiv.org/abs/2411.18615).
 
     Args:
-        cosines (array, `[pairs]` or `[steps, pairs]`): NaN for pairs that a step does not have.
+        cosines (array, `[pairs]` or `[steps, pairs]`):
+            Cosines between gradients; NaN for pairs that a step does not have.
 
     Returns:
-        Percent; NaN if there is no pair at all.
+        Percent, or NaN if there is no pair at all.
     """
     cosines = np.atleast_2d(np.asarray(cosines, dtype=np.float64))
     pairs = (~np.isnan(cosines)).sum(axis=1)
@@ -51,16 +55,22 @@ def conflict_incidence(cosines: Any) -> float:
 
 class ConflictRecorder:
     """
-    Keeps the cosines of every recorded step, sums them up for the log, and writes one JSON line per step.
+    Record of gradient conflicts: it keeps the cosines of every recorded step, computes the figures for the log, and
+    writes one JSON line per step.
 
     Args:
-        tasks (`list[str]`): their names.
-        path (`str`, *optional*): file of JSON lines.
+        tasks (`list[str]`):
+            Names of the tasks.
+        path (`str`, *optional*):
+            File of JSON lines.
 
     Attributes:
-        pairs (`list[str]`): names of the pairs, `"a__b"`, in the order of `cosines`.
-        steps (`list[int]`): global steps recorded.
-        cosines (`list[np.ndarray]`): `[pairs]` per recorded step.
+        pairs (`list[str]`):
+            Names of the pairs of tasks, `"a__b"`, in the order of `cosines`.
+        steps (`list[int]`):
+            Global steps that were recorded.
+        cosines (`list[np.ndarray]`):
+            Cosines `[pairs]` per recorded step.
     """
 
     def __init__(self, tasks: Sequence[str], path: str | None = None) -> None:
@@ -87,14 +97,23 @@ class ConflictRecorder:
         floor: Array | None = None,
     ) -> None:
         """
-        Take one optimiser step.
+        Record one optimiser step.
 
         Args:
-            step (`int`), epoch (`float`): when.
-            gramian (`np.ndarray`): `[tasks, tasks]`.
-            losses, weights (`np.ndarray`, *optional*): `[tasks]`.
-            layers (`dict`, *optional*): Gramian per layer.
-            floor (`np.ndarray`, *optional*): cosines between two halves of one task's batch, `[tasks]`.
+            step (`int`):
+                Global step.
+            epoch (`float`):
+                Epoch.
+            gramian (`np.ndarray`):
+                Inner products of the gradients, `[tasks, tasks]`.
+            losses (`np.ndarray`, *optional*):
+                Loss per task, `[tasks]`.
+            weights (`np.ndarray`, *optional*):
+                Weight per task, `[tasks]`.
+            layers (`dict`, *optional*):
+                Gramian per layer.
+            floor (`np.ndarray`, *optional*):
+                Cosine between the two halves of each task's batch, `[tasks]`.
         """
         cosines = pair_cosines(gramian)
         norms = np.sqrt(np.maximum(np.diagonal(gramian), 0.0))
@@ -129,11 +148,11 @@ class ConflictRecorder:
 
     def read_back(self, last: int) -> None:
         """
-        Take the steps up to `last` from the file of a run that is resumed, and cut the file back to them. The means
-        over the last logging interval begin anew.
+        Read the steps up to `last` from the file of a run that is resumed, and cut the file after them. Means over the
+        last logging interval start again.
 
         Raises:
-            `ValueError`: if the file was written for other tasks.
+            `ValueError`: If the file was written for other tasks.
         """
         kept = self._cut(last)
         for text in kept:
@@ -166,10 +185,12 @@ class ConflictRecorder:
 
     def logs(self, total_steps: int | None = None) -> dict[str, float]:
         """
-        What to log now: means over the steps since the last call, and the incidence so far. Plain floats.
+        Figures for the log: means over the steps since the last call, and the incidence so far, as plain floats.
 
         Args:
-            total_steps (`int`, *optional*): of the whole training, whose second half is `incidence_last_half`.
+            total_steps (`int`, *optional*):
+                Number of steps of the whole training. `incidence_last_half` is the incidence over the second half of
+                them.
         """
         logs: dict[str, float] = {}
         recent = self.cosines[self.logged :]
@@ -200,7 +221,8 @@ class ConflictRecorder:
         Incidence in percent over all recorded steps.
 
         Args:
-            last_half_of (`int`, *optional*): only over the steps after half of this number.
+            last_half_of (`int`, *optional*):
+                Number of steps; only those after half of them count.
         """
         chosen = [c for s, c in zip(self.steps, self.cosines, strict=True) if not last_half_of or 2 * s > last_half_of]
         return conflict_incidence(np.stack(chosen)) if chosen and self.pairs else float("nan")

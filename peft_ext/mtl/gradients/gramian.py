@@ -45,30 +45,29 @@ def aggregate(
 
     Args:
         jacobian (`torch.Tensor`):
-            One task's gradient per row, `[tasks, parameters]`, of any floating dtype. Zero rows take no part.
+            The gradient of one task per row, `[tasks, parameters]`, of any floating dtype. Rows of zeros take no part.
         method (`str`, *optional*, defaults to `"joint"`):
             One of `peft_ext.mtl.METHODS`.
         losses (`torch.Tensor`, *optional*):
-            The tasks' losses, `[tasks]`; FAMO needs them.
-        **kwargs:
-            Options of the method, such as `c=0.4` for `"cagrad"` and `max_norm=0` for `"nash_mtl"`; `reduction`
-            (`"mean"`, or `"reference"` for the scale of the published code); `seed` of random methods.
+            Losses of the tasks, `[tasks]`. FAMO needs them.
+        **kwargs: Options of the method, such as `c=0.4` for `"cagrad"` or `max_norm=0` for `"nash_mtl"`; `reduction`
+        (`"mean"`, or `"reference"` for the scale of the published code); `seed` of random methods.
 
     Returns:
-        The direction `[parameters]` in the jacobian's dtype and on its device; to be subtracted from the parameters.
+        The direction `[parameters]`, in the dtype and on the device of the jacobian. Subtract it from the parameters.
 
     Raises:
-        `ValueError`: if the jacobian is not a finite floating-point matrix, or for an unknown method or option.
+        `ValueError`: If the jacobian is not a finite floating-point matrix, or the method or an option is not known.
 
     Example:
 
-    ```py
-    >>> import torch
-    >>> from peft_ext.mtl import aggregate
+        ```py
+        >>> import torch
+        >>> from peft_ext.mtl import aggregate
 
-    >>> aggregate(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]), method="mgda")
-    tensor([0., 1., 1.])
-    ```
+        >>> aggregate(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]), method="mgda")
+        tensor([0., 1., 1.])
+        ```
     """
     if not isinstance(jacobian, Tensor):
         raise ValueError(f"jacobian must be a tensor [tasks, parameters], not a {type(jacobian).__name__}.")

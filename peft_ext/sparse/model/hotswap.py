@@ -21,24 +21,31 @@ def hotswap_adapter(
     **kwargs: Any,
 ) -> None:
     """
-    Load another adapter of the same options over a loaded one. A model that `torch.compile` has compiled is not
-    compiled again, since every tensor keeps its place and shape.
+    Load an adapter over a loaded one that has the same options. A model compiled with `torch.compile` is not compiled
+    again, because every tensor keeps its place and shape.
 
     Args:
-        model (`PeftModel`, or a model with sparse adapters injected):
-            The model; compiled or not.
+        model (`torch.nn.Module`):
+            A `PeftModel`, or a model with sparse adapters injected; compiled or not.
         model_name_or_path (`str`):
             Folder or Hub id of the new adapter.
         adapter_name (`str`, *optional*, defaults to `"default"`):
-            The loaded adapter to replace.
+            Name of the loaded adapter to replace.
         torch_device (`str`, *optional*):
-            Where to read the file to; by default the CPU.
-        kwargs:
-            Passed on to the download from the Hub.
+            Device to read the file to; by default the CPU.
+        **kwargs: Passed on to the download from the Hub.
 
     Raises:
-        `ValueError`: if the adapter is not a sparse one, if the new one has other options, or if its file is not
-            whole. The loaded adapter is unchanged then.
+        `ValueError`: If the adapter is not a sparse one, the new one has other options, or its file is damaged. The
+            loaded adapter is then unchanged.
+
+    Example:
+
+        ```py
+        >>> from peft_ext import hotswap_adapter
+
+        >>> hotswap_adapter(model, "user/another-adapter")
+        ```
     """
     model = getattr(model, "_orig_mod", model)
     configs = getattr(model, "peft_config", {})

@@ -62,7 +62,15 @@ class Overlap:
 
 @dataclass(frozen=True)
 class SelectionReport:
-    """What [`selection_report`] found; `print` shows it as a table."""
+    """
+    Counts and overlaps of sparse adapters, made by [`selection_report`]. `print(report)` shows a table.
+
+    Attributes:
+        counts (`list[LayerCount]`):
+            Selected entries per adapter and layer.
+        overlaps (`list[Overlap]`):
+            Entries that adapters have in common: of each pair, and of all.
+    """
 
     counts: list[LayerCount]
     overlaps: list[Overlap]
@@ -73,20 +81,20 @@ class SelectionReport:
 
     @property
     def blocks(self) -> list[str]:
-        """In the order of the model."""
+        """Names of the blocks, in the order of the model."""
         return list(dict.fromkeys(count.block for count in self.counts))
 
     def entries(self, adapter: str, block: str | None = None) -> int:
-        """Selected weights of an adapter, of one block or of all."""
+        """Number of selected weights of an adapter, in one block or in all."""
         return sum(c.entries for c in self.counts if c.adapter == adapter and block in (None, c.block))
 
     def distribution(self, adapter: str) -> dict[str, float]:
-        """Per block, the share of the adapter's entries that it has; the shares add up to 1 (thesis fig. 6)."""
+        """Share of the adapter's entries in each block. The shares add up to 1."""
         total = max(1, self.entries(adapter))
         return {block: self.entries(adapter, block) / total for block in self.blocks}
 
     def as_dict(self) -> dict[str, Any]:
-        """The content as JSON takes it."""
+        """The report as plain values that JSON can store."""
         return {
             "counts": [asdict(count) for count in self.counts],
             "overlaps": [asdict(overlap) for overlap in self.overlaps],
@@ -95,8 +103,8 @@ class SelectionReport:
 
     def plot(self) -> Figure:
         """
-        A bar plot of every adapter's distribution over the blocks (thesis figs. 6 and 13), and the overlaps beside it
-        where there are several adapters. Needs matplotlib: `pip install 'peft-ext[plot]'`.
+        Draw the distribution of every adapter over the blocks, with the overlaps beside it if there are several
+        adapters. Needs matplotlib: `pip install 'peft-ext[plot]'`.
         """
         from .plot import draw
 
@@ -104,13 +112,14 @@ class SelectionReport:
 
     def save(self, folder: str | Path) -> list[Path]:
         """
-        Write the figure and the data behind it.
+        Write the figure and its data.
 
         Args:
-            folder (`str`): where `selection_report.png` and `selection_report.json` are put; made if missing.
+            folder (`str`):
+                Folder for `selection_report.png` and `selection_report.json`. It is made if missing.
 
         Returns:
-            `list[Path]`: the two files.
+            `list[Path]`: The two files.
         """
         figure = self.plot()
         folder = Path(folder)
@@ -138,18 +147,30 @@ class SelectionReport:
 
 def selection_report(model: nn.Module, adapters: Sequence[str] | None = None) -> SelectionReport:
     """
-    Count what sparse adapters have selected, layer by layer, and compare the adapters with each other.
+    Count the entries that sparse adapters have selected in each layer, and compare adapters with each other.
 
     Args:
-        model (`torch.nn.Module`): a model with sparse adapters. To compare adapters that were trained apart, load them
-            all: `model.load_adapter(path, "name")`.
-        adapters (`list[str]`, *optional*): which ones; by default all.
+        model (`torch.nn.Module`):
+            A model with sparse adapters. To compare adapters that were trained apart, load them all with
+            `model.load_adapter(path, "name")`.
+        adapters (`list[str]`, *optional*):
+            Names of the adapters; by default all.
 
     Returns:
-        [`SelectionReport`]: counts, and overlaps of each pair and of all together.
+        [`SelectionReport`]: Counts per layer, overlaps of each pair of adapters, and the overlap of all.
 
     Raises:
-        `ValueError`: if an adapter is not there, or its entries are not known yet.
+        `ValueError`: If there is no adapter of that name, or its entries are not selected yet.
+
+    Example:
+
+        ```py
+        >>> from peft_ext import selection_report
+
+        >>> report = selection_report(model)
+        >>> print(report)
+        >>> report.save("report")  # a PNG and a JSON file
+        ```
     """
     layers = {
         name.removeprefix("base_model.model."): module

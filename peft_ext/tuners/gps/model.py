@@ -12,19 +12,28 @@ from ...sparse.model.sparse_model import SparseModel
 
 class GPSModel(SparseModel):
     """
-    GPS: the k entries with the largest |gradient| of each row of W are trained, the rest stays as it is (thesis
-    eqs. 4.2, 4.5 and 4.6).
+    GPS on a model: the `k` entries with the largest |gradient| in each row of `W` are trained, and all others keep
+    their value.
+
+    Paper: Zhang et al., [Gradient-based Parameter Selection for Efficient
+    Fine-Tuning](https://arxiv.org/abs/2312.10136). [`gps`] and
+    `get_peft_model(model, GPSConfig(...).with_scores(scores))` build this class.
 
     Args:
-        model (`torch.nn.Module`): the model to adapt.
-        config ([`GPSConfig`]): its options, with scores.
-        adapter_name (`str`): name of the adapter, `"default"` by default.
+        model (`torch.nn.Module`):
+            The model to adapt.
+        config ([`GPSConfig`]):
+            Options of the adapter, with scores.
+        adapter_name (`str`):
+            Name of the adapter, `"default"` by default.
         low_cpu_mem_usage (`bool`, *optional*, defaults to `False`):
-            Create the adapter empty, to be loaded; entries are then not chosen.
+            Create an empty adapter that is loaded later. No entries are selected then.
 
     Attributes:
-        model (`torch.nn.Module`): the adapted model.
-        peft_config (`dict[str, GPSConfig]`): the options of each adapter.
+        model (`torch.nn.Module`):
+            The adapted model.
+        peft_config (`dict[str, GPSConfig]`):
+            Options of each adapter.
     """
 
     prefix: str = "gps_"

@@ -21,20 +21,36 @@ def gps(
     **scoring: Any,
 ) -> PeftModel:
     """
-    Score the weights on the task's data, choose the entries and adapt the model (thesis section 4.3).
+    Score the weights on the task's data, select the entries and adapt the model, in one call.
+
+    Paper: Zhang et al., [Gradient-based Parameter Selection for Efficient
+    Fine-Tuning](https://arxiv.org/abs/2312.10136).
 
     Args:
-        model (`torch.nn.Module`): the model; a `PeftModel` gets another adapter, for which its base is scored.
-        config ([`GPSConfig`]): options of the adapter.
-        dataloader (`Iterable`): the task's batches, see [`gradient_scores`].
-        adapter_name (`str`, *optional*, defaults to `"default"`): name of the adapter.
-        scoring: the other arguments of [`gradient_scores`]: `loss`, `features`, `absolute`, `training`, ….
+        model (`torch.nn.Module`):
+            The model to adapt. A `PeftModel` gets a further adapter; its other adapters are disabled while it is
+            scored.
+        config ([`GPSConfig`]):
+            Options of the adapter.
+        dataloader (`Iterable`):
+            Batches of the task, as for [`gradient_scores`].
+        adapter_name (`str`, *optional*, defaults to `"default"`):
+            Name of the adapter.
+        **scoring: Other arguments of [`gradient_scores`], such as `loss`, `features`, `absolute` or `training`.
 
     Returns:
-        `PeftModel`: to be trained.
+        `PeftModel`: The adapted model, ready to be trained.
 
     Raises:
-        `ValueError`: if the config is no [`GPSConfig`], or selects by something else than gradients.
+        `ValueError`: If `config` is no [`GPSConfig`], or its `selection` does not use gradients.
+
+    Example:
+
+        ```py
+        >>> from peft_ext import GPSConfig, gps
+
+        >>> model = gps(model, GPSConfig(k=1), dataloader)
+        ```
     """
     if not isinstance(config, GPSConfig):
         raise ValueError(f"config={config!r} must be a GPSConfig.")

@@ -19,57 +19,63 @@ CONNECTOR_MODES = ("frozen", "train")
 @dataclass
 class MoReSConfig(SavedConfig):
     """
-    Configuration of [`MoReSModel`]: steer some tokens' hidden states in a subspace of rank r,
-    h' = h + R(W h + b − Rᵀh) with RᵀR = I (Bi et al., LLaVA Steering, eqs. 3–4); the model itself stays frozen.
+    Configuration of [`MoReSModel`]. MoReS steers the hidden states of a few tokens in a subspace of rank `r`:
+    `h' = h + R(W h + b − Rᵀh)` with `RᵀR = I`. The model itself stays frozen.
 
-    The defaults are the paper's: rank 1, one percent of the visual tokens, the first and the last ones. Unlike the
-    published code, they start as the identity and leave out the last layer.
+    Paper: Bi et al., [LLaVA Steering: Visual Instruction Tuning with 500x Fewer Parameters through Modality Linear
+    Representation-Steering](https://arxiv.org/abs/2412.12359), equations 3 and 4. The defaults are the paper's: rank
+    1, and one percent of the visual tokens, the first and the last ones. Two defaults differ from the published code:
+    steering starts as the identity, and the last layer is left out.
 
     Args:
         rank (`int`, *optional*, defaults to 1):
-            r, the dimension of the subspace. `2·D·r` numbers are trained per layer, and r of the bias.
+            Dimension `r` of the subspace. Each steered layer has `2·D·r + r` trained numbers, with hidden size `D`.
         token_ratio (`float`, *optional*, defaults to 0.01):
-            Share of each image's tokens that is steered, in (0, 1]; at least one token.
+            Share of each image's tokens that is steered, in (0, 1]. At least one token is.
         token_selection (`str`, *optional*, defaults to `"ends"`):
-            Which ones: `"ends"` (first and last, the published recipe), `"first"`, `"last"`, `"uniform"` (evenly
-            spread), `"random"` (drawn once by `seed`) or `"all"`.
+            Which tokens are steered: `"ends"` (the first and the last, as in the published recipe), `"first"`,
+            `"last"`, `"uniform"` (evenly spread), `"random"` (drawn once, by `seed`) or `"all"`.
         token_grouping (`str`, *optional*, defaults to `"image"`):
-            Of what `token_ratio` is a share: `"image"`, of each run of neighbouring visual tokens (an image, or one of
-            its tiles); `"sample"`, of a sample's visual tokens together.
+            What `token_ratio` is a share of. `"image"`: each run of neighbouring visual tokens, which is an image or
+            one of its tiles. `"sample"`: all visual tokens of a sample.
         token_positions (`str`, *optional*):
-            Steer text instead: `"f7+l7"` is the first and the last seven tokens of the prompt. With `rank=8` and
-            `layers_to_transform="all"` this is LoReFT (Wu et al., 2024), with one module for both ends of a layer.
-            The prompt is generate()'s, or what precedes the first label, or all that a call passes; one token that
-            follows it in a cache continues it. Cache a prompt's beginning inside [`unfinished_prompt`]. `token_ratio`
-            and `token_selection` then have no meaning.
+            Steer tokens of the prompt instead of visual tokens. `"f7+l7"` means the first seven and the last seven.
+            With `rank=8` and `layers_to_transform="all"` this is LoReFT (Wu et al., [ReFT: Representation Finetuning
+            for Language Models](https://arxiv.org/abs/2404.03592)) with one module per layer. In `generate()` the
+            prompt is what you pass. In training it is what precedes the first label. In any other call it is the whole
+            input. Use [`unfinished_prompt`] to fill a cache with a part of a prompt. `token_ratio` and
+            `token_selection` are not used.
         layers_to_transform (`list[int]`, `int` or `str`, *optional*):
-            Decoder layers to steer after, counted from 0, negative ones from the end, or `"all"`. By default all but
-            the last for visual tokens, since what they become after the last layer reaches no output; all for
-            `token_positions`.
+            Decoder layers whose output is steered, or `"all"`. Layers count from 0, negative numbers from the end. By
+            default all but the last for visual tokens, because nothing reads visual tokens after the last layer; all
+            layers with `token_positions`.
         site (`str`, *optional*, defaults to `"layers"`):
-            `"layers"`: after decoder layers. `"connector"`: the connector's output, all visual tokens, so that
-            `token_ratio` must be 1.0; this is linear in every visual embedding and can be merged.
+            Where to steer. `"layers"`: after decoder layers. `"connector"`: the output of the connector, which needs
+            `token_ratio=1.0`. It is then a linear map, which can be merged.
         dropout (`float`, *optional*, defaults to 0.0):
-            On the update, in training only.
+            Dropout on the update, in training only.
         tie_projections (`bool`, *optional*, defaults to `True`):
-            One matrix R down and up, as in the published code. `False` trains a second orthonormal one to project
-            down (`3·D·r` numbers).
+            Whether one matrix `R` projects down and up, as in the published code. `False` trains a second orthonormal
+            matrix that projects down (`3·D·r` numbers).
         init (`str`, *optional*, defaults to `"identity"`):
-            `"identity"` changes nothing at first. `"random"` draws W and b as for `nn.Linear`, as the published code
-            does, which disturbs each steered token at first.
+            `"identity"` changes nothing at first. `"random"` draws `W` and `b` as `nn.Linear` does. The published code
+            does so; it disturbs each steered token at first.
         steering_bias (`bool`, *optional*, defaults to `True`):
-            Whether b is there.
+            Whether there is a `b`.
         connector (`str`, *optional*, defaults to `"frozen"`):
             `"train"` also trains the whole connector, as the published recipe does, and saves it with the adapter.
         seed (`int`, *optional*, defaults to 0):
-            Of `token_selection="random"`.
+            Seed of `token_selection="random"`.
         target_modules (`list[str]`, *optional*):
-            Filled in: the steered modules by name.
+            Names of the steered modules. Filled in.
         modules_to_save (`list[str]`, *optional*):
-            Further modules trained and saved whole.
+            Further modules that are trained and saved whole.
         trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
             Tokens whose embeddings are trained too, as in PEFT.
-        peft_ext_version, requires: see [`~peft_ext.hf.config.SavedConfig`].
+        peft_ext_version (`str`, *optional*):
+            Version of peft_ext that wrote the adapter. Filled in when a config is saved.
+        requires (`str`, *optional*):
+            Package needed to load the adapter. Filled in.
 
     Example:
 

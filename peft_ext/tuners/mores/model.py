@@ -23,22 +23,30 @@ from .layer import CHILD, MoReSLayer, attach, detach, remove_hooks, steer_output
 
 class MoReSModel(LoadableTuner, BaseTuner):
     """
-    MoReS: after decoder layers, some tokens' states h become h + R(W h + b − Rᵀh) with RᵀR = I (Bi et al., eqs. 3–4).
+    MoReS on a model: after decoder layers, the states `h` of some tokens become `h + R(W h + b − Rᵀh)` with `RᵀR = I`.
 
-    Which tokens are visual is read from `input_ids` in each forward pass, or from a bool `visual_token_mask`
-    `[batch, tokens]` passed to it. Samples without visual tokens keep every bit. In generation the prompt is steered,
-    and what is generated from it is not, with any cache and in chunks too. A call whose cache was not steered as the
-    whole prompt would be is refused before anything is computed.
+    Paper: Bi et al., [LLaVA Steering](https://arxiv.org/abs/2412.12359), equations 3 and 4.
+
+    Visual tokens are found in `input_ids` in each forward pass, or in a bool `visual_token_mask` `[batch, tokens]`
+    passed to it. Samples without visual tokens keep every bit. In generation the prompt is steered, with any cache and
+    in chunks; generated tokens are not. A call is refused before anything is computed if its cache was not steered as
+    the whole prompt would be.
 
     Args:
-        model (`torch.nn.Module`): the model to adapt.
-        config ([`MoReSConfig`]): its options.
-        adapter_name (`str`): name of the adapter, `"default"` by default.
-        low_cpu_mem_usage (`bool`, *optional*, defaults to `False`): create the adapter empty, to be loaded.
+        model (`torch.nn.Module`):
+            The model to adapt.
+        config ([`MoReSConfig`]):
+            Options of the adapter.
+        adapter_name (`str`):
+            Name of the adapter, `"default"` by default.
+        low_cpu_mem_usage (`bool`, *optional*, defaults to `False`):
+            Create an empty adapter that is loaded later.
 
     Attributes:
-        model (`torch.nn.Module`): the adapted model.
-        peft_config (`dict[str, MoReSConfig]`): the options of each adapter.
+        model (`torch.nn.Module`):
+            The adapted model.
+        peft_config (`dict[str, MoReSConfig]`):
+            Options of each adapter.
     """
 
     prefix: str = "mores_"

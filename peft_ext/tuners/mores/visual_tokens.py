@@ -13,15 +13,17 @@ from .finder import TokenFinder
 @contextmanager
 def visual_tokens(model: nn.Module, visual_token_mask: Tensor) -> Iterator[None]:
     """
-    Tell MoReS which tokens are visual, for calls that do not pass on arguments, such as `generate(inputs_embeds=…)`.
+    Context manager that tells MoReS which tokens are visual. Use it for calls without `input_ids` that do not pass on
+    other arguments, such as `generate(inputs_embeds=…)`.
 
     Args:
-        model (`torch.nn.Module`): a model with MoReS adapters.
-        visual_token_mask (`torch.Tensor`): bool `[batch, tokens]`, for the tokens of the prompt: all of them, or those
-            that are not in a cache yet.
+        model (`torch.nn.Module`):
+            A model with MoReS adapters.
+        visual_token_mask (`torch.Tensor`):
+            Bool `[batch, tokens]` over the tokens of the prompt: all of them, or those that are not in a cache yet.
 
     Raises:
-        `ValueError`: if the model has no MoReS adapter that chooses among tokens, or the mask is not of that kind.
+        `ValueError`: If the model has no MoReS adapter that selects tokens, or the mask has another dtype or shape.
 
     Example:
 
@@ -39,14 +41,16 @@ def visual_tokens(model: nn.Module, visual_token_mask: Tensor) -> Iterator[None]
 @contextmanager
 def unfinished_prompt(model: nn.Module) -> Iterator[None]:
     """
-    Fill a cache with the beginning of a prompt, such as a system prompt, where `token_positions` names the prompt's
-    last tokens: inside, only its first ones are steered. The call after it ends the prompt.
+    Context manager for filling a cache with the beginning of a prompt, such as a system prompt, when `token_positions`
+    names the prompt's last tokens. Inside it, only the prompt's first tokens are steered. The next call outside it
+    ends the prompt.
 
     Args:
-        model (`torch.nn.Module`): a model with MoReS adapters.
+        model (`torch.nn.Module`):
+            A model with MoReS adapters.
 
     Raises:
-        `ValueError`: if the model has no MoReS adapter that chooses among tokens.
+        `ValueError`: If the model has no MoReS adapter that selects tokens.
 
     Example:
 

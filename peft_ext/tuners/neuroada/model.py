@@ -7,18 +7,27 @@ from ...sparse.model.sparse_model import SparseModel
 
 class NeuroAdaModel(SparseModel):
     """
-    NeuroAda: y = W x + (P ⊙ Θ) x + b with Θ trained at the k largest |w| of each row of W (thesis eq. 5.4).
+    NeuroAda on a model: `y = W x + (P ⊙ Θ) x + b`. `P` marks the `k` inputs of largest magnitude in each row of `W`;
+    only `Θ` is trained there.
+
+    Paper: Zhang et al., [NeuroAda: Activating Each Neuron's Potential for Parameter-Efficient
+    Fine-Tuning](https://arxiv.org/abs/2510.18940). `get_peft_model(model, NeuroAdaConfig(...))` builds this class.
 
     Args:
-        model (`torch.nn.Module`): the model to adapt.
-        config ([`NeuroAdaConfig`]): its options.
-        adapter_name (`str`): name of the adapter, `"default"` by default.
+        model (`torch.nn.Module`):
+            The model to adapt.
+        config ([`NeuroAdaConfig`]):
+            Options of the adapter.
+        adapter_name (`str`):
+            Name of the adapter, `"default"` by default.
         low_cpu_mem_usage (`bool`, *optional*, defaults to `False`):
-            Create the adapter empty, to be loaded; entries are then not chosen.
+            Create an empty adapter that is loaded later. No entries are selected then.
 
     Attributes:
-        model (`torch.nn.Module`): the adapted model.
-        peft_config (`dict[str, NeuroAdaConfig]`): the options of each adapter.
+        model (`torch.nn.Module`):
+            The adapted model.
+        peft_config (`dict[str, NeuroAdaConfig]`):
+            Options of each adapter.
     """
 
     prefix: str = "neuroada_"

@@ -16,20 +16,77 @@ PRETRAINED_DENSITY = 0.3
 @dataclass
 class PSNConfig(SparseConfig):
     r"""
-    Configuration of [`PSNModel`], parameter selection per neuron: of each neuron's inputs the K of largest magnitude
-    are trained, with a fixed choice made before training (thesis section 6.3.4). Meant for encoders that several tasks
-    share; their decoders or heads are trained whole through `modules_to_save`.
+    Configuration of [`PSNModel`]. PSN (parameter selection per neuron) trains each neuron's `K` inputs of largest
+    magnitude in an encoder that several tasks share. List the tasks' decoders or heads in `modules_to_save`: they are
+    trained whole.
 
-    The size is given by `k` or by `density`, without either as `density=0.3`. The thesis's optima are about 0.3 for a
-    pretrained encoder and 0.6 for training from scratch (section 6.4); most of its models of one kind share K=300. It
-    trains sparse encoders with 4 times the learning rate of dense ones, 2e-4 instead of 5e-5 (appendix D.4). See
-    [`~peft_ext.sparse.config.SparseConfig`] for the other arguments.
+    Paper: Zhang et al., [Proactive Gradient Conflict Mitigation in Multi-Task Learning: A Sparse Training
+    Perspective](https://arxiv.org/abs/2411.18615).
+
+    Give the size by `k` or by `density`. Zhi Zhang's thesis (section 6.4) finds a density of about 0.3 best for a
+    pretrained encoder and 0.6 for training from scratch. It trains sparse encoders with 4 times the learning rate of
+    dense ones, 2e-4 instead of 5e-5 (appendix D.4).
 
     Args:
         k (`int`, *optional*):
-            Trained entries per neuron, capped at the fan-in.
+            Number of trained entries per neuron. A neuron is a row of an `nn.Linear` weight, a column of a
+            transformers `Conv1D` weight, or an output channel of a convolution. A neuron with fewer than `k` inputs
+            trains all of them. With a `_layer` or `_network` selection, the same total budget is distributed across
+            the layer or network. Pass `k` or `density`, not both.
         density (`float`, *optional*):
             Share of each neuron's inputs that is trained, in (0, 1]: `round(density * fan_in)` entries, at least one.
+            Defaults to 0.3 if `k` is not given.
+        target_modules (`list[str]` or `str`, *optional*):
+            Modules to adapt: a list of names, matched by suffix, or a regular expression. `"all-linear"` adapts every
+            linear layer. `"all-neurons"` also adapts convolutions and `nn.MultiheadAttention`. By default, all layers
+            with neurons of a transformers model are adapted, without its output layer and task head. MoE routers that
+            return several tensors are skipped unless you name them explicitly.
+        exclude_modules (`list[str]` or `str`, *optional*):
+            Modules to leave out: a list of names, matched by suffix, or a regular expression.
+        selection (`str`, *optional*, defaults to `"magnitude"`):
+            How the trained entries of a neuron are selected: largest magnitude first (`"magnitude"`), smallest
+            magnitude first (`"reverse"`), at random (`"random"`), or by scores that you pass to `with_scores`:
+            `"gradient"` (from [`gradient_scores`]) or `"activation"` (from [`activation_scores`]). Append `_layer` or
+            `_network`, as in `"magnitude_network"`, to select over a whole weight or over the whole model instead.
+        neuron_ratio (`float`, *optional*, defaults to 1.0):
+            Share of the neurons of each weight that get trained entries. The neurons are drawn at random.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the random choices. Each module has a random stream of its own.
+        backend (`str`, *optional*, defaults to `"auto"`):
+            How an adapted layer computes its output. `"bypass"` adds the sparse product to the output of the base
+            layer and works with any base layer. `"folded"` adds the values to the weight while the product runs, which
+            rounds them to the weight's dtype. `"dense"` composes the changed weight for each product. `"reference"` is
+            plain PyTorch. `"auto"` chooses by measured crossovers.
+        values_dtype (`str`, *optional*):
+            Dtype of the trained values: `"float32"`, `"bfloat16"` or `"float16"`. By default it is the dtype of the
+            base weight, raised to float32 by PEFT's `autocast_adapter_dtype=True`.
+        bias (`str`, *optional*, defaults to `"none"`):
+            Which biases of the base model to train: `"none"`, `"all"`, or `"psn_only"` for those of the adapted
+            layers. Training them changes the base model itself, as in PEFT's other methods. `train_bias` does not.
+        train_bias (`bool`, *optional*, defaults to `False`):
+            Whether to train the biases of the adapted layers as part of the adapter. They are then switched, disabled,
+            saved and merged with it.
+        init_weights (`bool`, *optional*, defaults to `True`):
+            Whether the values start at zero, so that the adapted model first equals the base model. `False` draws
+            random values; use it in tests.
+        modules_to_save (`list[str]`, *optional*):
+            Modules that are trained and saved whole, such as a new head.
+        layers_to_transform (`list[int]` or `int`, *optional*):
+            Numbers of the blocks to adapt, as in PEFT. By default all of them.
+        layers_pattern (`list[str]` or `str`, *optional*):
+            Name of the list of blocks that `layers_to_transform` counts, as in PEFT.
+        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
+            Tokens whose embeddings are trained too, as in PEFT.
+        target_parameters (`None`, *optional*):
+            Not supported. Experts whose weights are fused into one 3-D parameter are left out by default, and naming
+            them is an error.
+        support_sizes (`dict[str, int]`, *optional*):
+            Number of trained entries per module. It is filled in where the other options do not determine it: after
+            network-wide selections, `add_weighted_adapter` and [`convert`].
+        peft_ext_version (`str`, *optional*):
+            Version of peft_ext that wrote the adapter. Filled in when a config is saved.
+        requires (`str`, *optional*):
+            Package needed to load the adapter. Filled in.
 
     Example:
 

@@ -10,18 +10,27 @@ from ...sparse.model.sparse_model import SparseModel
 
 class PSNModel(SparseModel):
     """
-    PSN: the K largest |w| of each row of W are trained, the rest stays as it is (thesis section 6.3.4).
+    PSN on a model: the `K` entries of largest magnitude in each row of `W` are trained, and all others keep their
+    value.
+
+    Paper: Zhang et al., [Proactive Gradient Conflict Mitigation in Multi-Task Learning: A Sparse Training
+    Perspective](https://arxiv.org/abs/2411.18615). `get_peft_model(model, PSNConfig(...))` builds this class.
 
     Args:
-        model (`torch.nn.Module`): the model to adapt.
-        config ([`PSNConfig`]): its options.
-        adapter_name (`str`): name of the adapter, `"default"` by default.
+        model (`torch.nn.Module`):
+            The model to adapt.
+        config ([`PSNConfig`]):
+            Options of the adapter.
+        adapter_name (`str`):
+            Name of the adapter, `"default"` by default.
         low_cpu_mem_usage (`bool`, *optional*, defaults to `False`):
-            Create the adapter empty, to be loaded; entries are then not chosen.
+            Create an empty adapter that is loaded later. No entries are selected then.
 
     Attributes:
-        model (`torch.nn.Module`): the adapted model.
-        peft_config (`dict[str, PSNConfig]`): the options of each adapter.
+        model (`torch.nn.Module`):
+            The adapted model.
+        peft_config (`dict[str, PSNConfig]`):
+            Options of each adapter.
     """
 
     prefix: str = "psn_"

@@ -58,26 +58,45 @@ def activation_scores(
     progress: bool = True,
 ) -> ActivationScores:
     """
-    Score every weight by forward passes, for `selection="activation"`: |w| times the mean |activation| that enters it
-    (Yang et al., arXiv 2510.27359v1). No labels, no backward pass, and the same result every time.
+    Score every weight by forward passes, for `selection="activation"`: |w| times the mean |activation| that enters it.
+    No labels and no backward pass are needed, and the result is the same every time.
 
-    With `anchor`, |w| is multiplied by that activation's growth instead: its mean over the task's data divided by its
-    mean over the anchor's, data as the model was pretrained on (the idea of arXiv 2510.27359v2; its abstract gives no
-    formula, so the quotient is ours). A channel of a convolution's input has one mean, over all positions.
+    Paper: Yang et al., [arXiv:2510.27359](https://arxiv.org/abs/2510.27359), version 1.
+
+    With `anchor`, |w| is multiplied by the growth of that activation: its mean over the task's data divided by its
+    mean over the anchor's data. This is the idea of version 2 of the paper, whose abstract gives no formula; the
+    quotient is our choice. A channel of a convolution's input has one mean over all positions.
 
     Args:
-        model (`torch.nn.Module`): the model; it is run in evaluation mode and left as it was.
-        dataloader (`Iterable`): the task's batches, as for [`gradient_scores`]; labels are not used.
-        anchor (`Iterable`, *optional*): batches like those of pretraining.
-        config ([`SparseConfig`], *optional*): its `target_modules` are scored; by default all layers with neurons.
-        max_batches (`int`, *optional*): stop after so many, of each loader.
-        progress (`bool`, *optional*, defaults to `True`): show a progress bar.
+        model (`torch.nn.Module`):
+            The model. It runs in evaluation mode and is left as it was.
+        dataloader (`Iterable`):
+            Batches of the task, as for [`gradient_scores`]. Labels are not used.
+        anchor (`Iterable`, *optional*):
+            Batches like those of pretraining.
+        config ([`SparseConfig`], *optional*):
+            A config whose `target_modules` are scored; by default all layers with neurons.
+        max_batches (`int`, *optional*):
+            Number of batches to read from each loader; by default all.
+        progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar.
 
     Returns:
-        [`ActivationScores`]: per module name, fp32 in the shape of its weight, computed when asked for.
+        [`ActivationScores`]: A mapping from module names to float32 tensors in the shape of the weights, each computed
+        when it is read.
 
     Raises:
-        `TypeError`: if an `nn.MultiheadAttention` is to be scored, or a quantised weight.
+        `TypeError`: If an `nn.MultiheadAttention` or a quantised weight would be scored.
+
+    Example:
+
+        ```py
+        >>> from peft import get_peft_model
+        >>> from peft_ext import NeuroAdaConfig, activation_scores
+
+        >>> scores = activation_scores(model, dataloader)
+        >>> model = get_peft_model(model, NeuroAdaConfig(k=1, selection="activation").with_scores(scores))
+        ```
     """
     check_scoring(model, dataloader, config, max_batches, progress)
     if anchor is not None:

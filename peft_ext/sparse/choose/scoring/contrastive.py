@@ -12,16 +12,20 @@ from .batches import IGNORED
 
 class SupervisedContrastiveLoss(nn.Module):
     """
-    Pulls features of one class together and pushes those of other classes apart (Khosla et al. 2020; thesis eq. 4.2,
-    there summed over the samples, here averaged over those that have a partner).
+    Loss that pulls features of one class together and pushes those of other classes apart. It is averaged over the
+    samples that have a partner of their class.
+
+    Paper: Khosla et al., [Supervised Contrastive Learning](https://arxiv.org/abs/2004.11362). GPS scores weights with
+    it.
 
     Args:
-        temperature (`float`, *optional*, defaults to 0.07): divides the similarities.
+        temperature (`float`, *optional*, defaults to 0.07):
+            Divisor of the similarities.
         normalize (`bool`, *optional*, defaults to `True`):
-            Scale features to length 1, as the published code does.
+            Whether to scale features to length 1, as the published code of GPS does.
 
     Raises:
-        `ValueError`: if the temperature is not positive.
+        `ValueError`: If the temperature is not positive.
     """
 
     def __init__(self, temperature: float = 0.07, normalize: bool = True) -> None:
@@ -34,13 +38,17 @@ class SupervisedContrastiveLoss(nn.Module):
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """
+        Compute the loss.
+
         Args:
-            features (`torch.Tensor`): float `[samples, size]`.
-            labels (`torch.Tensor`): integer `[samples]`. Two views of an image are two samples with one label. Samples
-                with -100, which marks those without a label in transformers, are left out.
+            features (`torch.Tensor`):
+                Float `[samples, size]`.
+            labels (`torch.Tensor`):
+                Integer `[samples]`. Two views of an image are two samples with one label. Samples with the label -100
+                are left out, as in transformers.
 
         Returns:
-            `torch.Tensor`: fp32 scalar; zero (and with zero gradient) if no two samples share a label.
+            `torch.Tensor`: A float32 scalar. It is zero, with zero gradient, if no two samples share a label.
         """
         if not isinstance(features, Tensor) or not isinstance(labels, Tensor):
             raise ValueError(f"features={features!r} and labels={labels!r} must be tensors.")

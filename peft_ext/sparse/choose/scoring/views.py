@@ -10,17 +10,26 @@ from transformers import default_data_collator
 
 class TwoViewCollator:
     """
-    Collates each example twice, augmented independently, so that in a contrastive loss every sample has a partner
-    (thesis section 4.3.1; the published code draws two views per image).
+    Data collator that takes each example twice, augmented independently, so that every sample has a partner in a
+    contrastive loss. The published code of GPS draws two views per image in the same way.
+
+    A batch holds twice as many samples: first all first views, then all second views.
 
     Args:
-        augment (`Callable`): takes an example, returns an augmented copy; called twice per example.
-        collate (`Callable`, *optional*): makes a batch of a list of examples; by default that of transformers.
+        augment (`Callable`):
+            Takes an example and returns an augmented copy. It is called twice per example.
+        collate (`Callable`, *optional*):
+            Makes a batch of a list of examples. By default transformers' `default_data_collator`.
 
     Raises:
-        `ValueError`: if one of them can't be called.
+        `ValueError`: If one of them is not callable.
 
-    Returns of a call: a batch of twice as many samples, first all first views, then all second ones.
+    Example:
+
+        ```py
+        >>> loader = DataLoader(train_dataset, batch_size=32, collate_fn=TwoViewCollator(augment))
+        >>> model = gps(model, GPSConfig(k=1), loader)
+        ```
     """
 
     def __init__(
