@@ -50,8 +50,9 @@ def convert(
             returned. Or the folder or Hub id of such an adapter.
         base_model (`torch.nn.Module`, *optional*):
             The model to load the adapter onto, if `model` is a folder or Hub id.
-        **load_options: Passed on to `PeftModel.from_pretrained` if `model` is a folder or Hub id, such as
-        `is_trainable`, `adapter_name` or `revision`.
+        **load_options:
+            Passed on to `PeftModel.from_pretrained` if `model` is a folder or Hub id, such as `is_trainable`,
+            `adapter_name` or `revision`.
 
     Returns:
         `PeftModel`: A model around the same base model, with the same adapters by name. The same adapters are active,

@@ -70,7 +70,8 @@ def plot_answer_probability(
     Args:
         records (`list[dict]`):
             Records of [`answer_probability_by_layer`].
-        path, by, title, resamples, seed: As for [`plot_sweep`].
+        path, by, title, resamples, seed:
+            As for [`plot_sweep`].
 
     Returns:
         `list[dict]`: The numbers behind the figure, as for [`plot_sweep`].
@@ -92,7 +93,8 @@ def plot_jaccard(
     Args:
         records (`list[dict]`):
             Records of [`topk_jaccard`].
-        path, by, title, resamples, seed: As for [`plot_sweep`].
+        path, by, title, resamples, seed:
+            As for [`plot_sweep`].
 
     Returns:
         `list[dict]`: The numbers behind the figure, as for [`plot_sweep`].

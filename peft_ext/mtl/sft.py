@@ -35,8 +35,9 @@ class MTLSFTTrainer(MTLTrainerMixin, SFTTrainer):
     little.
 
     Args:
-        *args, **kwargs: As for `SFTTrainer`, with an [`MTLSFTConfig`] as `args`. `train_dataset` is a dict with one
-        data set per task, or a data set with a column `task_ids`.
+        *args, **kwargs:
+            As for `SFTTrainer`, with an [`MTLSFTConfig`] as `args`. `train_dataset` is a dict with one data set per
+            task, or a data set with a column `task_ids`.
         compute_task_losses_func (`Callable`, *optional*):
             As for [`MTLTrainer`].
         aggregator ([`Aggregator`], *optional*):

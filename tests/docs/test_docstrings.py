@@ -1,8 +1,9 @@
-"""Docstrings list what their readers look for."""
+"""Docstrings list what their readers look for, and the documentation shows them."""
 
 import inspect
 import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from peft import PeftConfig
@@ -55,3 +56,12 @@ def test_everything_public_names_its_arguments(module):
             if name.endswith(("Model", "Config", "Arguments")) or argument in ("args", "kwargs"):
                 continue
             assert re.search(rf"\b{argument}\b", public.__doc__), f"{name} does not explain {argument}"
+
+
+@pytest.mark.parametrize("module", [peft_ext, mtl, knockout], ids=lambda module: module.__name__)
+def test_the_documentation_shows_every_public_class_and_function(module):
+    pages = "".join(path.read_text() for path in (Path(__file__).parents[2] / "docs").rglob("*.md"))
+    for name in module.__all__:
+        if callable(getattr(module, name)):
+            path = f"{module.__name__}.{name}"
+            assert f"::: {path}\n" in pages or f"heading: {path}}}\n" in pages

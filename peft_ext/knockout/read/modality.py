@@ -1,9 +1,4 @@
-"""How a model shares its attention between image and text: the layer-wise modality attention ratio (LMAR).
-
-LMAR is eq. 2 of Bi et al., LLaVA Steering: for each layer, the mean over samples of the attention on visual tokens
-divided by the attention on text tokens. The paper leaves open which queries, heads and tokens are meant, and no code
-of it was published; here each choice is an argument.
-"""
+"""How a model shares its attention between image and text: the layer-wise modality attention ratio (LMAR)."""
 
 from __future__ import annotations
 

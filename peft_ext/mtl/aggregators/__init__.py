@@ -40,7 +40,8 @@ def make_aggregator(method: str, num_tasks: int, /, **kwargs: Any) -> Aggregator
             One of `METHODS`.
         num_tasks (`int`):
             Number of tasks.
-        **kwargs: Options of the method, and `reduction` and `seed` of [`Aggregator`].
+        **kwargs:
+            Options of the method, and `reduction` and `seed` of [`Aggregator`].
 
     Raises:
         `ValueError`: If the method is not known, or has no such option.

@@ -45,7 +45,8 @@ class TorchJDAggregator(Aggregator):
         homogeneous (`bool`, *optional*, defaults to `False`):
             Whether scaling all gradients scales the method's direction alike. Gradients are then scaled to norms of
             about one, because TorchJD's thresholds are absolute.
-        **kwargs: See [`Aggregator`].
+        **kwargs:
+            See [`Aggregator`].
     """
 
     def __init__(self, aggregator: nn.Module, homogeneous: bool = False, **kwargs: Any) -> None:

@@ -50,8 +50,9 @@ def aggregate(
             One of `peft_ext.mtl.METHODS`.
         losses (`torch.Tensor`, *optional*):
             Losses of the tasks, `[tasks]`. FAMO needs them.
-        **kwargs: Options of the method, such as `c=0.4` for `"cagrad"` or `max_norm=0` for `"nash_mtl"`; `reduction`
-        (`"mean"`, or `"reference"` for the scale of the published code); `seed` of random methods.
+        **kwargs:
+            Options of the method, such as `c=0.4` for `"cagrad"` or `max_norm=0` for `"nash_mtl"`; `reduction`
+            (`"mean"`, or `"reference"` for the scale of the published code); `seed` of random methods.
 
     Returns:
         The direction `[parameters]`, in the dtype and on the device of the jacobian. Subtract it from the parameters.

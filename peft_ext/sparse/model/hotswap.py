@@ -33,7 +33,8 @@ def hotswap_adapter(
             Name of the loaded adapter to replace.
         torch_device (`str`, *optional*):
             Device to read the file to; by default the CPU.
-        **kwargs: Passed on to the download from the Hub.
+        **kwargs:
+            Passed on to the download from the Hub.
 
     Raises:
         `ValueError`: If the adapter is not a sparse one, the new one has other options, or its file is damaged. The

@@ -8,15 +8,26 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class GPSPreset:
     """
-    One task's recipe for ViT-B/16 pretrained on ImageNet-21k: Adam without weight decay, cosine schedule, 10 epochs of
-    linear warm-up, 224 pixels.
+    Recipe of one task for ViT-B/16 pretrained on ImageNet-21k: Adam without weight decay, cosine schedule, 10 epochs
+    of linear warm-up, 224 pixels.
 
     Attributes:
-        k (`int`): entries per neuron that the thesis reports.
-        learning_rate (`float`), batch_size (`int`), drop_path (`float`): of the published script.
-        script_k (`int`, *optional*): entries per neuron in the published script, where it differs from the thesis.
-        ema_decay (`float`, *optional*): of the moving average of the weights that the script evaluates.
-        epochs (`int`), warmup_epochs (`int`): of all tasks.
+        k (`int`):
+            Trained entries per neuron that the thesis reports.
+        learning_rate (`float`):
+            From the published script.
+        batch_size (`int`):
+            From the published script.
+        drop_path (`float`):
+            From the published script.
+        script_k (`int`, *optional*):
+            Trained entries per neuron in the published script, if they differ from the thesis.
+        ema_decay (`float`, *optional*):
+            Decay of the moving average of the weights that the script evaluates.
+        epochs (`int`):
+            The same for all tasks.
+        warmup_epochs (`int`):
+            The same for all tasks.
     """
 
     k: int

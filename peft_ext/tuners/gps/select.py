@@ -36,7 +36,8 @@ def gps(
             Batches of the task, as for [`gradient_scores`].
         adapter_name (`str`, *optional*, defaults to `"default"`):
             Name of the adapter.
-        **scoring: Other arguments of [`gradient_scores`], such as `loss`, `features`, `absolute` or `training`.
+        **scoring:
+            Other arguments of [`gradient_scores`], such as `loss`, `features`, `absolute` or `training`.
 
     Returns:
         `PeftModel`: The adapted model, ready to be trained.

@@ -15,10 +15,20 @@ class Preset:
     One training recipe: AdamW, linear schedule, at most 512 tokens.
 
     Attributes:
-        k (`int`): entries per neuron.
-        learning_rate (`float`), batch_size (`int`), warmup_ratio (`float`), epochs (`int`), weight_decay (`float`):
-            as in `transformers.TrainingArguments`; `batch_size` is the effective one.
-        source (`str`): where the values are printed.
+        k (`int`):
+            Trained entries per neuron.
+        learning_rate (`float`):
+            As in `transformers.TrainingArguments`.
+        batch_size (`int`):
+            Effective batch size.
+        warmup_ratio (`float`):
+            As in `transformers.TrainingArguments`.
+        epochs (`int`):
+            Number of epochs.
+        weight_decay (`float`):
+            As in `transformers.TrainingArguments`.
+        source (`str`):
+            Where the values are printed.
     """
 
     k: int
@@ -32,7 +42,9 @@ class Preset:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """A grid that the thesis searched on LLaMA-7B with AdamW, linear schedule, 3 epochs, no weight decay."""
+    """
+    A grid searched in Zhi Zhang's thesis on LLaMA-7B, with AdamW, a linear schedule, 3 epochs and no weight decay.
+    """
 
     learning_rates: tuple[float, ...]
     batch_sizes: tuple[int, ...]
