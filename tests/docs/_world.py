@@ -76,6 +76,7 @@ def _question():
 def names_for(page):
     """What the snippets of a page take for granted."""
     made = {
+        "../CONTRIBUTING.md": lambda: {"model": _classifier()},
         "index.md": lambda: {"model": _classifier()},
         "get-started.md": lambda: {"train_dataset": _sentences()},
         "methods/neuroada.md": lambda: {"model": _classifier(), "inputs": {"input_ids": torch.tensor([[5, 6]])}},

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^(?P<note><!-- not run in the tests: .+ -->\n)?```python\n(?P<code>.*?)^```$", re.M | re.S)
 PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md") if BLOCK.search(path.read_text()))
-README = "../README.md"
+README, CONTRIBUTING = "../README.md", "../CONTRIBUTING.md"
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def hub(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("page", [*PAGES, README])
+@pytest.mark.parametrize("page", [*PAGES, README, CONTRIBUTING])
 @pytest.mark.filterwarnings("ignore")
 def test_the_snippets_of_a_page_run(page, hub, monkeypatch):
     monkeypatch.chdir(hub)
@@ -40,6 +40,12 @@ def test_the_snippets_of_a_page_run(page, hub, monkeypatch):
 def test_every_page_is_reachable():
     listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text()))
     assert listed == {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
+
+
+def test_every_file_that_contributing_names_is_there():
+    named = set(re.findall(r"`((?:peft_ext|tests|docs)/[\w/.-]+)`", (DOCS / CONTRIBUTING).read_text()))
+    assert len(named) > 20
+    assert not {path for path in named if not (ROOT / path).exists()}
 
 
 def test_the_readme_fits_on_a_screen_and_a_half():
