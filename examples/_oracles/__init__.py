@@ -1,0 +1,1 @@
+"""Comparisons of peft_ext with the papers' published code, one file per subject."""
