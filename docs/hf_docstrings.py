@@ -19,10 +19,11 @@ def _public_names() -> dict[str, str]:
     """Where each public name is documented, read without importing anything."""
     names = {}
     for package in PACKAGES:
-        tree = ast.parse((Path(*package.split(".")) / "__init__.py").read_text())
-        for node in tree.body:
-            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-                names |= {name: f"{package}.{name}" for name in ast.literal_eval(node.value)}
+        for file in ("__init__.py", "api.py"):
+            path = Path(*package.split("."), file)
+            for node in ast.parse(path.read_text()).body if path.is_file() else ():
+                if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                    names |= {name: f"{package}.{name}" for name in ast.literal_eval(node.value)}
     return names
 
 

@@ -48,5 +48,12 @@ def test_every_file_that_contributing_names_is_there():
     assert not {path for path in named if not (ROOT / path).exists()}
 
 
+@pytest.mark.parametrize("page", [README, CONTRIBUTING])
+def test_links_lead_to_files(page):
+    linked = re.findall(r"\]\((?!https?:)([^)#\s]+)\)", (DOCS / page).read_text())
+    assert linked or page == CONTRIBUTING
+    assert not [path for path in linked if not (ROOT / path).exists()]
+
+
 def test_the_readme_fits_on_a_screen_and_a_half():
     assert len((DOCS / README).read_text().splitlines()) <= 130
