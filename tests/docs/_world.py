@@ -43,6 +43,10 @@ def _classifier(name="distilbert/distilbert-base-uncased"):
     return hf.AutoModelForSequenceClassification.from_pretrained(name, num_labels=2)
 
 
+def _language_model():
+    return hf.AutoModelForCausalLM.from_pretrained(LANGUAGE_MODELS[0])
+
+
 def _sentences():
     ids = torch.randint(4, 60, (8, 12))
     return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": i % 2} for i, row in enumerate(ids)]

@@ -25,12 +25,16 @@ def hub(tmp_path_factory):
     return folder
 
 
+def stay_on_the_cpu(monkeypatch):
+    for config in (SFTConfig, MTLSFTConfig):  # TRL's default is bf16, which transformers refuses on a CPU unasked
+        monkeypatch.setattr(config, "__init__", partialmethod(config.__init__, use_cpu=True))
+
+
 @pytest.mark.parametrize("page", [*PAGES, README, CONTRIBUTING])
 @pytest.mark.filterwarnings("ignore")
 def test_the_snippets_of_a_page_run(page, hub, monkeypatch):
     monkeypatch.chdir(hub)
-    for config in (SFTConfig, MTLSFTConfig):  # TRL's default is bf16, which transformers refuses on a CPU unasked
-        monkeypatch.setattr(config, "__init__", partialmethod(config.__init__, use_cpu=True))
+    stay_on_the_cpu(monkeypatch)
     namespace = names_for(page)
     for block in BLOCK.finditer((DOCS / page).read_text()):
         if not block["note"]:

@@ -55,7 +55,7 @@ def unfinished_prompt(model: nn.Module) -> Iterator[None]:
     Example:
 
         ```py
-        >>> with unfinished_prompt(model):
+        >>> with torch.no_grad(), unfinished_prompt(model):
         ...     cache = model(**system_prompt, use_cache=True).past_key_values
         >>> model.generate(**whole_prompt, past_key_values=copy.deepcopy(cache))
         ```

@@ -27,6 +27,8 @@ class TwoViewCollator:
     Example:
 
         ```py
+        >>> from peft_ext import GPSConfig, TwoViewCollator, gps
+
         >>> loader = DataLoader(train_dataset, batch_size=32, collate_fn=TwoViewCollator(augment))
         >>> model = gps(model, GPSConfig(k=1), loader)
         ```
