@@ -82,7 +82,7 @@ def random_directions(code: Path) -> Iterator[Row]:
     theirs = [direction(module.PCGrad(TASKS, device), rows) for _ in range(50)]
     worst = max(min(relative(a, b) for a in ours) for b in theirs)
     yield Row(
-        "`pcgrad`", "FAMO `PCGrad`", "each of 50 random outcomes is one of ours", f"relative difference {worst:.0e}"
+        "`pcgrad`", "FAMO `PCGrad`", "each of 50 random outcomes is one of ours", f"relative difference ≤ {worst:.0e}"
     )
     ours = [aggregate(rows, method="graddrop", seed=seed, **options) for seed in range(200)]
     theirs = [direction(module.GradDrop(TASKS, device), rows) for _ in range(50)]
