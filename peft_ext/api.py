@@ -4,7 +4,13 @@ from ._version import __version__
 from .conversion import convert
 from .install.wrappers import install as _install
 from .sparse.another_base import another_base
-from .sparse.choose.scoring import SupervisedContrastiveLoss, TwoViewCollator, activation_scores, gradient_scores
+from .sparse.choose.scoring import (
+    SupervisedContrastiveLoss,
+    TwoViewCollator,
+    activation_scores,
+    busiest_experts,
+    gradient_scores,
+)
 from .sparse.layers.scaling import rescale_adapter_scale, set_scale
 from .sparse.model.hotswap import hotswap_adapter
 from .sparse.report.selection_report import SelectionReport, selection_report
@@ -34,6 +40,7 @@ __all__ = [
     "__version__",
     "activation_scores",
     "another_base",
+    "busiest_experts",
     "convert",
     "gps",
     "gradient_scores",

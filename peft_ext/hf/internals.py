@@ -7,6 +7,7 @@ from peft import mapping
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
+    _ExcludedModule,
     _filter_state_dict_by_key_prefixes,
     _get_in_out_features,
     _get_tuner_state_dict_key_prefixes,
@@ -30,6 +31,7 @@ from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, Quanti
 
 adapter_key_prefixes = _get_tuner_state_dict_key_prefixes
 filter_by_key_prefixes = _filter_state_dict_by_key_prefixes
+ExcludedModule = _ExcludedModule
 in_out_features = _get_in_out_features
 resolve_all_linear = _maybe_include_all_linear_layers
 
@@ -38,6 +40,7 @@ __all__ = [
     "AuxiliaryTrainingWrapper",
     "BaseTuner",
     "BaseTunerLayer",
+    "ExcludedModule",
     "ForwardOnlyQuantizationBackend",
     "ModulesToSaveWrapper",
     "PeftType",

@@ -32,10 +32,12 @@ class SparseConfig(SavedConfig):
             Modules to adapt: names matched by suffix, a regular expression, `"all-linear"`, or `"all-neurons"`: every
             layer that has neurons, so also the convolutions of a ResNet or ConvNeXt and the attention of
             `nn.MultiheadAttention`, except output layers, heads and `modules_to_save`. By default all linear layers of
-            a transformers model except its output layer. Of experts, routers that give more than one tensor are left
-            out of all but names and regular expressions. Layers whose weight a model reads without calling them (the
-            `conv1d` and `dt_proj` of Mamba, the attention of WavLM), and those whose weight a parametrization computes
-            (the positional convolution of wav2vec 2.0), are left out, and refused by name.
+            a transformers model except its output layer. The fused experts of a mixture of experts count as layers in
+            all of these; `"experts"` names all of a module's, `"gate_up_proj"` or `"down_proj"` one layer of each.
+            Routers that give more than one tensor are left out of all but names and regular expressions. Layers whose
+            weight a model reads without calling them (the `conv1d` and `dt_proj` of Mamba, the attention of WavLM),
+            and those whose weight a parametrization computes (the positional convolution of wav2vec 2.0), are left
+            out, and refused by name.
         exclude_modules (`list[str]` or `str`, *optional*):
             Modules to leave out, matched in the same way.
         selection (`str`, *optional*, defaults to `"magnitude"`):
@@ -72,9 +74,14 @@ class SparseConfig(SavedConfig):
             Adapt only the blocks with these numbers, as in PEFT.
         trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
             Tokens whose embeddings are trained too, as in PEFT.
-        target_parameters (`None`):
-            Not supported, as are experts whose weights are fused into one 3-D parameter: they are left out by default,
-            and naming them is an error.
+        target_parameters (`list[str]`, *optional*):
+            Weights of fused experts to adapt, as PEFT names them: `["experts.gate_up_proj"]`. Without `target_modules`
+            nothing else is adapted.
+        experts_to_transform (`list[int]` or `dict[str, list[int]]`, *optional*):
+            Adapt only the experts with these numbers, in every module of fused experts, or by the modules' names; see
+            [`busiest_experts`] for those that the data goes to.
+        expert_weights (`list[str]`, *optional*):
+            Filled in: the weights of fused experts that are adapted.
         support_sizes (`dict[str, int]`, *optional*):
             Filled in where the other options don't say how many entries each module has, as after network-wide
             selections, `add_weighted_adapter` and [`~peft_ext.convert`]: number of entries per module.
@@ -102,7 +109,11 @@ class SparseConfig(SavedConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Tokens whose embeddings are trained too."}
     )
-    target_parameters: None = field(default=None, metadata={"help": "Not supported; must be None."})
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "Weights of fused experts."})
+    experts_to_transform: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Numbers of the experts to adapt, of all modules or by their names."}
+    )
+    expert_weights: list[str] | None = field(default=None, metadata={"help": "Filled in; adapted weights of experts."})
     support_sizes: dict[str, int] | None = field(default=None, metadata={"help": "Filled in; entries per module."})
 
     def __post_init__(self) -> None:
@@ -120,11 +131,17 @@ class SparseConfig(SavedConfig):
     def _check(self) -> None:
         self._check_size()
         self._check_names()
-        if self.target_parameters is not None:
+        if self.target_parameters is not None and not _is_list_of(str, self.target_parameters):
             raise ValueError(
-                f"target_parameters={self.target_parameters!r} is not supported: a parameter outside a layer, such as "
-                "the fused weights of experts, has no neurons that an adapter could be put on. Leave it out, and name "
-                "modules in `target_modules`."
+                f"target_parameters={self.target_parameters!r} must be a list of names, such as "
+                "['experts.gate_up_proj']."
+            )
+        by_module = self.experts_to_transform
+        chosen = by_module.values() if isinstance(by_module, dict) else [by_module] if by_module is not None else []
+        if not all(_is_list_of(int, numbers) for numbers in chosen):
+            raise ValueError(
+                f"experts_to_transform={by_module!r} must be a list of experts' numbers, or one such list for each "
+                "module's name."
             )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(

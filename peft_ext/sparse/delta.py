@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .another_base import accepts_another_base
 from .bases.sharded import is_first_of, make_equal
-from .ops import ConvGeometry, add_in_place, bypass, bypass_conv, may_add_in_place
+from .ops import ConvGeometry, add_in_place, bypass, bypass_conv, expert_bypass, may_add_in_place
 from .ops.conv import entries_by_tap
 from .ops.standard import is_exporting_to_onnx, standard_update
 from .support import FINGERPRINT_LENGTH, Support
@@ -40,6 +40,8 @@ class SparseDelta(nn.Module):
             The support is a placeholder until a checkpoint is loaded; using it before is an error.
         taps (`int`, *optional*):
             Of a convolution's weight: the number of positions of its kernel.
+        experts (`int`, *optional*):
+            Of a weight of experts: how many there are. Each has an equal share of the rows.
 
     Attributes:
         weight (`nn.Parameter`): the values, `[rows, k]` or `[entries]`.
@@ -47,7 +49,8 @@ class SparseDelta(nn.Module):
         indices, offsets: see [`Support`]; `offsets` is `None` for a table.
         fingerprint (`torch.Tensor`): int64 on the CPU, see [`Support.fingerprint`]; zeros if unknown.
         transposed_entries, transposed_offsets: the entries grouped for backward, see [`Support.transposed`]; those of
-            a convolution by kernel position, see [`entries_by_tap`], whose offsets stay on the CPU.
+            a convolution by kernel position, see [`entries_by_tap`], whose offsets stay on the CPU; those of experts
+            for each expert.
     """
 
     weight: Tensor
@@ -58,10 +61,18 @@ class SparseDelta(nn.Module):
     transposed_entries: Tensor
     transposed_offsets: Tensor
     taps: int | None
+    experts: int | None
 
-    def __init__(self, support: Support, dtype: torch.dtype, pending: bool = False, taps: int | None = None) -> None:
+    def __init__(
+        self,
+        support: Support,
+        dtype: torch.dtype,
+        pending: bool = False,
+        taps: int | None = None,
+        experts: int | None = None,
+    ) -> None:
         super().__init__()
-        self.taps = taps
+        self.taps, self.experts = taps, experts
         device = support.indices.device
         self.fan_in = support.fan_in
         self.weight = nn.Parameter(torch.zeros(support.indices.shape, dtype=dtype, device=device))
@@ -121,7 +132,10 @@ class SparseDelta(nn.Module):
             return
         self.support.check()
         self.stale = False
-        tables = self.support.transposed() if self.taps is None else entries_by_tap(self.indices, self.taps)
+        if self.taps is None:
+            tables = self.support.transposed(self.experts or 1)
+        else:
+            tables = entries_by_tap(self.indices, self.taps)
         for name, new in zip(("transposed_entries", "transposed_offsets"), tables, strict=True):
             old = getattr(self, name)
             if old is not None and old.shape == new.shape and old.device == new.device:
@@ -232,9 +246,19 @@ class SparseDelta(nn.Module):
         self.checked = accepts_another_base()
         self.stale = True
 
-    def forward(self, result: Tensor, x: Tensor, geometry: ConvGeometry | None = None, owned: bool = False) -> Tensor:
+    def forward(
+        self,
+        result: Tensor,
+        x: Tensor,
+        geometry: ConvGeometry | None = None,
+        owned: bool = False,
+        ends: Tensor | None = None,
+    ) -> Tensor:
         """`result + S x` by the bypass, and the bias if there is one: `result` `[..., rows]`, `x` `[..., fan_in]`;
-        with `geometry`, as a convolution has them. `owned`: nobody else needs `result`, which may be overwritten."""
+        with `geometry`, as a convolution has them; with `ends`, as [`expert_bypass`] takes them. `owned`: nobody else
+        needs `result`, which may be overwritten."""
+        if ends is not None:
+            return self._add_to_experts(result, x, ends)
         values, bias = self.values, self.added_bias
         if bias is not None:  # here, because FSDP1 has the parameters whole only while the module runs
             bias = bias.to(result.dtype)
@@ -248,7 +272,24 @@ class SparseDelta(nn.Module):
             return add_in_place(result, x, values, *support)
         return bypass(result, x, values, *support)
 
+    def _add_to_experts(self, result: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+        if is_exporting_to_onnx():
+            raise NotImplementedError(
+                "Adapters on fused experts have no operators that ONNX knows. Merge them first: model.merge_adapter()."
+            )
+        if self.added_bias is not None:
+            result = result + _of_experts(self.added_bias, ends, result)
+        tables = (self.indices, self.offsets, self.transposed_entries, self.transposed_offsets)
+        return expert_bypass(result, x, self.values, *tables, ends)
+
     def extra_repr(self) -> str:
         shape = "x".join(map(str, self.weight.shape))
         extras = (", bias" if self.bias is not None else "") + (", pending" if self.pending else "")
         return f"values={shape}, fan_in={self.fan_in}{extras}"
+
+
+def _of_experts(bias: Tensor, ends: Tensor, result: Tensor) -> Tensor:
+    """Of each row of `result` `[tokens, rows]`, sorted by expert, what is added to its expert's bias."""
+    token = torch.arange(len(result), device=ends.device)
+    expert = torch.searchsorted(ends, token, right=True).clamp(max=len(ends) - 1)
+    return bias.view(len(ends), -1).to(result.dtype)[expert]

@@ -94,24 +94,37 @@ class Support:
         return row_of_entry(self.indices, self.offsets)
 
     def gather(self, matrix: Tensor) -> Tensor:
-        """Values of `matrix` (`[rows, fan_in]`, any strides) at the support, in the shape of `indices`."""
+        """Values of `matrix` (`[rows, fan_in]`, or `[experts, rows of one, fan_in]`; any strides) at the support, in
+        the shape of `indices`."""
         if self.is_table and matrix.element_size() > 1:  # torch does not gather 8-bit floats
-            return matrix.gather(1, self.indices.long())
-        return matrix[self.row_of_entry(), self.indices.reshape(-1).long()].view(self.indices.shape)
+            return matrix.gather(-1, self._columns_like(matrix)).view(self.indices.shape)
+        return matrix[self._positions_in(matrix)].view(self.indices.shape)
 
     def scatter_(self, matrix: Tensor, values: Tensor) -> None:
-        """Overwrite `matrix` (`[rows, fan_in]`, any strides) at the support with `values` of its dtype, in place."""
+        """Overwrite `matrix` (shaped as for `gather`) at the support with `values` of its dtype, in place."""
         if self.is_table and matrix.element_size() > 1:
-            matrix.scatter_(1, self.indices.long(), values)
+            columns = self._columns_like(matrix)
+            matrix.scatter_(-1, columns, values.reshape(columns.shape))
         else:
-            matrix[self.row_of_entry(), self.indices.reshape(-1).long()] = values.reshape(-1)
+            matrix[self._positions_in(matrix)] = values.reshape(-1)
 
-    def transposed(self) -> tuple[Tensor, Tensor]:
-        """The entries grouped by column: entry numbers int32 `[entries]` and offsets int32 `[fan_in + 1]`."""
+    def _columns_like(self, matrix: Tensor) -> Tensor:
+        return self.indices.long().view(*matrix.shape[:-1], self.indices.shape[1])
+
+    def _positions_in(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        rows = self.row_of_entry()
+        leading = (rows,) if matrix.dim() == 2 else (rows // matrix.shape[1], rows % matrix.shape[1])
+        return *leading, self.indices.reshape(-1).long()
+
+    def transposed(self, experts: int = 1) -> tuple[Tensor, Tensor]:
+        """The entries grouped by column, those of each expert (an equal share of the rows) for themselves: entry
+        numbers int32 `[entries]` and offsets int32 `[experts * fan_in + 1]`."""
         columns = self.indices.reshape(-1)
+        if experts > 1:
+            columns = columns + (self.row_of_entry() // (self.rows // experts)) * self.fan_in
         entries = torch.argsort(columns, stable=True).to(torch.int32)
-        counts = torch.bincount(columns, minlength=self.fan_in)
-        offsets = torch.zeros(self.fan_in + 1, dtype=torch.int32, device=columns.device)
+        counts = torch.bincount(columns, minlength=experts * self.fan_in)
+        offsets = torch.zeros(experts * self.fan_in + 1, dtype=torch.int32, device=columns.device)
         offsets[1:] = counts.cumsum(0)
         return entries, offsets
 
@@ -292,6 +305,22 @@ def support_of(positions: Tensor, rows: int, fan_in: int) -> Support:
     if int(counts.min()) == int(counts.max()):
         return Support(columns.view(rows, -1), fan_in)
     return Support(columns, fan_in, offsets_from_counts(counts))
+
+
+def stacked(supports: list[Support]) -> Support:
+    """One support over the rows of several weights of equal shapes, one after the other: ragged if one of them is, or
+    if they differ in their entries per row."""
+    if all(support.is_table for support in supports) and len({s.indices.shape[1] for s in supports}) == 1:
+        return Support(torch.cat([support.indices for support in supports]), supports[0].fan_in)
+    ragged = [support.ragged() for support in supports]
+    counts = torch.cat([s.offsets[1:] - s.offsets[:-1] for s in ragged if s.offsets is not None])
+    return Support(torch.cat([s.indices for s in ragged]), supports[0].fan_in, offsets_from_counts(counts))
+
+
+def without_entries(rows: int, fan_in: int, device: torch.device | str = "cpu") -> Support:
+    """The empty support of a weight."""
+    empty = torch.zeros(0, dtype=torch.int32, device=device)
+    return Support(empty, fan_in, torch.zeros(rows + 1, dtype=torch.int32, device=device))
 
 
 def offsets_from_counts(counts: Tensor) -> Tensor:

@@ -10,7 +10,14 @@ import torch.distributed as dist
 import torch.distributed.fsdp as fsdp
 from peft import get_peft_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 import tests.distributed._fsdp_on_cpu  # noqa: F401  # for its effect
 from peft_ext import GPSConfig, NeuroAdaConfig, PSNConfig, gradient_scores
@@ -22,13 +29,20 @@ METHODS = {
     "neuroada": lambda: NeuroAdaConfig(k=2),
     "psn": lambda: PSNConfig(density=0.3),
     "ragged": lambda: NeuroAdaConfig(k=2, selection="magnitude_network"),
+    "experts": lambda: NeuroAdaConfig(k=2, target_modules=["experts", "q_proj"]),
     "gps": lambda: GPSConfig(k=1, target_modules=["q_proj", "o_proj", "down_proj"], modules_to_save=[]),
 }
 
 
-def base():
+def base(method="neuroada"):
     """The same in every process."""
     torch.manual_seed(0)
+    if method == "experts":
+        config = MixtralConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, num_local_experts=4, initializer_range=0.1, use_cache=False,
+        )  # fmt: skip
+        return MixtralForCausalLM(config)
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         initializer_range=0.1, attention_bias=True, use_cache=False,
@@ -41,20 +55,20 @@ def tokens():
 
 
 def adapted(method):
-    model, config = base(), METHODS[method]()
+    model, config = base(method), METHODS[method]()
     if method == "gps":
         batch = {"input_ids": tokens()[:4], "labels": tokens()[:4]}
         config.with_scores(gradient_scores(model, [batch], loss="model", progress=False))
     return get_peft_model(model, config)
 
 
-def fsdp_options(kind, state_dict_type):
+def fsdp_options(kind, state_dict_type, method):
     if kind not in ("fsdp1", "fsdp2"):
         return {}
     config = {
         "version": int(kind[-1]),
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        "transformer_layer_cls_to_wrap": ["MixtralDecoderLayer" if method == "experts" else "LlamaDecoderLayer"],
         "state_dict_type": state_dict_type,
         "cpu_ram_efficient_loading": False,
         "sync_module_states": False,
@@ -70,7 +84,7 @@ def trainer(folder, method, kind, state_dict_type="FULL_STATE_DICT", **options):
         per_device_train_batch_size=4 // processes, train_sampling_strategy="sequential", max_steps=STEPS,
         # An epsilon so large that a gradient of nothing but rounding errors moves nothing.
         learning_rate=1e-1, adam_epsilon=1e-2, lr_scheduler_type="constant", max_grad_norm=0.0,
-        **({"ddp_backend": "gloo", **fsdp_options(kind, state_dict_type)} if processes > 1 else {}),
+        **({"ddp_backend": "gloo", **fsdp_options(kind, state_dict_type, method)} if processes > 1 else {}),
         **{"save_strategy": "no", **options},
     )  # fmt: skip
     data = [{"input_ids": sample, "labels": sample} for sample in tokens()]
@@ -111,7 +125,7 @@ def values(model):
 
 def select(folder, method, kind):
     """Adapt a model that is sharded already."""
-    model = base()
+    model = base(method)
     if kind == "fsdp1":
         options = {"use_orig_params": True, "device_id": torch.device("cpu")}
         model.model.layers[0] = fsdp.FullyShardedDataParallel(model.model.layers[0], **options)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 TRAIN = [
     *[("train", method, "ddp") for method in ("neuroada", "psn", "gps")],
     *[("train", method, "fsdp1") for method in ("neuroada", "gps")],
-    *[("train", method, "fsdp2") for method in ("neuroada", "psn", "gps", "ragged")],
+    *[("train", method, "fsdp2") for method in ("neuroada", "psn", "gps", "ragged", "experts")],
 ]
 CASES = [
     *TRAIN,
@@ -25,6 +25,8 @@ CASES = [
     ("load", "neuroada", "fsdp2"),
     ("select", "neuroada", "fsdp2"),
     ("select", "ragged", "fsdp2"),
+    ("resume", "experts", "fsdp2"),
+    ("select", "experts", "fsdp2"),
     ("select", "neuroada", "merge"),
     ("select", "neuroada", "fsdp1"),
 ]
@@ -59,14 +61,16 @@ def test_training_and_saving(one, two, case):
     for name, tensor in expected.items():
         # Sums over samples are taken in another order.
         torch.testing.assert_close(saved[name], tensor, rtol=0, atol=1e-6 if tensor.is_floating_point() else 0)
-    loaded = [PeftModel.from_pretrained(base(), result["folder"]).eval() for result in (two[case][0], alone)]
+    folders = [result["folder"] for result in (two[case][0], alone)]
+    loaded = [PeftModel.from_pretrained(base(method), folder).eval() for folder in folders]
     mine, theirs = (logits(model, tokens()) for model in loaded)
     torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(theirs, logits(base().eval(), tokens()), atol=1e-2)
+    assert not torch.allclose(theirs, logits(base(method).eval(), tokens()), atol=1e-2)
 
 
-def test_training_goes_on_from_a_sharded_checkpoint(two):
-    for process in two["resume", "neuroada", "fsdp2"]:
+@pytest.mark.parametrize("method", ["neuroada", "experts"])
+def test_training_goes_on_from_a_sharded_checkpoint(two, method):
+    for process in two["resume", method, "fsdp2"]:
         assert process["straight"].keys() == process["resumed"].keys()
         for name, values in process["straight"].items():
             assert torch.equal(process["resumed"][name], values), name
@@ -81,7 +85,7 @@ def test_a_state_dict_of_the_first_process_reaches_all_with_its_entries(two):
             assert torch.equal(process["found"][name], tensor), name
 
 
-@pytest.mark.parametrize("method", ["neuroada", "ragged"])
+@pytest.mark.parametrize("method", ["neuroada", "ragged", "experts"])
 def test_entries_of_a_sharded_model_are_those_of_the_whole_one(two, one, method):
     expected = load_file(f"{one[method]['folder']}/adapter_model.safetensors")
     for process in two["select", method, "fsdp2"]:

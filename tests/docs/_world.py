@@ -25,6 +25,9 @@ def make_hub(folder):
     for name in LANGUAGE_MODELS:
         llama.save_pretrained(folder / name)
         words.save_pretrained(folder / name)
+    experts = {"moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+    mixture = hf.Qwen3MoeConfig(hidden_size=32, head_dim=8, **experts, **small, **ids)
+    hf.Qwen3MoeForCausalLM(mixture).save_pretrained(folder / "Qwen/Qwen3-30B-A3B")
     bert = hf.DistilBertConfig(dim=32, hidden_dim=48, n_layers=2, n_heads=4, vocab_size=len(words), pad_token_id=0)
     hf.DistilBertModel(bert).save_pretrained(folder / "distilbert/distilbert-base-uncased")
     words.save_pretrained(folder / "distilbert/distilbert-base-uncased")
@@ -95,6 +98,7 @@ def names_for(page):
         "methods/knockout.md": _question,
         "knockout-report.md": _question,
         "how-to/trl.md": lambda: {"dataloader": _loader(_language_rows())},
+        "how-to/experts.md": lambda: {"dataloader": _loader(_language_rows())},
         "how-to/images.md": lambda: {"dataloader": _loader(_images()), "train_dataset": _images()},
         "how-to/multi-task.md": lambda: {"summaries": _texts(), "questions": _texts()},
         "how-to/steering.md": lambda: {"image": Image.new("RGB", (64, 64))},

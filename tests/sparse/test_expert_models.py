@@ -1,5 +1,7 @@
 """Shorthands for targets on models of experts, whose routers may be linear layers by class and give tuples."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -53,7 +55,10 @@ def test_shorthands_stand_for_every_layer_that_an_update_can_be_added_to(name, t
     expected = {layer for layer, output in outputs.items() if isinstance(output, torch.Tensor)}
     assert (expected != set(outputs)) == (name in ("llama4_text", "phimoe"))  # whose routers give tuples
 
-    model = get_peft_model(base, NeuroAdaConfig(k=2, target_modules=target_modules)).train()
+    fused = {parameter for parameter, weight in base.named_parameters() if weight.dim() == 3}
+    expected |= set() if name == "jetmoe" else fused
+    with pytest.warns(UserWarning, match="JetMoeParallelExperts.*is left out") if name == "jetmoe" else nullcontext():
+        model = get_peft_model(base, NeuroAdaConfig(k=2, target_modules=target_modules)).train()
     adapted = {layer for layer, m in model.base_model.model.named_modules() if isinstance(m, SparseLayer)}
     assert adapted == expected
     model(input_ids=ids, labels=ids).loss.backward()
@@ -121,12 +126,12 @@ def test_a_warning_names_what_cannot_be_tried_out(kind):
 
 
 def test_where_no_layer_is_left_the_error_says_so():
-    base = _tiny("llama4_text")
+    base = _tiny("falcon")
     for name, module in list(base.named_modules()):
-        if type(module) is nn.Linear:
+        if isinstance(module, nn.Linear):
             parent, _, child = name.rpartition(".")
             setattr(base.get_submodule(parent), child, Extended(module.in_features, module.out_features, bias=False))
     with pytest.raises(
-        ValueError, match="target_modules=None stands for no layer of Llama4ForCausalLM.*name the layers"
+        ValueError, match="target_modules=None stands for no layer of FalconForCausalLM.*name the layers"
     ):
         get_peft_model(base, NeuroAdaConfig())

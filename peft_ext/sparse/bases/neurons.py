@@ -14,14 +14,16 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from ...hf.internals import BaseTunerLayer, QuantizationBackend
+from .experts import ExpertBank, bank_names
 from .padding import CONVOLUTIONS, OwnPadding, has_own_forward
+from .part import Part
 from .projection import PROJECTIONS, Projection
 from .sharded import shape_of
 
 
 SUPPORTED = (
-    "torch.nn.Linear, Conv1d, Conv2d, Conv3d and MultiheadAttention, transformers' Conv1D, and quantised linear "
-    "layers that PEFT has a backend for"
+    "torch.nn.Linear, Conv1d, Conv2d, Conv3d and MultiheadAttention, transformers' Conv1D and fused experts, and "
+    "quantised linear layers that PEFT has a backend for"
 )
 
 
@@ -31,10 +33,11 @@ def base_of(module: nn.Module) -> Any:
 
 
 def weights_of(name: str, module: nn.Module) -> dict[str, Any]:
-    """The layers with one weight each that a target stands for, by name: itself, or an attention's projections."""
+    """The layers with one weight each that a target stands for, by name: itself, an attention's projections, or the
+    layers of experts."""
     if isinstance(module, nn.MultiheadAttention):
         return {f"{name}.{part}": Projection(module, part) for part in PROJECTIONS}
-    return {name: module}
+    return {f"{name}.{bank}": ExpertBank(module, bank) for bank in bank_names(module)} or {name: module}
 
 
 def is_convolution(base_layer: nn.Module) -> bool:
@@ -48,10 +51,10 @@ def is_supported(base_layer: nn.Module, backend: QuantizationBackend | None) -> 
     """Whether a layer has neurons that we can adapt: `nn.Linear(0, 4)` and `nn.Linear(4, 0)` have none."""
     if backend is not None:
         return backend.layer_type == "linear"
-    linear = (nn.Linear, Conv1D, Projection, nn.MultiheadAttention)
-    if not isinstance(base_layer, linear) and not is_convolution(base_layer):
-        return False
-    return isinstance(base_layer, nn.MultiheadAttention) or 0 not in matrix_shape(base_layer)
+    if isinstance(base_layer, nn.MultiheadAttention) or bank_names(base_layer):
+        return True
+    known = isinstance(base_layer, (nn.Linear, Conv1D, Part)) or is_convolution(base_layer)
+    return known and 0 not in matrix_shape(base_layer)
 
 
 def check_real(name: str, weight: Tensor) -> None:
@@ -112,8 +115,11 @@ def gives_one_output(base_layer: Any) -> bool:
 def neuron_view(base_layer: nn.Module, weight: Tensor) -> Tensor:
     """
     The weight (or a gradient of it) as `[rows, fan_in]`: Conv1D keeps a neuron in a column, a convolution spreads one
-    over its kernel. A view, but a copy of a convolution's weight in another memory format than the default.
+    over its kernel. A view, but a copy of a convolution's weight in another memory format than the default. That of
+    experts as `[experts, rows, fan_in]`.
     """
+    if isinstance(base_layer, ExpertBank):
+        return base_layer.neurons(weight)
     if isinstance(base_layer, CONVOLUTIONS):
         return weight.flatten(1)
     return weight.t() if isinstance(base_layer, Conv1D) else weight
@@ -121,6 +127,8 @@ def neuron_view(base_layer: nn.Module, weight: Tensor) -> Tensor:
 
 def weight_view(base_layer: nn.Module, matrix: Tensor) -> Tensor:
     """The inverse of [`neuron_view`]: `[rows, fan_in]` in the shape of the layer's weight."""
+    if isinstance(base_layer, ExpertBank):
+        return base_layer.neurons(matrix.view(base_layer.number, base_layer.rows, -1))
     if isinstance(base_layer, CONVOLUTIONS):
         return matrix.view(shape_of(base_layer.weight))
     return matrix.t() if isinstance(base_layer, Conv1D) else matrix
@@ -142,14 +150,19 @@ def taps_of(base_layer: Any) -> int | None:
     return math.prod(base_layer.kernel_size) if isinstance(base_layer, CONVOLUTIONS) else None
 
 
+def experts_of(base_layer: Any) -> int | None:
+    """Experts that a layer belongs to; `None` for other layers."""
+    return base_layer.number if isinstance(base_layer, ExpertBank) else None
+
+
 def has_writable_weight(base_layer: nn.Module) -> bool:
     """Whether writing into a layer's weight changes the layer: a parametrization computes it anew each time."""
-    return "weight" in base_layer._parameters or isinstance(base_layer, Projection)
+    return "weight" in base_layer._parameters or isinstance(base_layer, Part)
 
 
 def parameter_of(base_layer: Any) -> Tensor:
-    """What holds a layer's weight: of an attention's projection, the attention's parameter."""
-    return base_layer.parameter if isinstance(base_layer, Projection) else base_layer.weight
+    """What holds a layer's weight: of a part, its owner's parameter."""
+    return base_layer.parameter if isinstance(base_layer, Part) else base_layer.weight
 
 
 def is_plain(base_layer: nn.Module) -> bool:

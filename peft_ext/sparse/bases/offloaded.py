@@ -10,16 +10,14 @@ import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import nn
 
-from .projection import Projection
+from .part import Part
 
 
 def is_offloaded(base_layer: nn.Module) -> bool:
-    """Whether accelerate has taken a layer's weights away; an attention's projections come and go with it."""
+    """Whether accelerate has taken a layer's weights away; a part comes and goes with its owner."""
     if isinstance(base_layer, nn.MultiheadAttention):
         return has_offloaded_params(base_layer) or has_offloaded_params(base_layer.out_proj)
-    return (
-        is_offloaded(base_layer.attention) if isinstance(base_layer, Projection) else has_offloaded_params(base_layer)
-    )
+    return is_offloaded(base_layer.owner) if isinstance(base_layer, Part) else has_offloaded_params(base_layer)
 
 
 def execution_device(base_layer: Any) -> torch.device:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...hf.internals import QuantizationBackend, get_quantization_kwargs, resolve_quantization_backend
 from .offloaded import onloaded
-from .projection import Projection
+from .part import Part
 from .sharded import whole
 
 
@@ -19,7 +19,7 @@ def float_weight(base_layer: Any, backend: QuantizationBackend | None) -> Tensor
     from where it is offloaded."""
     with onloaded(base_layer):
         if backend is None:
-            if isinstance(base_layer, Projection):
+            if isinstance(base_layer, Part):
                 return base_layer.rows_of(whole(base_layer.parameter)).detach()
             return whole(base_layer.weight).detach()
         if getattr(getattr(base_layer.weight, "quant_state", None), "packing_format_for_cpu", False):

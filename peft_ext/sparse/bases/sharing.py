@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..memory import Region
 from .offloaded import is_offloaded
-from .projection import Projection
+from .part import Part
 
 
 def weight_key(base_layer: Any) -> Hashable:
@@ -22,14 +22,19 @@ def weight_key(base_layer: Any) -> Hashable:
     region = None if is_offloaded(base_layer) else weight_region(base_layer)
     if region is None:  # no parameter, or an offloaded one, which is another after each call
         return None
-    # The projections of an attention whose weight has no memory here (meta, sharded) are told apart by their names.
-    part = base_layer.name if isinstance(base_layer, Projection) and region.layout is None else None
+    # Parts of one parameter that has no memory here (meta, sharded) are told apart by their names.
+    part = base_layer.name if isinstance(base_layer, Part) and region.layout is None else None
     return region, part, isinstance(base_layer, Conv1D)
+
+
+def identity(base_layer: Any) -> Hashable:
+    """Which layer this is: of a part, which is made anew by whoever looks at it, by its owner and name."""
+    return (id(base_layer.owner), base_layer.name) if isinstance(base_layer, Part) else id(base_layer)
 
 
 def weight_region(base_layer: Any) -> Region | None:
     """The memory of a layer's weight; `None` if the weight is no parameter."""
-    if isinstance(base_layer, Projection):
+    if isinstance(base_layer, Part):
         whole = Region.of(base_layer.parameter)
         return whole if whole.layout is None else Region.of(base_layer.weight)
     weight = base_layer._parameters.get("weight")

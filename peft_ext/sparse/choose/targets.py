@@ -17,10 +17,12 @@ from ...hf.internals import (
     BaseTunerLayer,
     resolve_all_linear,
 )
+from ..bases.experts import bank_names
 from ..bases.neurons import base_of, gives_one_output, is_supported
 from ..bases.projection import PROJECTIONS
 from ..bases.quantised import backend_of
 from ..config import SparseConfig
+from .experts import expert_modules, warn_of_others
 from .heads import HEADS, heads_of, outside_body
 from .unsuitable import unsuitable_layers
 
@@ -42,6 +44,8 @@ def resolve_targets(config: SparseConfig, model: nn.Module, default: str) -> Non
         `ValueError`: if the targets are left to the default and the model is not of transformers.
     """
     by_default = config.target_modules is None
+    if by_default and config.target_parameters:
+        return  # as in PEFT, these alone
     if by_default:
         model_config = getattr(model, "config", None)
         get = model_config.get if isinstance(model_config, dict) else lambda key: getattr(model_config, key, None)
@@ -51,15 +55,16 @@ def resolve_targets(config: SparseConfig, model: nn.Module, default: str) -> Non
                 "its output layer can't be told apart."
             )
         config.target_modules = default
+    if str(config.target_modules).lower() in (ALL_NEURONS, INCLUDE_LINEAR_LAYERS_SHORTHAND):
+        warn_of_others(model)
     if config.target_modules == ALL_NEURONS:
         config.target_modules = sorted(_layers_with_neurons(config, model))
     elif isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         resolve_all_linear(config, model)
         # PEFT finds an attention's output projection, which is not called, and not its others.
         linear = set(config.target_modules or ()) - unsuitable_layers(model).keys()
-        config.target_modules = sorted(
-            {name for name in linear if _gives_one_output(model, name)} | set(_attentions(model))
-        )
+        composite = {*_attentions(model), *(name for name, _ in expert_modules(model))}
+        config.target_modules = sorted({name for name in linear if _gives_one_output(model, name)} | composite)
     if by_default:
         # PEFT's model classes wrap these heads in modules_to_save only after the injection.
         config.target_modules = sorted(
@@ -161,20 +166,21 @@ def without_parts(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, 
 
 def check_names(model: nn.Module, config: SparseConfig) -> None:
     """
-    Check that every name in a config's `target_modules` stands for a module. A warning lists names that stand for
-    none, and names of modules that experts' layers, fused into one parameter by transformers, have too.
+    Check that every name in a config's `target_modules` stands for a module, or for a weight of fused experts. A
+    warning lists names that stand for none, and names of modules that layers fused into such a weight have too.
 
     Raises:
-        `TypeError`: if one is the name of such a parameter, or of a layer that is fused into it, and of no module:
-            PEFT would pass over it, or say that there is no such module.
+        `TypeError`: if one is the name of a layer that is fused into a weight, or of a fused weight that can't be
+            adapted, and of nothing else: PEFT would pass over it, or say that there is no such module.
     """
     given = config.target_modules
     if given is None:
         return
-    modules = [name for name, _ in model.named_modules()]
+    banks = [f"{name}.{bank}" for name, base in expert_modules(model) for bank in bank_names(base)]
+    modules = [*(name for name, _ in model.named_modules()), *banks]
     fused = {name: name for name, p in model.named_parameters() if p.dim() >= 3 and not _is_weight(model, name)}
     if not config.from_checkpoint:  # whose adapter may have been made without asking for those
-        fused |= _fused_layers(model, list(fused))
+        fused |= _fused_layers(model, [*fused, *banks])
     if isinstance(given, str):
         targets = {given: [name for name in (*modules, *fused) if re.fullmatch(given, name)]}
     else:
@@ -187,18 +193,28 @@ def check_names(model: nn.Module, config: SparseConfig) -> None:
         if names and fused.keys() >= set(names):
             parameter = fused[names[0]]
             shape = "x".join(map(str, model.get_parameter(parameter).shape))
+            advice = (
+                f"Name '{parameter.rpartition('.')[2]}'."
+                if parameter in banks
+                else "It is computed in a way that can't be adapted. Leave it out: the model's layers can be adapted "
+                "without it."
+            )
             raise TypeError(
                 f"target_modules={given!r}: '{target}' is no module here, but a part of '{parameter}', a parameter of "
-                f"{shape}. Adapters are put on layers; experts whose weights are fused into one parameter are not "
-                "supported. Leave it out: the model's layers can be adapted without it."
+                f"{shape}, which fuses the weights of all experts. {advice}"
             )
     if config.from_checkpoint:
         return
-    with_experts = [target for target, names in targets.items() if not fused.keys().isdisjoint(names)]
+    in_others = {target: fused.keys() & set(names) for target, names in targets.items()}
+    with_experts = [
+        target
+        for target, names in in_others.items()
+        if any(fused[n] not in {*banks} & {*targets[target]} for n in names)
+    ]
     if with_experts:
         warnings.warn(
             f"target_modules={with_experts}: only the layers of this name are adapted, not the experts', whose "
-            "weights are fused into one parameter.",
+            "weights are fused into parameters of other names, such as 'experts.gate_up_proj'.",
             stacklevel=2,
         )
     without_module = [target for target, names in targets.items() if not names]
@@ -240,9 +256,11 @@ def _is_weight(model: nn.Module, name: str) -> bool:
 
 
 def named_by_target(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The keys of an adapter's state dict under the names of the modules to replace: an attention, not its parts."""
+    """The keys of an adapter's state dict under the names of the modules to replace: an attention or experts, not
+    their parts."""
     attentions = [name for name, module in model.named_modules() if isinstance(base_of(module), nn.MultiheadAttention)]
     parts = {f"{name}.{part}.": f"{name}." for name in attentions for part in PROJECTIONS}
+    parts |= {f"{name}.{bank}.": f"{name}." for name, base in expert_modules(model) for bank in bank_names(base)}
     renamed = {}
     for key, tensor in state_dict.items():
         part = next((part for part in parts if key.startswith(part)), None)

@@ -11,10 +11,18 @@ from torch.autograd import forward_ad
 
 from ...hf.internals import BaseTunerLayer, QuantizationBackend, in_out_features, quantization_extra_repr
 from ..another_base import REMEDY
-from ..bases.neurons import is_plain, neuron_view, stored_weight, taps_of, values_dtype_of, weight_view
+from ..bases.neurons import (
+    experts_of,
+    is_plain,
+    neuron_view,
+    stored_weight,
+    taps_of,
+    values_dtype_of,
+    weight_view,
+)
 from ..bases.offloaded import execution_device, is_offloaded
 from ..bases.padding import CONVOLUTIONS
-from ..bases.projection import Projection
+from ..bases.part import Part
 from ..config import SparseConfig
 from ..delta import SparseDelta
 from ..ops.reference import dense_delta
@@ -64,7 +72,7 @@ class SparseLayer(BaseAttributes, MergingMixin, ScalingMixin, nn.Module, BaseTun
         self.backends: dict[str, str] = {}
         self.called = False
         base: Any = self.get_base_layer()
-        if isinstance(base, Projection):  # PEFT warns of types that it does not know
+        if isinstance(base, Part):  # PEFT warns of types that it does not know
             self.in_features, self.out_features = base.in_features, base.out_features
         else:
             self.in_features, self.out_features = in_out_features(base)
@@ -106,7 +114,7 @@ class SparseLayer(BaseAttributes, MergingMixin, ScalingMixin, nn.Module, BaseTun
     def _new_delta(self, config: SparseConfig, support: Support, pending: bool) -> SparseDelta:
         base_layer = self.get_base_layer()
         dtype = getattr(torch, config.values_dtype) if config.values_dtype else values_dtype_of(base_layer)
-        delta = SparseDelta(support, dtype, pending, taps_of(base_layer))
+        delta = SparseDelta(support, dtype, pending, taps_of(base_layer), experts_of(base_layer))
         if config.train_bias and getattr(base_layer, "bias", None) is not None:
             delta.add_bias()
         if not config.init_weights and not delta.weight.is_meta:
@@ -273,7 +281,7 @@ class SparseLayer(BaseAttributes, MergingMixin, ScalingMixin, nn.Module, BaseTun
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         # PEFT converts linear layers, under the names that the base model has for them; LoRA has no place for a bias.
-        if isinstance(self.get_base_layer(), (*CONVOLUTIONS, Projection)):
+        if isinstance(self.get_base_layer(), (*CONVOLUTIONS, Part)):
             return False
         return adapter_name not in self.deltas or self.deltas[adapter_name].bias is None
 

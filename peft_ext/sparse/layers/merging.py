@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...hf.internals import QuantizationBackend, check_adapters_to_merge, onload_layer
+from ..bases.experts import ExpertBank
 from ..bases.neurons import has_writable_weight, neuron_view, parameter_of
 from ..bases.offloaded import is_offloaded
 from ..bases.projection import Projection
@@ -229,8 +230,9 @@ class MergingMixin:
             return
         self._set_aside = SetAside(base_layer if backend is not None else None, backend)
         for name in copied:
-            original = self._set_aside.parameters[name] = getattr(base_layer, name)
-            setattr(base_layer, name, nn.Parameter(original.detach().clone(), original.requires_grad))
+            holder, key = _holder(base_layer, name)
+            original = self._set_aside.parameters[name] = getattr(holder, key)
+            setattr(holder, key, nn.Parameter(original.detach().clone(), original.requires_grad))
         if backend is not None:
             weight = self.get_base_weight()
             self._replace_base(dense_layer(base_layer, weight, self.dense_dtype or weight.dtype), None)
@@ -263,7 +265,7 @@ class MergingMixin:
             self._replace_base(aside.base_layer, aside.backend)
             self._write_bias(bias)  # a dense layer in its place had the same bias, a requantised one a copy
         for name, parameter in aside.parameters.items():
-            setattr(self.get_base_layer(), name, parameter)
+            setattr(*_holder(self.get_base_layer(), name), parameter)
         if length == 0:
             self._set_aside = self.requantization_error = None
 
@@ -282,3 +284,10 @@ class MergingMixin:
         support.to(weight.device).scatter_(matrix, values.to(matrix))
         if matrix.data_ptr() != weight.data_ptr():  # another memory format: the matrix is a copy
             weight.copy_(matrix.view(weight.shape))
+
+
+def _holder(base_layer: Any, name: str) -> tuple[nn.Module, str]:
+    """The module that has a base layer's `"weight"` or `"bias"` among its parameters, and the name there."""
+    if not isinstance(base_layer, ExpertBank):
+        return base_layer, name
+    return base_layer.owner, base_layer.name if name == "weight" else f"{base_layer.name}_bias"

@@ -14,9 +14,9 @@ from torch.distributed.tensor import DTensor
 from ...hf.adapter_state import MalformedAdapter, check_state, without_wrappers
 from ...hf.loadable import LoadableTuner
 from ..another_base import REMEDY
-from ..bases.projection import Projection
+from ..bases.part import Part
 from ..bases.sharded import with_wrapped
-from ..layers import SparseLayer, SparseMultiheadAttention, attention_biases
+from ..layers import SparseComposite, SparseLayer, part_biases
 from ..support import Support, is_unknown, narrowest_index_dtype
 from .uncalled import warn_of_untrained
 
@@ -92,9 +92,9 @@ class CheckpointMixin(LoadableTuner):
     def _get_learnable_bias_state_dict(
         cls, model: nn.Module, state_dict: dict[str, Tensor], config: SparseConfig
     ) -> dict[str, Tensor]:
-        """As PEFT selects it, with the biases that `nn.MultiheadAttention` keeps under names of its own."""
+        """As PEFT selects it, with the biases that `nn.MultiheadAttention` and experts name in their own way."""
         found = super()._get_learnable_bias_state_dict(model, state_dict, config)  # type: ignore[misc]
-        names = (name for name, _ in attention_biases(model, config.bias))
+        names = (name for name, _ in part_biases(model, config.bias))
         return {**found, **{name: state_dict[name] for name in names if name in state_dict}}
 
     @classmethod
@@ -193,10 +193,10 @@ class CheckpointMixin(LoadableTuner):
 
     @classmethod
     def replaced_by(cls, module: nn.Module) -> nn.Module | None:
-        if not isinstance(module, (SparseLayer, SparseMultiheadAttention)):
+        if not isinstance(module, (SparseLayer, SparseComposite)):
             return None
         original: nn.Module = module.base_layer
-        return None if isinstance(original, Projection) else original  # which goes with its attention
+        return None if isinstance(original, Part) else original  # which goes with its owner
 
     @classmethod
     def _layers_with(cls, model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseLayer]]:

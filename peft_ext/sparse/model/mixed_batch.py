@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...hf.internals import AuxiliaryTrainingWrapper
-from ..layers import BASE_ADAPTER, SparseLayer
+from ..layers import BASE_ADAPTER, SparseExpertBank, SparseExperts, SparseLayer
 
 
 class MixedBatchMixin:
@@ -46,7 +46,14 @@ class MixedBatchMixin:
         wrappers = [m for m in self.modules() if isinstance(m, AuxiliaryTrainingWrapper)]  # type: ignore[attr-defined]
         model_config = getattr(self.model, "generation_config", None)  # type: ignore[attr-defined]
         hook = partial(_pass_adapter_names, adapter_names, _number_of_beams(kwargs, model_config))
-        handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in (*layers, *wrappers)]
+        called = [layer for layer in layers if not isinstance(layer, SparseExpertBank)]
+        # Experts are told, for what their layers get is sorted by expert.
+        experts = [
+            m
+            for m in self.modules()  # type: ignore[attr-defined]
+            if isinstance(m, SparseExperts) and isinstance(next(iter(m.parts.values())), self.tuner_layer_cls)
+        ]
+        handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in (*called, *experts, *wrappers)]
         try:
             yield
         finally:

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ...hf.injection import clean_refusal, is_loading
-from ...hf.internals import INCLUDE_LINEAR_LAYERS_SHORTHAND, BaseTuner
+from ...hf.internals import INCLUDE_LINEAR_LAYERS_SHORTHAND, BaseTuner, ExcludedModule
+from ..bases.experts import bank_names
 from ..bases.neurons import (
     SUPPORTED,
     base_of,
     check_real,
+    experts_of,
     is_supported,
     matrix_shape,
     neuron_view,
@@ -25,13 +27,15 @@ from ..bases.neurons import (
 from ..bases.offloaded import is_offloaded
 from ..bases.quantised import backend_of, float_weight
 from ..bases.sharded import check_gatherable
-from ..bases.sharing import weight_key
+from ..bases.sharing import identity, weight_key
+from ..choose.by_expert import ExpertMatrices
+from ..choose.experts import banks_in, check_target_parameters, wanted_banks
 from ..choose.placeholders import placeholder, support_from, tables_in
 from ..choose.targets import check_names, inside_adapter, named_by_target, resolve_targets, without_parts
 from ..choose.unsuitable import check_suitable
 from ..config import SparseConfig
 from ..delta import SparseDelta
-from ..layers import LayerTypes, SparseLayer, SparseMultiheadAttention, attention_biases, weights_of_layer
+from ..layers import LayerTypes, SparseComposite, SparseLayer, part_biases, weights_of_layer
 from ..memory import Region
 from ..selection import SCORED, ScoreMatrices, parse_selection, select_supports
 from ..support import Support
@@ -89,7 +93,9 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         self._kept_padded = getattr(self, "_kept_padded", [])
         self._given = tables_in(state_dict or {}, self.tuner_layer_cls.adapter_layer_names[0])
         self._named: set[str] | None = None
+        self._banks: dict[str, list[str]] = {}  # of this adapter, by their module of experts
         if state_dict is not None:  # its keys decide what is adapted
+            self._banks = banks_in(model, state_dict)
             state_dict = named_by_target(model, state_dict)
             self._named = {key.rsplit(f".{self.prefix}", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
         try:
@@ -101,8 +107,9 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
                     low_cpu_mem_usage=low_cpu_mem_usage,
                     state_dict=state_dict,
                 )
+            self._keep_names_exact(self.peft_config[adapter_name])
         finally:
-            self._plan, self._deltas, self._given = {}, {}, {}
+            self._plan, self._deltas, self._given, self._banks = {}, {}, {}, {}
         note_sharing(model, self.tuner_layer_cls)
         # Of no use once the entries are chosen, and the scores are dense.
         self.peft_config[adapter_name].scores = self.peft_config[adapter_name].supports = None
@@ -114,6 +121,8 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
     def _prepare_model(self, peft_config: SparseConfig, model: nn.Module) -> None:
         if self._named is None:
             check_names(model, peft_config)
+            self._banks, self._given_targets = wanted_banks(model, peft_config), peft_config.target_modules
+            check_target_parameters(model, peft_config, self._banks)
         targets = {
             name: module
             for name, module in model.named_modules()
@@ -126,6 +135,11 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
 
     def _is_wanted(self, config: SparseConfig, name: str) -> bool:
         return self._check_target_module_exists(config, name) if self._named is None else name in self._named
+
+    def _keep_names_exact(self, config: SparseConfig) -> None:
+        """PEFT shortens long lists of names so that they fit the same modules, but not the same weights of experts."""
+        if self._named is None and wanted_banks(self.model, config) != self._banks:
+            config.target_modules = self._given_targets
 
     def _make_plan(self, config: SparseConfig, targets: dict[str, nn.Module]) -> dict[str, Planned]:
         """
@@ -140,7 +154,8 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         for name, module in targets.items():
             base = base_of(module)
             self._check_type(name, module, base)
-            bases.update(weights_of(name, base))
+            bases.update(self._weights_of(name, base))
+        config.expert_weights = sorted(name for name, base in bases.items() if experts_of(base)) or None
         backends = {name: backend_of(self, base) for name, base in bases.items()}
         if config.supports is not None:
             return {name: Planned(config.supports[name]) for name in bases}
@@ -172,7 +187,7 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
                 "    model = get_peft_model(model, config.with_scores(scores))"
             )
         if awaits or no_data:  # a checkpoint brings the entries, or there is nothing to choose from
-            return {name: self._awaiting(config, name, *shapes[name], no_data) for name in bases}
+            return {name: self._awaiting(config, name, base, no_data) for name, base in bases.items()}
         sealed = {name: b for name, b in backends.items() if b is not None and not b.supports_merge}
         for name, backend in sealed.items() if criterion not in SCORED else ():
             raise TypeError(
@@ -185,31 +200,50 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
             name: partial(_matrix, base, backends[name]) for name, base in chosen.items()
         }
         # An adapter is chosen for the base weight, not for what is merged into it at the moment.
-        merged = {id(layer.get_base_layer()): layer for layer in self.sparse_layers(self.model) if layer.merged}
-        views |= {name: merged[id(base)].original_matrix for name, base in chosen.items() if id(base) in merged}
+        merged = {identity(layer.get_base_layer()): layer for layer in self.sparse_layers(self.model) if layer.merged}
+        views |= {
+            name: merged[identity(base)].original_matrix for name, base in chosen.items() if identity(base) in merged
+        }
         scores = ScoreMatrices(config.scores, chosen, shapes) if criterion in SCORED else None
-        supports = select_supports(
-            views,
-            config.selection,
-            config.entries_per_neuron,
-            config.neuron_ratio,
-            config.seed,
-            scores,
-            config.column_budget,
+        by_expert = ExpertMatrices(chosen, config)
+        supports = by_expert.join(
+            select_supports(
+                by_expert.split(views),
+                config.selection,
+                config.entries_per_neuron,
+                config.neuron_ratio,
+                config.seed,
+                by_expert.split_scores(scores),
+                config.column_budget,
+            )
         )
         sizes = {name: supports[source[name]].entries for name in bases}
         config.support_sizes = sizes if scope == "network" else None
         return {name: Planned(supports[source[name]]) for name in bases}
 
-    def _awaiting(self, config: SparseConfig, name: str, rows: int, fan_in: int, no_data: bool) -> Planned:
+    def _awaiting(self, config: SparseConfig, name: str, base: Any, no_data: bool) -> Planned:
         """What is planned for a module whose tensors are about to be loaded."""
         tables = self._given.get(name, {})
         given = "indices" in tables
-        support = (
-            support_from(tables, config, name, rows, fan_in) if given else placeholder(config, name, rows, fan_in)
-        )
+        support = support_from(tables, config, name, base) if given else placeholder(config, name, base)
         pending = not given or tables["indices"].is_meta or no_data
         return Planned(support.to("meta" if no_data else "cpu"), pending)
+
+    def _weights_of(self, name: str, base: Any) -> dict[str, Any]:
+        """The layers of a target that this adapter is for: of experts, those that it asks for."""
+        wanted = self._banks.get(name)
+        weights = weights_of(name, base)
+        return weights if wanted is None else {f"{name}.{bank}": weights[f"{name}.{bank}"] for bank in wanted}
+
+    def _check_target_module_exists(self, peft_config: SparseConfig, key: str) -> Any:
+        match = super()._check_target_module_exists(peft_config, key)
+        if key not in self._banks or isinstance(match, ExcludedModule):
+            return match
+        return bool(self._banks[key])
+
+    def _inject_parameters(self, peft_config: SparseConfig, **kwargs: Any) -> list[str]:
+        # Their modules are targets, and adapted by now.
+        return sorted(peft_config.target_parameters or ())
 
     def _create_and_replace(
         self,
@@ -221,12 +255,14 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(parent, SparseMultiheadAttention):
+        if isinstance(parent, SparseComposite):
             return  # an attention's projection, adapted with it
-        is_new = not isinstance(target, (self.tuner_layer_cls, self.layer_types.attention))
+        weights = self._weights_of(current_key, base_of(target))
+        is_new = not isinstance(target, self.layer_types.own)
         layer: Any = self._create_new_module(target, adapter_name) if is_new else target
         for name, part in weights_of_layer(current_key, layer).items():
-            self._update_layer(part, adapter_name, peft_config, self._plan[name])
+            if name in weights:
+                self._update_layer(part, adapter_name, peft_config, self._plan[name])
         if not is_new:
             return
         if adapter_name not in self.active_adapters:
@@ -241,7 +277,7 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
                     encoder.use_nested_tensor = False
         self._replace_module(parent, target_name, layer, target)
 
-    def _create_new_module(self, target: nn.Module, adapter_name: str) -> SparseLayer | SparseMultiheadAttention:
+    def _create_new_module(self, target: nn.Module, adapter_name: str) -> SparseLayer | SparseComposite:
         layer = self.layer_types.around(target, backend_of(self, base_of(target)))
         for part in weights_of_layer("", layer).values():
             part._active_adapter = adapter_name
@@ -268,12 +304,14 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
                 f"Target module '{name}' is a {type(base).__name__}{size}, which is not supported.{hint} Supported "
                 f"are {SUPPORTED}. {advice}"
             )
-        own = (nn.MultiheadAttention, self.layer_types.attention)
-        if isinstance(base, nn.MultiheadAttention) and not isinstance(module, own):
-            raise TypeError(f"Target module '{name}' is an attention that another method has adapted. {advice}")
-        if isinstance(base, nn.MultiheadAttention) and is_offloaded(base):
+        if not isinstance(base, nn.MultiheadAttention) and not bank_names(base):
+            return
+        kind = "an attention" if isinstance(base, nn.MultiheadAttention) else "a module of fused experts"
+        if module is not base and not isinstance(module, self.layer_types.own):
+            raise TypeError(f"Target module '{name}' is {kind} that another method has adapted. {advice}")
+        if is_offloaded(base):
             raise TypeError(
-                f"Target module '{name}' is an offloaded nn.MultiheadAttention. Its weights are there only while the "
+                f"Target module '{name}' is an offloaded {type(base).__name__}. Its weights are there only while the "
                 f"module itself runs, which an adapted one does not. Keep it on a device. {advice}"
             )
 
@@ -286,7 +324,7 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
         for adapter_name in self.active_adapters:
-            for _, parameter in attention_biases(model, self.peft_config[adapter_name].bias):
+            for _, parameter in part_biases(model, self.peft_config[adapter_name].bias):
                 parameter.requires_grad = True
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

@@ -164,7 +164,9 @@ def _combined_config(configs: list[SparseConfig], supports: dict[str, Support]) 
     """Options of the union."""
     targets: Any = [config.target_modules for config in configs]
     merged: Any = (
-        "|".join(f"({t})" for t in dict.fromkeys(targets)) if isinstance(targets[0], str) else set().union(*targets)
+        "|".join(f"({t})" for t in dict.fromkeys(targets))
+        if isinstance(targets[0], str)
+        else set().union(*(target or () for target in targets))
     )
     train_bias = any(config.train_bias for config in configs)
     return configs[0].for_supports(supports, target_modules=merged, train_bias=train_bias)

@@ -60,8 +60,15 @@ def sparse_add(result: Tensor, x: Tensor, values: Tensor, indices: Tensor, offse
         indices (`torch.Tensor`): int32 in the shape of `values`.
         offsets (`torch.Tensor`, *optional*): int32 `[rows + 1]` for a ragged support.
     """
-    dtype = accumulation_dtype(result, x, values)
     out = torch.empty_like(result, memory_format=torch.contiguous_format)
+    return add_into(out, result, x, values, indices, offsets)
+
+
+def add_into(
+    out: Tensor, result: Tensor, x: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None
+) -> Tensor:
+    """[`sparse_add`] that writes to `out`, without an operator around it."""
+    dtype = accumulation_dtype(result, x, values)
     if indices.numel() == 0:
         return out.copy_(result)
     if gpu.usable(result, x, values):
@@ -93,6 +100,11 @@ def _(result: Tensor, x: Tensor, values: Tensor, indices: Tensor, offsets: Tenso
 @torch.library.custom_op("peft_ext::sparse_grad_values", mutates_args=())
 def sparse_grad_values(grad: Tensor, x: Tensor, indices: Tensor, offsets: Tensor | None) -> Tensor:
     """`grad^T x` at the support only: `grad` `[tokens, rows]`, `x` `[tokens, fan_in]`; fp32 (or fp64)."""
+    return values_gradient(grad, x, indices, offsets)
+
+
+def values_gradient(grad: Tensor, x: Tensor, indices: Tensor, offsets: Tensor | None) -> Tensor:
+    """[`sparse_grad_values`] without an operator around it."""
     dtype = accumulation_dtype(grad, x)
     if indices.numel() == 0 or x.shape[0] == 0:
         return torch.zeros(indices.shape, dtype=dtype, device=x.device)
@@ -141,11 +153,23 @@ def sparse_grad_input(
     dtype: torch.dtype,
 ) -> Tensor:
     """`S^T grad` through the transposed table, so without atomics: `[tokens, fan_in]` in `dtype`."""
+    out = torch.empty(grad.shape[0], transposed_offsets.numel() - 1, dtype=dtype, device=grad.device)
+    return input_gradient_into(out, grad, values, indices, offsets, transposed_entries, transposed_offsets)
+
+
+def input_gradient_into(
+    out: Tensor,
+    grad: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    transposed_entries: Tensor,
+    transposed_offsets: Tensor,
+) -> Tensor:
+    """[`sparse_grad_input`] that writes to `out`, without an operator around it."""
     accumulate = accumulation_dtype(grad, values)
-    fan_in = transposed_offsets.numel() - 1
     if indices.numel() == 0:
-        return torch.zeros(grad.shape[0], fan_in, dtype=dtype, device=grad.device)
-    out = torch.empty(grad.shape[0], fan_in, dtype=dtype, device=grad.device)
+        return out.zero_()
     if gpu.usable(grad, values, out):
         kernels = gpu.kernels()
         rows = kernels.rows_of(indices, offsets)

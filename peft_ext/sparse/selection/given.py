@@ -51,7 +51,7 @@ class ScoreMatrices(Mapping[str, Tensor]):
             )
         # A score may have any device and dtype, but has to look like the weight.
         matrix = neuron_view(base, score) if score.dim() == base.weight.dim() else score
-        if tuple(matrix.shape) != self.shapes[module]:
+        if (matrix.shape[:-1].numel(), matrix.shape[-1]) != self.shapes[module]:
             raise ValueError(
                 f"scores['{module}'] has shape {tuple(score.shape)}, but the module's weight is "
                 f"{tuple(base.weight.shape)}; give one score per weight."

@@ -47,7 +47,7 @@ def _with_dense_updates(adapted, attention, trainable=False):
     """A copy of torch's attention whose weights contain the adapters."""
     other = copy.deepcopy(attention).requires_grad_(trainable)
     with torch.no_grad():
-        for layer in adapted.projections.values():
+        for layer in adapted.parts.values():
             projection = Projection(other, layer.get_base_layer().name)
             projection.weight.add_(layer.get_delta_weight("default"))
     return other
@@ -108,7 +108,7 @@ def test_gradients_are_those_of_dense_weights_at_the_entries(form):
     dense(*y)[0].square().sum().backward()
     for mine, theirs in zip(x, y, strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad)
-    for name, layer in adapted.projections.items():
+    for name, layer in adapted.parts.items():
         projection = Projection(dense, name)
         whole = projection.rows_of(dense.get_parameter(projection.parameter_name).grad)
         delta = layer.deltas["default"]
@@ -325,7 +325,7 @@ def test_biases_of_the_attention_are_trained_and_saved(bias, tmp_path):
 def test_layers_have_the_classes_of_their_method():
     _, adapted = _adapted(_attention())
     assert type(adapted) is NeuroAdaMultiheadAttention
-    assert all(type(layer) is NeuroAdaLinear for layer in adapted.projections.values())
+    assert all(type(layer) is NeuroAdaLinear for layer in adapted.parts.values())
 
 
 def test_a_part_alone_is_refused():

@@ -106,4 +106,4 @@ def test_only_linear_layers_say_that_peft_can_convert_them_to_lora(base):
     model = _adapted(base).base_model.model
     assert model.linear.supports_lora_conversion()
     assert not model.conv.supports_lora_conversion()
-    assert not model.attention.projections["q_proj"].supports_lora_conversion()
+    assert not model.attention.parts["q_proj"].supports_lora_conversion()

@@ -30,6 +30,7 @@ CONV_OPS = (
     "folded_conv",
     "folded_conv_grad_input",
 )
+EXPERT_OPS = ("expert_bypass", "expert_grad_values", "expert_grad_input")
 
 
 def _arguments(op, inputs):
@@ -73,7 +74,41 @@ def test_op_passes_torch_library_opcheck(op, shape, dtypes, layout):
 
 def test_every_registered_op_is_checked():
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("peft_ext::")}
-    assert registered == {f"peft_ext::{op}" for op in (*OPS, *CONV_OPS)}
+    assert registered == {f"peft_ext::{op}" for op in (*OPS, *CONV_OPS, *EXPERT_OPS)}
+
+
+EXPERT_CASES = pytest.mark.parametrize(
+    ("dtype", "entries"), [(torch.float32, 1), (torch.bfloat16, 2), (torch.float64, (0, 2, 1, 0, 4, 1) * 3)], ids=str
+)
+
+
+def _expert_arguments(op, dtype, entries):
+    """Three experts, the second without tokens, and a token of none."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(7, size, generator=generator).to(dtype) for size in (8, 6))
+    ends = torch.tensor([2, 2, 6], dtype=torch.int32)
+    support = random_support(18, 8, entries, generator)
+    values = torch.randn(support.indices.shape, generator=generator)
+    rows, tables = (support.indices, support.offsets), support.transposed(3)
+    return {
+        "expert_bypass": (
+            grad.clone().requires_grad_(), x.clone().requires_grad_(), values.clone().requires_grad_(), *rows, *tables,
+            ends,
+        ),
+        "expert_grad_values": (grad, x, *rows, ends),
+        "expert_grad_input": (grad, values, *rows, *tables, ends, dtype),
+    }[op]  # fmt: skip
+
+
+@pytest.mark.parametrize("op", EXPERT_OPS)
+@EXPERT_CASES
+def test_operator_for_experts(op, dtype, entries):
+    arguments = _expert_arguments(op, dtype, entries)
+    operator = getattr(torch.ops.peft_ext, op)
+    torch.library.opcheck(operator.default, arguments)
+    real = operator(*arguments)
+    fake = operator(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments))
+    assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
 
 
 def _conv_arguments(op, case, dtype, entries):

@@ -197,7 +197,7 @@ def test_projections_of_an_attention_are_scored_apart(kdim):
     config = NeuroAdaConfig(k=1, selection="gradient", train_bias=True, target_modules=["attention"])
     adapted = get_peft_model(model, config.with_scores(scores)).base_model.model.attention
     for part, gradient in expected.items():
-        chosen = adapted.projections[part].deltas["default"].indices.long()
+        chosen = adapted.parts[part].deltas["default"].indices.long()
         assert torch.equal(gradient.abs().gather(1, chosen)[:, 0], gradient.abs().amax(1)), part
 
 

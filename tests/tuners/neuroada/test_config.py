@@ -98,7 +98,9 @@ def test_scores_stay_out_of_the_file(tmp_path):
         ({"target_modules": ["q_proj", 3]}, ["target_modules=['q_proj', 3]", "list"]),
         ({"target_modules": "(q_proj"}, ["target_modules='(q_proj'", "list"]),
         ({"exclude_modules": True}, ["exclude_modules=True", "list"]),
-        ({"target_parameters": ["experts.down_proj"]}, ["target_parameters=['experts.down_proj']", "target_modules"]),
+        ({"target_parameters": "experts.down_proj"}, ["target_parameters='experts.down_proj'", "list of names"]),
+        ({"experts_to_transform": 1}, ["experts_to_transform=1", "list of experts' numbers"]),
+        ({"experts_to_transform": {"mlp.experts": 1}}, ["experts_to_transform={'mlp.experts': 1}", "list of experts"]),
         ({"neuron_ratio": 0.5, "selection": "random_network"}, ["neuron_ratio=0.5", "random_network", "per neuron"]),
         ({"layers_pattern": "layers"}, ["layers_pattern='layers'", "layers_to_transform"]),
         (

@@ -2,6 +2,7 @@
 
 from .activations import ActivationScores, activation_scores
 from .contrastive import SupervisedContrastiveLoss
+from .experts import busiest_experts
 from .gradients import gradient_scores
 from .views import TwoViewCollator
 
@@ -11,5 +12,6 @@ __all__ = [
     "SupervisedContrastiveLoss",
     "TwoViewCollator",
     "activation_scores",
+    "busiest_experts",
     "gradient_scores",
 ]

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...bases.experts import ExpertBank
 from ...bases.neurons import neuron_view
 from ...bases.projection import Projection
 from ...checks import check_loader
 from ...config import SparseConfig
 from .arguments import check_scoring
 from .batches import batches, forward
+from .experts import experts_watched
 from .modules import scored_modules
 from .preserve import preserved
 
@@ -24,7 +26,8 @@ class ActivationScores(Mapping[str, Tensor]):
 
     Args:
         modules (`dict`): per name, the layer.
-        factors (`dict[str, torch.Tensor]`): per name, fp32 `[inputs]` (channels of a convolution).
+        factors (`dict[str, torch.Tensor]`): per name, fp32 `[inputs]` (channels of a convolution), of
+            experts `[experts, inputs]`.
     """
 
     def __init__(self, modules: Mapping[str, Any], factors: Mapping[str, Tensor]) -> None:
@@ -34,6 +37,8 @@ class ActivationScores(Mapping[str, Tensor]):
     def __getitem__(self, module: str) -> Tensor:
         layer, factor = self.modules[module], self.factors[module]
         weight = layer.weight.detach()
+        if isinstance(layer, ExpertBank):
+            return layer.neurons(layer.neurons(weight).abs().float().mul_(factor[:, None]))
         groups = getattr(layer, "groups", 1)
         if groups > 1:  # each output channel sees the channels of its group
             factor = factor.view(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)  # [out, in / groups]
@@ -65,7 +70,8 @@ def activation_scores(
 
     With `anchor`, |w| is multiplied by the growth of that activation: its mean over the task's data divided by its
     mean over the anchor's data. This is the idea of version 2 of the paper, whose abstract gives no formula; the
-    quotient is our choice. A channel of a convolution's input has one mean over all positions.
+    quotient is our choice. A channel of a convolution's input has one mean over all positions. An input of an expert
+    has its mean over the tokens that are routed to the expert.
 
     Args:
         model (`torch.nn.Module`):
@@ -139,12 +145,16 @@ def _mean_activations(model: nn.Module, modules: Mapping[str, Any], batches: Ite
 
         return listen
 
+    banks = {name: module for name, module in modules.items() if isinstance(module, ExpertBank)}
     handles = [
-        module.register_forward_pre_hook(listener(name, module.weight.dim() > 2)) for name, module in modules.items()
+        module.register_forward_pre_hook(listener(name, module.weight.dim() > 2))
+        for name, module in modules.items()
+        if name not in banks
     ]
     try:
-        for batch in batches:
-            forward(model, batch, with_labels=False)
+        with experts_watched(banks) as inputs:
+            for batch in batches:
+                forward(model, batch, with_labels=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -152,7 +162,8 @@ def _mean_activations(model: nn.Module, modules: Mapping[str, Any], batches: Ite
     return {
         name: (sums[name] / counts[name]).float() if name in sums else torch.zeros(_inputs(module))
         for name, module in modules.items()
-    }
+        if name not in banks
+    } | {name: seen.mean().float() for name, seen in inputs.items()}
 
 
 def _inputs(module: Any) -> int:

@@ -20,6 +20,7 @@ from ...config import SparseConfig
 from .arguments import Classes, check_loss, check_scoring
 from .batches import batches, forward, labels_of, loss_of
 from .contrastive import SupervisedContrastiveLoss
+from .experts import experts_grouped
 from .features import Features, feature_reader
 from .leaves import own_leaves
 from .modules import rows_of, scored_modules
@@ -101,7 +102,12 @@ def gradient_scores(
     classes = Classes() if isinstance(compute, SupervisedContrastiveLoss) and not by_model else None
     model = getattr(model, "_orig_mod", model)  # a compiled model passes over hooks
     modules = scored_modules(model, config)
-    with preserved(model, training), torch.enable_grad(), own_leaves(model, modules) as leaves:
+    with (
+        preserved(model, training),
+        torch.enable_grad(),
+        own_leaves(model, modules) as leaves,
+        experts_grouped(modules),
+    ):
         sums = _Sums(modules, leaves, absolute, offload)
         handles = sums.listen(model)
         try:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...bases.projection import Projection
+from ...bases.part import Part
 from ...bases.sharing import Uses
 from ...memory import Region
 
@@ -55,10 +55,7 @@ def own_leaves(model: nn.Module, layers: Mapping[str, Any]) -> Iterator[dict[str
 
 def _holder_of(layer: Any) -> tuple[nn.Module, str]:
     """The module that has a layer's weight among its parameters, and the weight's name there."""
-    if isinstance(layer, Projection):
-        path, _, name = layer.parameter_name.rpartition(".")
-        return layer.attention.get_submodule(path), name
-    return layer, "weight"
+    return layer.holder if isinstance(layer, Part) else (layer, "weight")
 
 
 def _held(holder: tuple[nn.Module, str]) -> nn.Parameter:

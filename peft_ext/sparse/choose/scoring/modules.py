@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from ....hf.internals import INCLUDE_LINEAR_LAYERS_SHORTHAND, check_target_module_exists
 from ...bases.neurons import base_of, is_supported, weights_of
-from ...bases.projection import Projection
+from ...bases.part import Part
 from ...config import SparseConfig
 from ...selection.given import uncompiled
+from ..experts import wanted_banks
 from ..heads import HEADS, heads_of
 from ..targets import ALL_NEURONS, inside_adapter, without_parts
 from ..unsuitable import check_suitable, unsuitable_layers
@@ -34,16 +35,18 @@ def scored_modules(model: nn.Module, config: SparseConfig | None) -> dict[str, A
     shorthands = (None, INCLUDE_LINEAR_LAYERS_SHORTHAND, ALL_NEURONS)
     named = config is not None and config.target_modules not in shorthands
     heads = {*HEADS, *heads_of(model)}
+    banks = wanted_banks(model, config) if config is not None and named else {}
     targets: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         base, name = base_of(module), uncompiled(path)
         if not is_supported(base, None) or inside_adapter(model, path):
             continue
-        if (
-            check_target_module_exists(config, name)
-            if named
-            else base is not output and name.partition(".")[0] not in heads
-        ):
+        if named and path in banks:
+            wanted: Any = banks[path]
+        else:
+            in_head = base is output or name.partition(".")[0] in heads
+            wanted = check_target_module_exists(config, name) if named else not in_head
+        if wanted:
             targets[path] = base
     if named:
         targets = without_parts(model, targets)
@@ -52,7 +55,9 @@ def scored_modules(model: nn.Module, config: SparseConfig | None) -> dict[str, A
     found: dict[str, Any] = {}
     for path, base in targets.items():
         if path not in unsuitable:
-            found.update(weights_of(uncompiled(path), base))
+            layers = weights_of(uncompiled(path), base)
+            kept = [f"{uncompiled(path)}.{bank}" for bank in banks[path]] if path in banks else layers
+            found.update({key: layers[key] for key in kept})
     if not found:
         raise ValueError(
             "The model has no layers to score"
@@ -72,4 +77,4 @@ def scored_modules(model: nn.Module, config: SparseConfig | None) -> dict[str, A
 
 def rows_of(layer: Any, tensor: Tensor) -> Tensor:
     """A layer's part of a tensor in the shape of its parameter: a view."""
-    return layer.rows_of(tensor) if isinstance(layer, Projection) else tensor
+    return layer.rows_of(tensor) if isinstance(layer, Part) else tensor

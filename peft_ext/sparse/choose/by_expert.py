@@ -1,0 +1,108 @@
+"""Entries of fused experts are chosen expert by expert: each one's matrix is a weight of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..bases.experts import ExpertBank
+from ..bases.neurons import experts_of
+from ..config import SparseConfig
+from ..support import Support, stacked, without_entries
+
+
+class ExpertMatrices:
+    """
+    Several weights, of which those of experts fall into a matrix for each adapted expert.
+
+    Args:
+        bases (`dict`): per name, the base layer.
+        config ([`SparseConfig`]): which experts to adapt.
+    """
+
+    def __init__(self, bases: Mapping[str, Any], config: SparseConfig) -> None:
+        self.bases = bases
+        self.numbers = {name: adapted_experts(name, base, config) for name, base in bases.items() if experts_of(base)}
+        self.origin = {f"{name}.{number}": (name, number) for name, ns in self.numbers.items() for number in ns}
+
+    def split(self, views: Mapping[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:
+        """Functions that return the matrices, from those that return the weights."""
+        plain = {name: view for name, view in views.items() if name not in self.numbers}
+        return plain | {key: partial(_one, views[name], number) for key, (name, number) in self.origin.items()}
+
+    def split_scores(self, scores: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
+        """The scores of the matrices, from those of the weights."""
+        return None if scores is None else _ScoresByExpert(scores, self.origin, self.bases)
+
+    def join(self, supports: Mapping[str, Support]) -> dict[str, Support]:
+        """The supports of the weights, from those of the matrices."""
+        joined = {name: support for name, support in supports.items() if name not in self.origin}
+        for name, numbers in self.numbers.items():
+            bank = self.bases[name]
+            device = next((supports[f"{name}.{number}"].indices.device for number in numbers), torch.device("cpu"))
+            none = without_entries(bank.rows, bank.in_features, device)
+            joined[name] = stacked([supports.get(f"{name}.{number}", none) for number in range(bank.number)])
+        return joined
+
+
+def _one(view: Callable[[], Tensor], number: int) -> Tensor:
+    return view()[number]
+
+
+class _ScoresByExpert(Mapping[str, Tensor]):
+    """Scores of single experts. Those of one weight are computed once, and are alive until another's are asked for."""
+
+    def __init__(
+        self, scores: Mapping[str, Tensor], origin: Mapping[str, tuple[str, int]], bases: Mapping[str, Any]
+    ) -> None:
+        self.scores, self.origin, self.bases = scores, origin, bases
+        self._last: tuple[str, Tensor] | None = None
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self.origin:
+            return self.scores[key]
+        name, number = self.origin[key]
+        if self._last is None or self._last[0] != name:
+            self._last = None
+            bank = self.bases[name]
+            self._last = name, self.scores[name].reshape(bank.number, bank.rows, bank.in_features)
+        return self._last[1][number]
+
+    def __iter__(self) -> Iterator[str]:
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+def adapted_experts(name: str, bank: ExpertBank, config: SparseConfig) -> list[int]:
+    """
+    Numbers of the experts that a config adapts.
+
+    Args:
+        name (`str`): of the weight.
+        bank ([`ExpertBank`]): the weight.
+        config ([`SparseConfig`]): the options.
+
+    Raises:
+        `ValueError`: if there is no such expert, or none is named.
+    """
+    wanted = config.experts_to_transform
+    if wanted is None:
+        return list(range(bank.number))
+    if isinstance(wanted, dict):
+        module = name.rpartition(".")[0]
+        found = next((numbers for key, numbers in wanted.items() if f".{module}".endswith(f".{key}")), None)
+        if found is None:
+            raise ValueError(f"experts_to_transform lacks '{module}'; name its experts, or exclude it.")
+        wanted = found
+    beyond = [number for number in wanted if not 0 <= number < bank.number]
+    if beyond or not wanted:
+        raise ValueError(
+            f"experts_to_transform={wanted!r}: '{name}' has the experts 0 to {bank.number - 1}; name some of these."
+        )
+    return sorted(set(wanted))

@@ -1,0 +1,94 @@
+"""Which layers of fused experts a config's targets stand for: they are parameters, not modules."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...hf.internals import BaseTunerLayer, ExcludedModule, check_target_module_exists
+from ..bases.experts import bank_names
+from ..config import SparseConfig
+
+
+def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name of each module of fused experts that can be adapted, and the module without adapters."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(inside):  # of no prefixes, none
+            continue
+        base: Any = module
+        if isinstance(module, BaseTunerLayer):
+            base = module.get_base_layer()
+            inside += (f"{name}.",)
+        if name and bank_names(base):
+            yield name, base
+
+
+def wanted_banks(model: nn.Module, config: SparseConfig) -> dict[str, list[str]]:
+    """
+    Per module of experts, the parameters that a config asks for: by the module's name, its own, or
+    `target_parameters`. Of a saved adapter, those that it was made for; of given entries, theirs.
+
+    Args:
+        model (`nn.Module`): the base model, perhaps with adapters in it.
+        config ([`SparseConfig`]): the options.
+    """
+    return {
+        name: [bank for bank in bank_names(base) if _is_wanted(name, bank, config)]
+        for name, base in expert_modules(model)
+    }
+
+
+def _is_wanted(module: str, bank: str, config: SparseConfig) -> bool:
+    key = f"{module}.{bank}"
+    if config.supports is not None:
+        return key in config.supports
+    if config.from_checkpoint:
+        return key in (config.expert_weights or ())
+    found = [check_target_module_exists(config, name) for name in (module, key)]
+    if any(isinstance(match, ExcludedModule) for match in found):
+        return False
+    return any(found) or any(f".{key}".endswith(f".{name}") for name in config.target_parameters or ())
+
+
+def banks_in(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Per module of experts, the parameters that the keys of an adapter's state dict name."""
+    return {
+        name: [bank for bank in bank_names(base) if any(key.startswith(f"{name}.{bank}.") for key in state_dict)]
+        for name, base in expert_modules(model)
+    }
+
+
+def check_target_parameters(model: nn.Module, config: SparseConfig, wanted: Mapping[str, list[str]]) -> None:
+    """
+    Raises:
+        `ValueError`: if one of `target_parameters` stands for no layer of experts.
+    """
+    keys = [f".{name}.{bank}" for name, banks in wanted.items() for bank in banks]
+    missing = [name for name in config.target_parameters or () if not any(key.endswith(f".{name}") for key in keys)]
+    if missing and not config.from_checkpoint:
+        raise ValueError(
+            f"target_parameters={config.target_parameters!r}: '{missing[0]}' is no weight of fused experts in "
+            f"{type(model).__name__}, or is excluded. Name parameters such as 'experts.gate_up_proj', and layers in "
+            "`target_modules`."
+        )
+
+
+def warn_of_others(model: nn.Module) -> None:
+    """Name the modules of fused experts that are left out, since it isn't known how they compute."""
+    others: dict[str, str] = {}
+    for name, module in model.named_modules():
+        base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        packs = any(parameter is not None and parameter.dim() >= 3 for parameter in base._parameters.values())
+        if packs and "expert" in type(base).__name__.lower() and not bank_names(base):
+            others.setdefault(type(base).__name__, name)
+    for kind, name in others.items():
+        warnings.warn(
+            f"{kind} ('{name}') is left out of the targets: it fuses the weights of several experts in a way that "
+            "can't be adapted (packed or quantised weights, or a class that does not use transformers' "
+            "use_experts_implementation).",
+            stacklevel=2,
+        )

@@ -1,0 +1,229 @@
+"""The bypass for experts: of rows sorted by expert, each is multiplied by its own expert's update.
+
+An update of all experts is one support over their rows, the first expert's first. What an expert needs of it are
+slices, so that experts without tokens cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..support import Support
+from .bypass import accumulation_dtype, add_into, input_gradient_into, values_gradient
+from .derivatives import call, register_derivative
+
+
+@dataclass(frozen=True)
+class _Expert:
+    """The tokens of one expert, and where its entries lie among those of all."""
+
+    tokens: slice
+    entries: slice  # of the flattened values
+    rows: slice  # of a table, or of a ragged support's offsets
+    number: int
+
+
+def _experts(ends: Tensor, indices: Tensor, offsets: Tensor | None) -> Iterator[_Expert]:
+    """The experts that have tokens."""
+    number = len(ends)
+    rows = (len(indices) if offsets is None else len(offsets) - 1) // number
+    if offsets is None:
+        firsts = [expert * rows * indices.shape[1] for expert in range(number + 1)]
+    else:
+        firsts = offsets[::rows].tolist()
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        if end > start:
+            entries = slice(firsts[expert], firsts[expert + 1])
+            yield _Expert(slice(start, end), entries, slice(expert * rows, (expert + 1) * rows), expert)
+        start = max(start, end)
+
+
+def _own(expert: _Expert, values: Tensor, offsets: Tensor | None) -> Tensor:
+    """An expert's part of a tensor in the shape of the support."""
+    return values[expert.rows] if offsets is None else values[expert.entries]
+
+
+def _own_offsets(expert: _Expert, offsets: Tensor | None) -> Tensor | None:
+    if offsets is None:
+        return None
+    return offsets[expert.rows.start : expert.rows.stop + 1] - expert.entries.start
+
+
+@torch.library.custom_op("peft_ext::expert_bypass", mutates_args=())
+def _expert_bypass(
+    result: Tensor,
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    transposed_entries: Tensor,
+    transposed_offsets: Tensor,
+    ends: Tensor,
+) -> Tensor:
+    out = torch.empty_like(result, memory_format=torch.contiguous_format)
+    last = 0
+    for expert in _experts(ends, indices, offsets):
+        out[last : expert.tokens.start] = result[last : expert.tokens.start]
+        last = expert.tokens.stop
+        add_into(
+            out[expert.tokens], result[expert.tokens], x[expert.tokens], _own(expert, values, offsets),
+            _own(expert, indices, offsets), _own_offsets(expert, offsets),
+        )  # fmt: skip
+    out[last:] = result[last:]
+    return out
+
+
+@_expert_bypass.register_fake
+def _(
+    result: Tensor,
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    transposed_entries: Tensor,
+    transposed_offsets: Tensor,
+    ends: Tensor,
+) -> Tensor:
+    return torch.empty_like(result, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("peft_ext::expert_grad_values", mutates_args=())
+def _expert_grad_values(grad: Tensor, x: Tensor, indices: Tensor, offsets: Tensor | None, ends: Tensor) -> Tensor:
+    gradient = torch.zeros(indices.shape, dtype=accumulation_dtype(grad, x), device=x.device)
+    for expert in _experts(ends, indices, offsets):
+        own = values_gradient(
+            grad[expert.tokens], x[expert.tokens], _own(expert, indices, offsets), _own_offsets(expert, offsets)
+        )
+        _own(expert, gradient, offsets).copy_(own)
+    return gradient
+
+
+@_expert_grad_values.register_fake
+def _(grad: Tensor, x: Tensor, indices: Tensor, offsets: Tensor | None, ends: Tensor) -> Tensor:
+    return grad.new_empty(indices.shape, dtype=accumulation_dtype(grad, x))
+
+
+@torch.library.custom_op("peft_ext::expert_grad_input", mutates_args=())
+def _expert_grad_input(
+    grad: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    transposed_entries: Tensor,
+    transposed_offsets: Tensor,
+    ends: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    fan_in = (len(transposed_offsets) - 1) // len(ends)
+    out = torch.empty(len(grad), fan_in, dtype=dtype, device=grad.device)
+    last = 0
+    for expert in _experts(ends, indices, offsets):
+        out[last : expert.tokens.start] = 0
+        last = expert.tokens.stop
+        columns = transposed_offsets[expert.number * fan_in : (expert.number + 1) * fan_in + 1]
+        input_gradient_into(
+            out[expert.tokens], grad[expert.tokens], _own(expert, values, offsets), _own(expert, indices, offsets),
+            _own_offsets(expert, offsets), transposed_entries[expert.entries] - expert.entries.start,
+            columns - expert.entries.start,
+        )  # fmt: skip
+    out[last:] = 0
+    return out
+
+
+@_expert_grad_input.register_fake
+def _(
+    grad: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    transposed_entries: Tensor,
+    transposed_offsets: Tensor,
+    ends: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    return grad.new_empty(grad.shape[0], (transposed_offsets.shape[0] - 1) // ends.shape[0], dtype=dtype)
+
+
+# ---------------------------------------------------------------------- derivatives
+
+
+def _setup_context(ctx, needed, inputs) -> None:  # type: ignore[no-untyped-def]
+    _, x, values, *support = inputs
+    ctx.x_dtype = x.dtype
+    ctx.save_for_backward(x if needed[2] else None, values, *support)
+
+
+def _backward(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
+    x, values, *support = ctx.saved_tensors
+    grad_x = grad_values = None
+    if needed[1]:
+        grad_x = call(_expert_grad_input, grad, values, *support, ctx.x_dtype)
+    if needed[2]:
+        grad_values = call(_expert_grad_values, grad, x, *support[:2], support[-1]).to(values.dtype)
+    return grad, grad_x, grad_values, *(None,) * 5
+
+
+def _setup_grad_values(ctx, needed, inputs) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_grad_values(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
+    outer, x, indices, offsets, ends = ctx.saved_tensors
+    support = (indices, offsets, *Support(indices, x.shape[-1], offsets).transposed(len(ends)), ends)
+    grad_outer = grad_x = None
+    if needed[0]:
+        grad_outer = call(_expert_bypass, torch.zeros_like(outer), x, grad, *support)
+    if needed[1]:
+        grad_x = call(_expert_grad_input, outer, grad, *support, x.dtype)
+    return grad_outer, grad_x, None, None, None
+
+
+def _setup_grad_input(ctx, needed, inputs) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[:-1])
+
+
+def _backward_grad_input(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
+    outer, values, *support = ctx.saved_tensors
+    grad_outer = grad_values = None
+    if needed[0]:
+        grad_outer = call(_expert_bypass, torch.zeros_like(outer), grad, values, *support)
+    if needed[1]:
+        grad_values = call(_expert_grad_values, outer, grad, *support[:2], support[-1]).to(values.dtype)
+    return grad_outer, grad_values, *(None,) * 6
+
+
+register_derivative(_expert_bypass, _setup_context, _backward)
+register_derivative(_expert_grad_values, _setup_grad_values, _backward_grad_values)
+register_derivative(_expert_grad_input, _setup_grad_input, _backward_grad_input)
+
+
+def expert_bypass(
+    result: Tensor,
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    transposed_entries: Tensor,
+    transposed_offsets: Tensor,
+    ends: Tensor,
+) -> Tensor:
+    """
+    Add each expert's sparse update to what it computes of its tokens; differentiable in `result`, `x` and `values`.
+
+    Args:
+        result (`torch.Tensor`): `[tokens, rows]`, sorted by expert; rows of one expert.
+        x (`torch.Tensor`): `[tokens, fan_in]`, in the same order.
+        values, indices, offsets: the support over the rows of all experts, `[experts * rows, k]` or ragged.
+        transposed_entries, transposed_offsets: from [`Support.transposed`] with the number of experts.
+        ends (`torch.Tensor`): integer `[experts]`, where the tokens of each expert end. What lies behind the last one
+            stays as it is.
+
+    Returns:
+        `torch.Tensor`: in the shape and dtype of `result`.
+    """
+    return call(_expert_bypass, result, x, values, indices, offsets, transposed_entries, transposed_offsets, ends)

@@ -1,0 +1,196 @@
+"""Which experts and which of their entries are trained."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from peft_ext import NeuroAdaConfig, activation_scores, busiest_experts, gradient_scores
+
+from .._asserts import positions
+from ._models import COLUMNS, IMPLEMENTATIONS, adapted, layers_of, run, tiny, token_ids
+
+
+IDS = token_ids(4)
+DATA = [{"input_ids": IDS, "labels": IDS}]
+EACH_LAYOUT = pytest.mark.parametrize("name", ["mixtral", *COLUMNS])
+
+
+def neurons(name, tensor):
+    """`[experts, rows, fan_in]`."""
+    return tensor.transpose(1, 2) if name in COLUMNS else tensor
+
+
+def per_expert(layer, experts=4):
+    """Of each expert, how many entries its neurons have."""
+    counts = torch.zeros(layer.deltas["default"].support.rows, dtype=torch.int64)
+    for row, _ in positions(layer.deltas["default"].support):
+        counts[row] += 1
+    return counts.view(experts, -1)
+
+
+@pytest.mark.parametrize("selection", ["magnitude", "reverse", "random"])
+@EACH_LAYOUT
+def test_every_neuron_of_every_expert_gets_k_entries(name, selection):
+    model = adapted(name, k=3, selection=selection)
+    for layer in layers_of(model).values():
+        assert (per_expert(layer) == 3).all()
+    trained, _ = model.get_nb_trainable_parameters()
+    assert trained == 3 * 4 * (48 + 16)  # k x experts x neurons
+
+
+def test_experts_draw_their_own_random_entries():
+    support = (
+        layers_of(adapted(selection="random"))["model.layers.0.mlp.experts.gate_up_proj"].deltas["default"].support
+    )
+    each = support.indices.view(4, 48, 2)
+    assert all(not torch.equal(each[0], each[number]) for number in (1, 2, 3))
+
+
+@EACH_LAYOUT
+def test_a_layer_is_that_of_one_expert(name):
+    """The entries of `magnitude_layer` are the largest of each expert's matrix."""
+    model, base = adapted(name, k=2, selection="magnitude_layer"), tiny(name)
+    for key, layer in layers_of(model).items():
+        weight = neurons(name, base.get_parameter(key).detach()).abs()
+        rows = weight.shape[1]
+        chosen = torch.zeros(weight.shape, dtype=torch.bool)
+        for row, column in positions(layer.deltas["default"].support):
+            chosen[row // rows, row % rows, column] = True
+        assert (chosen.sum((1, 2)) == 2 * rows).all()
+        for own, mask in zip(weight, chosen, strict=True):
+            assert own[mask].min() >= own[~mask].max()
+
+
+@EACH_LAYOUT
+def test_the_network_is_all_of_them_together(name):
+    model, base = adapted(name, k=2, selection="magnitude_network"), tiny(name)
+    inside, outside = [], []
+    for key, layer in layers_of(model).items():
+        weight = neurons(name, base.get_parameter(key).detach()).abs()
+        mask = torch.zeros(weight.shape, dtype=torch.bool).flatten(0, 1)
+        for row, column in positions(layer.deltas["default"].support):
+            mask[row, column] = True
+        inside.append(weight.flatten(0, 1)[mask])
+        outside.append(weight.flatten(0, 1)[~mask])
+    assert len(torch.cat(inside)) == 2 * 4 * (48 + 16)
+    assert torch.cat(inside).min() >= torch.cat(outside).max()
+
+
+def test_a_share_of_the_neurons_of_each_expert():
+    for layer in layers_of(adapted(neuron_ratio=0.25)).values():
+        counts = per_expert(layer)
+        assert ((counts > 0).sum(1) == counts.shape[1] // 4).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@EACH_LAYOUT
+def test_gradient_scores_are_the_gradients_and_rank(name, implementation):
+    base = tiny(name)
+    if name != "llama4_text":
+        base.set_experts_implementation(implementation)
+    before = base.config._experts_implementation
+    scores = gradient_scores(base, DATA, loss="model", progress=False)
+    assert base.config._experts_implementation == before
+    base(**DATA[0]).loss.backward()
+    model = get_peft_model(
+        tiny(name), NeuroAdaConfig(target_modules=["experts"], selection="gradient").with_scores(scores)
+    )
+    for key, layer in layers_of(model).items():
+        expected = base.get_parameter(key).grad
+        torch.testing.assert_close(scores[key], expected, atol=1e-5, rtol=1e-4)
+        best = neurons(name, scores[key]).abs().argmax(-1).reshape(-1)
+        assert torch.equal(layer.deltas["default"].indices[:, 0].long(), best)
+
+
+@EACH_LAYOUT
+def test_activation_scores_are_weights_times_the_mean_input_of_the_expert(name):
+    """Also of a model with adapters; the inputs of the first product are the hidden states that are routed."""
+    base = tiny(name)
+    module = next(m for m in base.modules() if "Experts" in type(m).__name__)
+    seen = []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args))
+    base(**DATA[0])
+    handle.remove()
+    key = next(key for key in layers_of(adapted(name)) if key.endswith("gate_up_proj"))
+    x, *routing = seen[0]
+    for scored in (base, adapted(name)):
+        scores = activation_scores(scored, DATA, progress=False)
+        for expert in range(4):
+            if routing:
+                own = x[(routing[0] == expert).any(1)]
+            else:
+                own = x.view(4, -1, 16)[expert]
+                own = own[own.any(1)]
+            mean = own.abs().mean(0) if len(own) else torch.zeros(16)
+            weight = neurons(name, base.get_parameter(key).detach())[expert]
+            torch.testing.assert_close(neurons(name, scores[key])[expert], weight.abs() * mean)
+        assert "forward" not in vars(module)
+    model = get_peft_model(
+        tiny(name), NeuroAdaConfig(target_modules=["experts"], selection="activation").with_scores(scores)
+    )
+    best = neurons(name, scores[key]).argmax(-1).reshape(-1)
+    assert torch.equal(layers_of(model)[key].deltas["default"].indices[:, 0].long(), best)
+
+
+def test_scores_have_to_fit():
+    scores = {f"model.layers.0.mlp.experts.{bank}_proj": torch.ones(4, 16, 48) for bank in ("gate_up", "down")}
+    config = NeuroAdaConfig(target_modules=["experts"], selection="gradient")
+    with pytest.raises(ValueError, match=r"gate_up_proj'\] has shape \(4, 16, 48\).*\(4, 48, 16\)"):
+        get_peft_model(tiny(), config.with_scores(scores))
+
+
+@pytest.mark.parametrize("selection", ["magnitude", "magnitude_layer", "magnitude_network"])
+@EACH_LAYOUT
+def test_only_some_experts(name, selection, tmp_path):
+    model = adapted(name, k=2, selection=selection, experts_to_transform=[3, 1])
+    for layer in layers_of(model).values():
+        counts = per_expert(layer)
+        assert not counts[[0, 2]].any() and counts[[1, 3]].sum() > 0
+    trained, _ = model.get_nb_trainable_parameters()
+    assert trained == 2 * 2 * (48 + 16)
+    model(**DATA[0]).loss.backward()
+    assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny(name), tmp_path)
+    assert torch.equal(run(loaded, input_ids=IDS), run(model, input_ids=IDS))
+
+
+@EACH_LAYOUT
+def test_the_busiest_experts_are_those_that_most_tokens_are_routed_to(name):
+    base = tiny(name)
+    module = next(m for m in base.modules() if "Experts" in type(m).__name__)
+    seen = []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args))
+    base(**DATA[0])
+    handle.remove()
+    x, *routing = seen[0]
+    load = routing[0].flatten().bincount(minlength=4) if routing else x.view(4, -1, 16).any(-1).sum(1)
+    found = busiest_experts(base, DATA, 0.5, progress=False)
+    (path,) = found
+    assert base.get_submodule(path) is module
+    assert found[path] == sorted(load.argsort(descending=True, stable=True)[:2].tolist())
+    assert busiest_experts(adapted(name), DATA, 0.5, progress=False).keys() == {path}
+    model = adapted(name, experts_to_transform=found)
+    assert [bool(counts.any()) for counts in per_expert(next(iter(layers_of(model).values())))] == [
+        expert in found[path] for expert in range(4)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ([4], r"experts_to_transform=\[4\].*experts 0 to 3"),
+        ([], "name some of these"),
+        ({"layers.7.mlp.experts": [0]}, "lacks 'model.layers.0.mlp.experts'"),
+    ],
+)
+def test_experts_that_are_not_there(wanted, message):
+    base = tiny()
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(base, NeuroAdaConfig(target_modules=["experts"], experts_to_transform=wanted))
+    assert not layers_of(base)
+
+
+def test_a_model_without_experts_has_no_busy_ones():
+    with pytest.raises(ValueError, match="no fused experts"):
+        busiest_experts(torch.nn.Linear(2, 2), DATA)
