@@ -7,6 +7,7 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
