@@ -21,7 +21,7 @@ ORDER = {
         "tuners",
         "knockout mtl",
         "install export",
-        "conversion factory",
+        "conversion factory train",
         "api",
         "__init__",
         "autoload cli install.autoload_hook",
