@@ -38,15 +38,38 @@ logger = logging.getLogger(__name__)
 
 class MTLTrainerMixin(TaskDataHooks):
     """
-    Multi-task training for any subclass of `Trainer`; put it first among the bases. See [`MTLTrainer`] for the
-    arguments. To override: `compute_task_losses`.
+    Multi-task training for any subclass of `Trainer`. Put it first among the base classes, and override
+    `compute_task_losses` if you need to.
+
+    Args:
+        *args, **kwargs:
+            As for the trainer. Its `args` must be of a class with the options of [`MTLArguments`].
+        compute_task_losses_func (`Callable`, *optional*):
+            As for [`MTLTrainer`].
+        aggregator ([`Aggregator`], *optional*):
+            As for [`MTLTrainer`].
 
     Attributes:
-        task_data ([`TaskData`]): the tasks' names, and how their samples are drawn and collated.
-        task_counts ([`TaskCounts`]): counts the tasks' labels.
-        passes ([`PartPasses`] or [`LabelPasses`]): forward and backward passes, task by task.
-        step_losses ([`StepLosses`]): how far the optimiser step has come.
-        mtl_state ([`MTLState`]): what goes into a checkpoint: method, conflicts, gradients and records.
+        task_data ([`TaskData`]):
+            Names of the tasks, and how their samples are drawn and collated.
+        task_counts ([`TaskCounts`]):
+            Counts of the tasks' labels.
+        passes ([`PartPasses`] or [`LabelPasses`]):
+            Forward and backward passes, task by task.
+        step_losses ([`StepLosses`]):
+            Losses of the current optimiser step.
+        mtl_state ([`MTLState`]):
+            The part of a checkpoint that belongs to multi-task training: method, conflicts, gradients and records.
+
+    Usage:
+
+        ```python
+        from peft_ext.mtl import MTLTrainerMixin
+
+
+        class MyMTLTrainer(MTLTrainerMixin, MyTrainer):
+            pass
+        ```
     """
 
     def __init__(
@@ -299,47 +322,57 @@ class MTLTrainerMixin(TaskDataHooks):
 
 class MTLTrainer(MTLTrainerMixin, Trainer):
     """
-    `Trainer` for several tasks.
+    transformers' `Trainer` for several tasks.
 
-    The gradients of the shared trainable parameters (of a sparse adapter: its values) are collected task by task,
-    accumulated over micro-batches, averaged over processes, and combined once per optimiser step, before clipping.
-    Parameters of one task keep its own gradient. Works with gradient accumulation, fp16 and bf16, gradient
-    checkpointing, DistributedDataParallel and FSDP2, and resumes bit for bit. A second `train()` keeps the method's
-    state where it keeps the optimiser's: not with `model_init`, which makes all anew.
+    The gradients of the shared trainable parameters are collected task by task. They are accumulated over
+    micro-batches, averaged over processes, and combined once per optimiser step, before clipping. Parameters of a
+    single task keep their own gradient. For a sparse adapter, the shared parameters are its values.
 
-    Losses come from, in this order: `compute_task_losses_func`; one task per sample, if the training set is a dict of
-    data sets or has the column `task_ids`; the model's output `task_losses`.
+    It works with gradient accumulation, fp16 and bf16, gradient checkpointing, DistributedDataParallel and FSDP2, and
+    resumes bit for bit. A second `train()` goes on with the state of the method if it goes on with the optimiser's, so
+    not with `model_init`.
 
-    Where every sample has one task, `data_collator` is called on the samples of each task. A collated batch is never
-    cut, since its rows need not be samples: images, patches, videos and padding-free rows stay with their samples.
-    Data loaders of your own collate with `trainer.task_collator()`.
+    Losses come from the first of these that is there:
+
+    - `compute_task_losses_func`;
+    - the model's loss on the samples of each task, if the training set is a dict of data sets or has the column
+      `task_ids`;
+    - the model's output `task_losses`.
+
+    If every sample has one task, `data_collator` is called on the samples of each task. A collated batch is never
+    split, because its rows need not be samples: images, patches, videos and padding-free rows stay with their samples.
+    For data loaders of your own, collate with `trainer.task_collator()`.
 
     Args:
-        model, args, train_dataset, ...: as for `Trainer`, with an [`MTLConfig`]. `train_dataset` may be a dict of one
-            data set per task.
+        *args, **kwargs:
+            As for `Trainer`, with an [`MTLConfig`] as `args`. `train_dataset` may be a dict with one data set per
+            task.
         compute_task_losses_func (`Callable`, *optional*):
-            `f(outputs, labels, num_items_in_batch) -> dict` of a scalar loss per task. `labels` is the tensor of the
-            one label name, or a dict where `label_names` has several. A task that a batch lacks is left out. Losses
-            are means over labels that are neither -100 nor NaN: of the task's own labels, or of its column of labels
-            `[samples, tasks]`. With `task_column` in `label_names`, `labels` has every sample's task number.
+            `f(outputs, labels, num_items_in_batch) -> dict` with a scalar loss per task. `labels` is the tensor of the
+            one label name, or a dict if `label_names` has several. Leave out a task that the batch lacks. A loss is
+            the mean over labels that are neither -100 nor NaN: the labels of the task, or its column of labels
+            `[samples, tasks]`. With `task_column` in `label_names`, `labels` holds the task number of every sample.
         aggregator ([`Aggregator`], *optional*):
             A method of your own, in place of `mtl_method`.
 
     Raises:
-        `ValueError`: with DeepSpeed, `nn.DataParallel`, FSDP 1, optimisers that step during the backward pass, rows
-            packed of several tasks' samples, or a batch that was collated with several tasks in it.
+        `ValueError`: With DeepSpeed, `nn.DataParallel`, FSDP 1, optimisers that step during the backward pass, rows
+            packed with samples of several tasks, or a batch that was collated with several tasks in it.
 
-    Example:
+    Usage:
 
-    ```py
-    trainer = MTLTrainer(
-        model=model,
-        args=MTLConfig(output_dir="out", mtl_method="pcgrad", label_names=["labels_seg", "labels_depth"]),
-        train_dataset=dataset,
-        compute_task_losses_func=lambda outputs, labels, num_items_in_batch=None: {
-            "seg": F.cross_entropy(outputs["seg"], labels["labels_seg"]),
-            "depth": F.l1_loss(outputs["depth"], labels["labels_depth"]),
-        },
-    )
-    ```
+        ```python
+        from peft_ext.mtl import MTLConfig, MTLTrainer
+
+        trainer = MTLTrainer(
+            model=model,
+            args=MTLConfig(output_dir="out", mtl_method="pcgrad", label_names=["labels_seg", "labels_depth"]),
+            train_dataset=dataset,
+            compute_task_losses_func=lambda outputs, labels, num_items_in_batch=None: {
+                "seg": F.cross_entropy(outputs["seg"], labels["labels_seg"]),
+                "depth": F.l1_loss(outputs["depth"], labels["labels_depth"]),
+            },
+        )
+        trainer.train()
+        ```
     """

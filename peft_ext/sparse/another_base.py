@@ -18,16 +18,16 @@ _accepted: ContextVar[bool] = ContextVar("peft_ext_another_base", default=False)
 @contextmanager
 def another_base() -> Iterator[None]:
     """
-    Let adapters be loaded onto another base model, as long as its layers have the same shapes.
+    Context manager that allows adapters to be loaded onto another base model whose layers have the same shapes.
 
-    Without it, an adapter loads onto the weights that it was made for: the same bits, a cast of them, or those that
-    agree within the rounding if either base is quantised. Inside, every way of loading takes the base as it is:
-    `PeftModel.from_pretrained`, `load_adapter` of PEFT and transformers, `hotswap_adapter`, state dicts. `peft-ext
-    merge` has `--another-base`.
+    Outside it, an adapter loads only onto the weights that it was made for: the same bits, a cast of them, or weights
+    that agree within the rounding of a quantised base. Inside it, every way of loading accepts the base as it is:
+    `PeftModel.from_pretrained`, `load_adapter` of PEFT and transformers, `hotswap_adapter`, and state dicts. The
+    command `peft-ext merge` has the option `--another-base`.
 
-    The trained values are added to the weights that are there, so the sum is another one than in training, by the
-    difference of the bases. Nothing of this is saved: the adapter still names the base that it was made for, and
-    loading it here again takes the same `with`.
+    The trained values are added to the weights of this base, so the sums differ from those in training by the
+    difference of the two bases. Nothing of this is saved: the adapter still names the base that it was made for, and
+    needs the same context when it is loaded again.
 
     Example:
 

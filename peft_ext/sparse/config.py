@@ -22,70 +22,77 @@ VALUES_DTYPES = ("float32", "bfloat16", "float16")
 @dataclass
 class SparseConfig(SavedConfig):
     """
-    Base of the configurations of [`NeuroAdaConfig`] and the other sparse tuners.
+    Base of [`NeuroAdaConfig`], [`GPSConfig`] and [`PSNConfig`]: the options that all sparse tuners share.
 
     Args:
         k (`int`, *optional*, defaults to 1):
-            Trained entries per neuron (row of a Linear's weight, column of a Conv1D's), capped at the fan-in. Wider
-            selections share out as many entries as the neurons would have.
+            Number of trained entries per neuron. A neuron is a row of an `nn.Linear` weight, a column of a
+            transformers `Conv1D` weight, or an output channel of a convolution. A neuron with fewer than `k` inputs
+            trains all of them. With a `_layer` or `_network` selection, the same total budget is distributed across
+            the layer or network.
         target_modules (`list[str]` or `str`, *optional*):
-            Modules to adapt: names matched by suffix, a regular expression, `"all-linear"`, or `"all-neurons"`: every
-            layer that has neurons, so also the convolutions of a ResNet or ConvNeXt and the attention of
-            `nn.MultiheadAttention`, except output layers, heads and `modules_to_save`. By default all linear layers of
-            a transformers model except its output layer. The fused experts of a mixture of experts count as layers in
-            all of these; `"experts"` names all of a module's, `"gate_up_proj"` or `"down_proj"` one layer of each.
-            Routers that give more than one tensor are left out of all but names and regular expressions. Layers whose
-            weight a model reads without calling them (the `conv1d` and `dt_proj` of Mamba, the attention of WavLM),
-            and those whose weight a parametrization computes (the positional convolution of wav2vec 2.0), are left
-            out, and refused by name.
+            Modules to adapt: a list of names, matched by suffix, or a regular expression. `"all-linear"` adapts every
+            linear layer. `"all-neurons"` also adapts convolutions and `nn.MultiheadAttention`. By default, each method
+            chooses among the layers of a transformers model. The fused experts of a mixture of experts count as linear
+            layers: `"experts"` names all of them, `"gate_up_proj"` or `"down_proj"` one layer of each. MoE routers that
+            return several tensors are skipped unless you name them explicitly. Layers whose weight the model reads
+            without calling them (`conv1d` and `dt_proj` of Mamba), or whose weight is computed by a parametrization,
+            are left out, and naming them is an error.
         exclude_modules (`list[str]` or `str`, *optional*):
-            Modules to leave out, matched in the same way.
+            Modules to leave out: a list of names, matched by suffix, or a regular expression.
         selection (`str`, *optional*, defaults to `"magnitude"`):
-            How entries are chosen: `"magnitude"`, `"reverse"` (smallest magnitude), `"random"`, or by the scores given
-            with [`~SparseConfig.with_scores`]: `"gradient"` (of [`gradient_scores`]) or `"activation"` (of
-            [`activation_scores`]). Each per neuron; with `_layer` or `_network` appended, the same number of entries
-            is shared out over a whole weight or over all of them.
+            How the trained entries of a neuron are selected: largest magnitude first (`"magnitude"`), smallest
+            magnitude first (`"reverse"`), at random (`"random"`), or by scores that you pass to `with_scores`:
+            `"gradient"` (from [`gradient_scores`]) or `"activation"` (from [`activation_scores`]). Append `_layer` or
+            `_network`, as in `"magnitude_network"`, to select over a whole weight or over the whole model instead.
         neuron_ratio (`float`, *optional*, defaults to 1.0):
-            Share of the neurons of each weight that get trained entries, drawn at random.
+            Share of the neurons of each weight that get trained entries. The neurons are drawn at random.
         column_budget (`int`, *optional*):
-            Let all neurons of a weight choose among this many of its inputs, those with the largest sum of magnitudes
-            (or scores). The update then has at most this rank, and `peft-ext export --to lora` gives an exact LoRA of
-            it. For selections per neuron; by default all inputs.
+            Number of inputs of a weight that all its neurons choose among: those with the largest sum of magnitudes
+            (or scores). The update then has at most this rank, and `peft-ext export --to lora` converts it to an exact
+            LoRA. Needs a selection per neuron. By default all inputs.
         seed (`int`, *optional*, defaults to 0):
-            For random choices. Every module draws its own.
+            Seed of the random choices. Each module has a random stream of its own.
         backend (`str`, *optional*, defaults to `"auto"`):
-            How products are computed: `"bypass"` (`W x + S x`; any base layer), `"folded"` (the values are added into
-            W while a product runs; rounds them to W's dtype), `"dense"` (W + S composed on the fly) or `"reference"`.
-            `"auto"` chooses by measured crossovers.
+            How an adapted layer computes its output. `"bypass"` adds the sparse product to the output of the base
+            layer and works with any base layer. `"folded"` adds the values to the weight while the product runs, which
+            rounds them to the weight's dtype. `"dense"` composes the changed weight for each product. `"reference"` is
+            plain PyTorch. `"auto"` chooses by measured crossovers.
         values_dtype (`str`, *optional*):
-            `"float32"`, `"bfloat16"` or `"float16"`. By default as in PEFT: the base's dtype, raised to float32 by
-            `autocast_adapter_dtype=True`.
+            Dtype of the trained values: `"float32"`, `"bfloat16"` or `"float16"`. By default it is the dtype of the
+            base weight, raised to float32 by PEFT's `autocast_adapter_dtype=True`.
         bias (`str`, *optional*, defaults to `"none"`):
             Which biases of the base model to train: `"none"`, `"all"`, or `"<method>_only"` for those of the adapted
-            layers. Trained biases change the base model itself, as in PEFT's other methods.
+            layers. Training them changes the base model itself, as in PEFT's other methods. `train_bias` does not.
         train_bias (`bool`, *optional*, defaults to `False`):
-            Train the biases of the adapted layers as a part of the adapter: what is learned is added to them, so it is
-            switched, disabled, saved and merged with the adapter, and several adapters can have it.
+            Whether to train the biases of the adapted layers as part of the adapter. They are then switched, disabled,
+            saved and merged with it.
         init_weights (`bool`, *optional*, defaults to `True`):
-            Start from zero, so that the adapted model equals the base. `False` draws random values, for tests.
+            Whether the values start at zero, so that the adapted model first equals the base model. `False` draws
+            random values; use it in tests.
         modules_to_save (`list[str]`, *optional*):
-            Modules trained and saved whole, such as a new head.
-        layers_to_transform (`list[int]` or `int`, *optional*), layers_pattern (`list[str]` or `str`, *optional*):
-            Adapt only the blocks with these numbers, as in PEFT.
+            Modules that are trained and saved whole, such as a new head.
+        layers_to_transform (`list[int]` or `int`, *optional*):
+            Numbers of the blocks to adapt, as in PEFT. By default all of them.
+        layers_pattern (`list[str]` or `str`, *optional*):
+            Name of the list of blocks that `layers_to_transform` counts, as in PEFT.
         trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
             Tokens whose embeddings are trained too, as in PEFT.
         target_parameters (`list[str]`, *optional*):
-            Weights of fused experts to adapt, as PEFT names them: `["experts.gate_up_proj"]`. Without `target_modules`
+            Weights of fused experts to adapt, named as in PEFT: `["experts.gate_up_proj"]`. Without `target_modules`
             nothing else is adapted.
         experts_to_transform (`list[int]` or `dict[str, list[int]]`, *optional*):
-            Adapt only the experts with these numbers, in every module of fused experts, or by the modules' names; see
-            [`busiest_experts`] for those that the data goes to.
+            Numbers of the experts to adapt, in every module of fused experts or by module name. By default all experts.
+            [`busiest_experts`] finds those that the data is routed to most.
         expert_weights (`list[str]`, *optional*):
-            Filled in: the weights of fused experts that are adapted.
+            Weights of fused experts that are adapted. Filled in.
         support_sizes (`dict[str, int]`, *optional*):
-            Filled in where the other options don't say how many entries each module has, as after network-wide
-            selections, `add_weighted_adapter` and [`~peft_ext.convert`]: number of entries per module.
-        peft_ext_version, requires: see [`~peft_ext.hf.config.SavedConfig`].
+            Number of trained entries per module. It is filled in where the other options do not determine it: after
+            network-wide selections, `add_weighted_adapter` and [`convert`].
+        peft_ext_version (`str`, *optional*):
+            Version of peft_ext that wrote the adapter. Filled in when a config is saved.
+        requires (`str`, *optional*):
+            Package needed to load the adapter. Filled in.
     """
 
     peft_type: Any = field(default=None, metadata={"help": "Set by each method."})
@@ -215,7 +222,7 @@ class SparseConfig(SavedConfig):
             raise ValueError(f"layers_to_transform={numbers!r} must be a block's number, or a list of them.")
 
     def entries_per_neuron(self, fan_in: int) -> int:
-        """How many entries a neuron with `fan_in` inputs gets."""
+        """Number of entries that a neuron with `fan_in` inputs gets."""
         return self._within_budget(min(self.k or 0, fan_in))
 
     def _within_budget(self, entries: int) -> int:
@@ -243,12 +250,13 @@ class SparseConfig(SavedConfig):
 
     def with_scores(self, scores: Mapping[str, Tensor]) -> Any:
         """
-        Give the scores that `selection="gradient"` and `selection="activation"` rank by.
+        Pass the scores for `selection="gradient"` and `selection="activation"`.
 
         Args:
-            scores (`dict[str, torch.Tensor]`): per module name, a tensor in the shape of the module's weight, such as
-                its gradient. The sign does not matter. Any mapping will do; each score is asked for when its module's
-                turn comes.
+            scores (`dict[str, torch.Tensor]`):
+                Per module name, a tensor in the shape of the module's weight, such as its gradient. Entries are ranked
+                by magnitude, so the sign does not matter. Any mapping works; each score is read when its module is
+                adapted.
 
         Returns:
             The config itself, to be passed to `get_peft_model`.

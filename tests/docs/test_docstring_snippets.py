@@ -65,10 +65,11 @@ def _encoder():
 def _adapted():
     names = _plain()
     names["model"] = get_peft_model(names["model"], NeuroAdaConfig(k=1))
-    names["model"].save_pretrained("user/another-adapter")
+    for folder in ("user/another-adapter", "adapter-of-the-pretrained-model"):
+        names["model"].save_pretrained(folder)
     shira = ShiraConfig(r=2, target_modules=["q_lin"])
     get_peft_model(_world._classifier(), shira).save_pretrained("user/shira-adapter")
-    return names
+    return names | {"instruct_model": _world._classifier(), "inputs": {"input_ids": torch.tensor([[5, 6]])}}
 
 
 def _steered():
@@ -114,6 +115,9 @@ NAMES = {
     "MoReSConfig": _steered,
     "convert": _adapted,
     "hotswap_adapter": _adapted,
+    "another_base": _adapted,
+    "set_scale": _adapted,
+    "rescale_adapter_scale": _adapted,
     "selection_report": _adapted,
     "visual_tokens": _steered,
     "unfinished_prompt": _steered,

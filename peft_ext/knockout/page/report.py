@@ -24,11 +24,13 @@ _SCRIPTS = ("charts.js", "patches.js", "words.js", "pairs.js", "page.js")
 
 class Report:
     """
-    A page. In a notebook it shows itself.
+    A page made by [`report`]. A notebook displays it.
 
     Attributes:
-        html (`str`): the whole page.
-        path (`pathlib.Path`, *optional*): the file that it was written to.
+        html (`str`):
+            The whole page.
+        path (`pathlib.Path`, *optional*):
+            The file that it was written to.
     """
 
     def __init__(self, page: str, path: Path | None = None) -> None:
@@ -52,28 +54,35 @@ def report(
     seed: int = 0,
 ) -> Report:
     """
-    One HTML file that shows a sweep and its samples. It needs no network and runs no code but its own.
+    Make one HTML file that shows a sweep and its samples. It needs no network and runs no code but its own.
 
-    A slider moves all views through the layers: the curves of each pair with intervals of 95 % over samples, the
+    A slider moves all views through the layers: the curves of each pair with 95 % intervals over samples, the
     attention and the effect of each patch over the image, the prompt's tokens, the answer's probability and the most
-    probable words, the share of image and text.
+    probable words, and the share of image and text.
 
     Args:
-        records (`list[dict]`): of [`layer_sweep`]; or several such lists by name, to be compared: two models, or one
-            with and without an adapter.
-        samples (`list[SampleView]`, *optional*): of [`sample_view`], for records' samples, all or some; by the same
-            names if records are. A sample without a view shows its curves alone.
-        path (`str`, *optional*): of the page, `*.html`. Without it, a notebook still shows the returned page.
-        title (`str`, *optional*): of the page.
-        skipped (`list[dict]`, *optional*): `sample` and `reason` of questions that were left out, to be listed.
-        resamples (`int`, *optional*, defaults to 1000), seed (`int`, *optional*, defaults to 0): of the bootstrap, as
-            in [`plot_sweep`].
+        records (`list[dict]`):
+            Records of [`layer_sweep`]. To compare two models, or one with and without an adapter, pass several such
+            lists by name.
+        samples (`list[SampleView]`, *optional*):
+            Views made by [`sample_view`], for all samples of the records or some. By the same names as `records` if
+            those have names. A sample without a view shows its curves alone.
+        path (`str`, *optional*):
+            File of the page, `*.html`. Without it, a notebook still displays the returned page.
+        title (`str`, *optional*):
+            Title of the page.
+        skipped (`list[dict]`, *optional*):
+            `sample` and `reason` of questions that were left out. They are listed.
+        resamples (`int`, *optional*, defaults to 1000):
+            Number of bootstrap samples, as for [`plot_sweep`].
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the bootstrap.
 
     Returns:
-        [`Report`]
+        [`Report`]: The page.
 
     Raises:
-        `ValueError`: if an argument is malformed, or records and samples do not belong together; before anything is
+        `ValueError`: If an argument is malformed, or records and samples do not belong together, before anything is
             written.
     """
     if path is not None and Path(path).suffix.lower() not in (".html", ".htm"):

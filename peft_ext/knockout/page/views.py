@@ -46,22 +46,36 @@ class Effects:
 @dataclass
 class SampleView:
     """
-    One sample of a page. [`sample_view`] makes it; without a model, a name and what else is known will do.
+    One sample of a page, made by [`sample_view`]. Without a model you can make one from a name and whatever else you
+    know.
 
     Attributes:
-        name (`str`): the sample's name in the records.
-        question (`str`), answer (`str`): as asked, and as the model says.
-        image (`Any`): a PIL image, a path, or `{"bytes": …}`; `None` for none.
-        problem (`str`): why something is missing; empty if nothing is.
-        pieces (`list[Piece]`): the prompt.
-        groups (`dict[str, list[int]]`): positions of each token group.
-        patches (`list[int]`): positions of the image's patches.
-        places (`list[list[float] | None]`): left, top, right and bottom of each, as shares of the image.
-        attention (`numpy.ndarray`, *optional*): float32 `[layers, tokens]`, of the token that decides the answer, mean
-            over heads.
-        lmar (`list[float]`): by layer, see [`lmar`]; empty without an image.
-        lens ([`Lens`], *optional*): the answer and the most probable words after each layer.
-        effects (`list[Effects]`): of patches and words.
+        name (`str`):
+            Name of the sample in the records.
+        question (`str`):
+            The question.
+        answer (`str`):
+            The model's answer.
+        image (`Any`):
+            A PIL image, a path, or `{"bytes": …}`; `None` if there is none.
+        problem (`str`):
+            Why something is missing; empty if nothing is.
+        pieces (`list[Piece]`):
+            The prompt.
+        groups (`dict[str, list[int]]`):
+            Positions of each token group.
+        patches (`list[int]`):
+            Positions of the image's patches.
+        places (`list[list[float] | None]`):
+            Left, top, right and bottom of each patch, as shares of the image.
+        attention (`numpy.ndarray`, *optional*):
+            Attention of the token that decides the answer, mean over heads, float32 `[layers, tokens]`.
+        lmar (`list[float]`):
+            LMAR by layer, see [`lmar`]; empty without an image.
+        lens ([`Lens`], *optional*):
+            The answer and the most probable words after each layer.
+        effects (`list[Effects]`):
+            Effects of patches and words.
     """
 
     name: str
@@ -102,27 +116,41 @@ def sample_view(
     Measure what [`report`] shows of a sample.
 
     Args:
-        model (`torch.nn.Module`), processor (`ProcessorMixin`): that the sample was made with; for text models their
-            tokenizer.
-        sample ([`FlowSample`]): a batch of one.
-        image (`Any`, *optional*): the picture: a PIL image, a path, or `{"bytes": …}`. One that cannot be read is
-            named on the page; the rest is measured all the same.
-        question (`str`, *optional*): as text.
-        targets (`Sequence[str]`, *optional*, defaults to `("last",)`): each patch is hidden from these groups, see
-            [`patch_effects`]. Of 576 patches the last token costs a few forward passes, and a few tens with a
-            window around each layer; a question of n tokens n times that. `()` for none.
-        window (`int`, *optional*), mode (`str`, *optional*, defaults to `"centred"`), block (`int`, *optional*,
-            defaults to 1): of [`patch_effects`].
-        words (`bool`, *optional*, defaults to `True`): hide the question's words from the targets, too.
-        answer_token (`str` or `int`, *optional*, defaults to `"first"`): of [`layer_sweep`].
-        norm (`bool`, *optional*, defaults to `True`): read the answer by layer through the final norm.
-        top (`int`, *optional*, defaults to 5): words per layer.
-        image_options (`dict`, *optional*): what the processor was called with for images, such as `do_pad=True`.
-        self_check (`bool`, *optional*, defaults to `True`): of [`patch_effects`]. For many samples of one kind the
-            first one will do.
+        model (`torch.nn.Module`):
+            The model that the sample was made for.
+        processor (`ProcessorMixin`):
+            Its processor; for text models, the tokenizer.
+        sample ([`FlowSample`]):
+            A batch of one.
+        image (`Any`, *optional*):
+            The picture: a PIL image, a path, or `{"bytes": …}`. If it cannot be read, the page names it, and the rest
+            is measured all the same.
+        question (`str`, *optional*):
+            The question as text.
+        targets (`Sequence[str]`, *optional*, defaults to `("last",)`):
+            Groups from which each patch is hidden, see [`patch_effects`]. The last token costs about as much as a few
+            forward passes, a question of n tokens n times that. `()` measures none.
+        window (`int`, *optional*):
+            As for [`patch_effects`].
+        mode (`str`, *optional*, defaults to `"centred"`):
+            As for [`patch_effects`].
+        block (`int`, *optional*, defaults to 1):
+            As for [`patch_effects`].
+        words (`bool`, *optional*, defaults to `True`):
+            Whether to hide the question's words from the targets, too.
+        answer_token (`str` or `int`, *optional*, defaults to `"first"`):
+            As for [`layer_sweep`].
+        norm (`bool`, *optional*, defaults to `True`):
+            Whether to read the answer by layer through the final norm.
+        top (`int`, *optional*, defaults to 5):
+            Number of words per layer.
+        image_options (`dict`, *optional*):
+            Options for images that the processor was called with, such as `do_pad=True`.
+        self_check (`bool`, *optional*, defaults to `True`):
+            As for [`patch_effects`]. For many samples of one kind, checking the first is enough.
 
     Raises:
-        `ValueError`: for a batch of several rows, or arguments that the measurements refuse.
+        `ValueError`: If the batch has several rows, or the measurements refuse an argument.
     """
     if len(sample.inputs["input_ids"]) != 1:
         raise ValueError(f"sample holds {len(sample.inputs['input_ids'])} rows: make a view of each by itself.")

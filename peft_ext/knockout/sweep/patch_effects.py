@@ -38,42 +38,56 @@ def patch_effects(
     self_check: bool = True,
 ) -> list[Record]:
     """
-    Block each image patch (or block of patches, or word) from a target, and measure what the answer's probability
-    loses: a heat map over the image that is measured, not read off the attention.
+    Hide each image patch (or block of patches, or word) from a target, and measure how the probability of the answer
+    changes. The result is a heat map over the image that is measured, not read off the attention.
 
-    All passes share one clean pass, and run packed into few sequences ([`layer_sweep`] says how). They are exact.
+    All passes share one clean pass and run packed into few sequences, as in [`layer_sweep`]. They are exact.
 
     Args:
-        model (`torch.nn.Module`): a decoder of transformers, in eval mode.
-        inputs (`dict` or [`FlowSample`]): what the model is called with, `input_ids` being `[batch, sequence]`. A
-            sample brings its own groups, answers and names.
-        target (`str` or `torch.Tensor`, *optional*, defaults to `"last"`): the group that may not attend to the
-            patches: its name in `groups`, `"last"` (the last attended token), or a bool mask `[batch, sequence]`.
-        sources (`str` or `dict[str, torch.Tensor]`, *optional*, defaults to `"patches"`): what is blocked, one after
-            the other. `"patches"`: the image tokens. `"words"`: the words of `groups["question"]`, or else of all
-            text after the image. Or bool masks `[batch, sequence]` by name.
-        groups (`dict[str, torch.Tensor]`, *optional*): token groups, as [`find_token_groups`] returns them. Without
-            `image` in them, the image tokens are those of the model's config.
-        processor (`ProcessorMixin`, *optional*): needed for words.
-        block (`int`, *optional*, defaults to 1): patches per side that are blocked together.
-        grid (`tuple[int, int]`, *optional*): rows and columns of patches; by default a square, where it is one.
-        window (`int`, *optional*): layers that are blocked together around each layer. By default all layers at once:
+        model (`torch.nn.Module`):
+            A decoder of transformers, in eval mode.
+        inputs (`dict` or [`FlowSample`]):
+            Arguments of the model, with `input_ids` `[batch, sequence]`. A sample brings its own groups, answers and
+            names.
+        target (`str` or `torch.Tensor`, *optional*, defaults to `"last"`):
+            The tokens that may not attend to the patches: the name of a group, `"last"` (the last attended token), or
+            a bool mask `[batch, sequence]`.
+        sources (`str` or `dict[str, torch.Tensor]`, *optional*, defaults to `"patches"`):
+            What is hidden, one after the other. `"patches"`: the image tokens. `"words"`: the words of
+            `groups["question"]`, or otherwise of all text after the image. Or bool masks `[batch, sequence]` by name.
+        groups (`dict[str, torch.Tensor]`, *optional*):
+            Token groups, as [`find_token_groups`] returns them. If they have no `image`, the image tokens are those of
+            the model's config.
+        processor (`ProcessorMixin`, *optional*):
+            Needed for words.
+        block (`int`, *optional*, defaults to 1):
+            Number of patches per side that are hidden together.
+        grid (`tuple[int, int]`, *optional*):
+            Rows and columns of patches; by default a square, if there is one.
+        window (`int`, *optional*):
+            Number of layers that are blocked together around each layer. By default all layers at once, which gives
             one number per patch.
-        mode (`str`, *optional*, defaults to `"centred"`), layers (`Sequence[int]`, *optional*): with a window, as in
-            [`layer_sweep`].
-        answer_ids (`list[list[int]]`, *optional*), answer_token (`str` or `int`, *optional*, defaults to `"first"`):
-            the answer, as in [`FlowSample`] and [`layer_sweep`]. By default the model's most probable token.
-        engine (`str`, *optional*, defaults to `"auto"`): as in [`layer_sweep`]; `"full"` is the naive loop.
-        self_check (`bool`, *optional*, defaults to `True`): compare the largest changes with the full engine's.
+        mode (`str`, *optional*, defaults to `"centred"`):
+            With a window, as in [`layer_sweep`].
+        layers (`Sequence[int]`, *optional*):
+            With a window, as in [`layer_sweep`].
+        answer_ids (`list[list[int]]`, *optional*):
+            As in [`FlowSample`]. By default the model's most probable token.
+        answer_token (`str` or `int`, *optional*, defaults to `"first"`):
+            As in [`layer_sweep`].
+        engine (`str`, *optional*, defaults to `"auto"`):
+            As in [`layer_sweep`]; `"full"` is the naive loop.
+        self_check (`bool`, *optional*, defaults to `True`):
+            Whether to compare the largest changes with the full engine's.
 
     Returns:
-        `list[dict]`: one record per row, source and layer, with [`layer_sweep`]'s columns. `source` is `"patch 0"`
-            and so on, counted in the order of the image tokens. `unit` is that number. `positions` are the source's
-            tokens in `input_ids`. Blocks of a grid have `row` and `column`, words their `text`. `layer` and `window`
-            are `None` if all layers are blocked.
+        `list[dict]`: One record per row, source and layer, with the columns of [`layer_sweep`]. `source` is
+        `"patch 0"` and so on, in the order of the image tokens; `unit` is that number; `positions` are the source's
+        tokens in `input_ids`. Blocks of a grid have `row` and `column`, words their `text`. `layer` and `window` are
+        `None` if all layers are blocked.
 
     Raises:
-        `ValueError`: if an argument is malformed, naming it; or if there is no patch, word or target.
+        `ValueError`: If an argument is malformed, or there is no patch, word or target.
     """
     sample = inputs if isinstance(inputs, FlowSample) else FlowSample(inputs, groups or {}, answer_ids)
     if isinstance(inputs, FlowSample) and (groups is not None or answer_ids is not None):

@@ -67,17 +67,29 @@ def _distinct(model: nn.Module, adapter_name: str | None) -> list[tuple[Any, str
 
 def set_scale(model: nn.Module, scale: float, adapter_name: str | None = None) -> None:
     """
-    Let sparse adapters add `scale` times what they were trained to add. 0 is the base model, 1 the adapter.
+    Set the scale of sparse adapters: they add `scale` times what they were trained to add. 0 gives the base model, 1
+    the adapter as trained.
 
-    The scale holds for outputs, merging and exported weights of this model. It is not saved.
+    The scale applies to outputs, merging and exported weights of this model. It is not saved.
 
     Args:
-        model (`torch.nn.Module`): the adapted model.
-        scale (`float`): the factor.
-        adapter_name (`str`, *optional*): which adapter; by default all.
+        model (`torch.nn.Module`):
+            The adapted model.
+        scale (`float`):
+            The factor.
+        adapter_name (`str`, *optional*):
+            Name of the adapter; by default all.
 
     Raises:
-        `ValueError`: if there is no such adapter, it is merged, or the scale is no number.
+        `ValueError`: If there is no such adapter, it is merged, or the scale is not a number.
+
+    Example:
+
+        ```py
+        >>> from peft_ext import set_scale
+
+        >>> set_scale(model, 0.5)
+        ```
     """
     for layer, name, _ in _distinct(model, adapter_name):
         layer.set_scale(name, scale)
@@ -86,19 +98,23 @@ def set_scale(model: nn.Module, scale: float, adapter_name: str | None = None) -
 @contextmanager
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
     """
-    Multiply the scales of all sparse adapters inside a `with`, as PEFT's helper of this name does for LoRA.
+    Context manager that multiplies the scales of all sparse adapters, as PEFT's helper of this name does for LoRA.
 
     Args:
-        model (`torch.nn.Module`): the adapted model.
-        multiplier (`float`): the factor; between 0 and 1 it interpolates between the base model and the adapted one.
+        model (`torch.nn.Module`):
+            The adapted model.
+        multiplier (`float`):
+            The factor. Between 0 and 1 it interpolates between the base model and the adapted one.
 
     Raises:
-        `ValueError`: see [`set_scale`].
+        `ValueError`: As for [`set_scale`].
 
     Example:
 
         ```py
-        >>> with peft_ext.rescale_adapter_scale(model, 0.5):
+        >>> from peft_ext import rescale_adapter_scale
+
+        >>> with rescale_adapter_scale(model, 0.5):
         ...     output = model(**inputs)
         ```
     """

@@ -39,8 +39,11 @@ class PSNConfig(SparseConfig):
         target_modules (`list[str]` or `str`, *optional*):
             Modules to adapt: a list of names, matched by suffix, or a regular expression. `"all-linear"` adapts every
             linear layer. `"all-neurons"` also adapts convolutions and `nn.MultiheadAttention`. By default, all layers
-            with neurons of a transformers model are adapted, without its output layer and task head. MoE routers that
-            return several tensors are skipped unless you name them explicitly.
+            with neurons of a transformers model are adapted, without its output layer and task head. Fused experts of
+            a mixture of experts count as linear layers: `"experts"` names all of them, `"gate_up_proj"` or
+            `"down_proj"` one layer of each. MoE routers that return several tensors are skipped unless you name them
+            explicitly. Layers whose weight the model reads without calling them (`conv1d` and `dt_proj` of Mamba), or
+            whose weight is computed by a parametrization, are left out, and naming them is an error.
         exclude_modules (`list[str]` or `str`, *optional*):
             Modules to leave out: a list of names, matched by suffix, or a regular expression.
         selection (`str`, *optional*, defaults to `"magnitude"`):
@@ -50,6 +53,10 @@ class PSNConfig(SparseConfig):
             `_network`, as in `"magnitude_network"`, to select over a whole weight or over the whole model instead.
         neuron_ratio (`float`, *optional*, defaults to 1.0):
             Share of the neurons of each weight that get trained entries. The neurons are drawn at random.
+        column_budget (`int`, *optional*):
+            Number of inputs of a weight that all its neurons choose among: those with the largest sum of magnitudes
+            (or scores). The update then has at most this rank, and `peft-ext export --to lora` converts it to an exact
+            LoRA. Needs a selection per neuron. By default all inputs.
         seed (`int`, *optional*, defaults to 0):
             Seed of the random choices. Each module has a random stream of its own.
         backend (`str`, *optional*, defaults to `"auto"`):
@@ -77,9 +84,14 @@ class PSNConfig(SparseConfig):
             Name of the list of blocks that `layers_to_transform` counts, as in PEFT.
         trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
             Tokens whose embeddings are trained too, as in PEFT.
-        target_parameters (`None`, *optional*):
-            Not supported. Experts whose weights are fused into one 3-D parameter are left out by default, and naming
-            them is an error.
+        target_parameters (`list[str]`, *optional*):
+            Weights of fused experts to adapt, named as in PEFT: `["experts.gate_up_proj"]`. Without `target_modules`
+            nothing else is adapted.
+        experts_to_transform (`list[int]` or `dict[str, list[int]]`, *optional*):
+            Numbers of the experts to adapt, in every module of fused experts or by module name. By default all experts.
+            [`busiest_experts`] finds those that the data is routed to most.
+        expert_weights (`list[str]`, *optional*):
+            Weights of fused experts that are adapted. Filled in.
         support_sizes (`dict[str, int]`, *optional*):
             Number of trained entries per module. It is filled in where the other options do not determine it: after
             network-wide selections, `add_weighted_adapter` and [`convert`].

@@ -44,47 +44,63 @@ def gradient_scores(
     progress: bool = True,
 ) -> dict[str, Tensor]:
     """
-    Score every weight by the gradient of a loss over the data, for `selection="gradient"` (thesis eqs. 4.1 and 4.2).
+    Score every weight by the gradient of a loss over the data, for `selection="gradient"`.
 
-    Each weight's gradient is added to its sum as soon as the backward pass has made it, and freed: never are two dense
-    gradients alive. Afterwards the model (modes, `requires_grad`, gradients, buffers) and the random generators are as
-    before, also if something fails on the way. In a distributed run every process scores its share of the data and all
-    get the sum.
+    Paper: Zhang et al., [Gradient-based Parameter Selection for Efficient
+    Fine-Tuning](https://arxiv.org/abs/2312.10136).
+
+    Each weight's gradient is added to its sum as soon as the backward pass has made it, and then freed. Two dense
+    gradients never exist at once. Afterwards the model (modes, `requires_grad`, gradients, buffers) and the random
+    generators are as before, even after an error. In a distributed run every process scores its share of the data, and
+    all processes get the sum.
 
     Args:
-        model (`torch.nn.Module`): the model, on the device to compute on. It may have adapters already.
+        model (`torch.nn.Module`):
+            The model, on the device to compute on. It may have adapters already.
         dataloader (`Iterable`):
-            Batches: mappings of the model's arguments, with `labels`, or pairs of inputs and labels. For the
-            contrastive loss a [`TwoViewCollator`] gives every sample a partner.
+            Batches: mappings of the model's arguments with `labels`, or pairs of inputs and labels. With the
+            contrastive loss, use a [`TwoViewCollator`] to give every sample a partner.
         loss (`Callable` or `"model"`, *optional*):
-            A function of features and labels, by default `SupervisedContrastiveLoss(temperature=0.07)`; or `"model"`
-            for the loss that the model returns for a batch with labels, the default for transformers' language models,
-            whose labels are tokens.
+            A function of features and labels, by default `SupervisedContrastiveLoss(temperature=0.07)`. `"model"`
+            takes the loss that the model itself returns for a batch with labels. It is the default for transformers'
+            language models, whose labels are tokens.
         features (`str` or `Callable`, *optional*):
-            What the loss is given: the output of the module of this name, or a function of the model's output, such as
-            `lambda output: output.logits` with a cross-entropy. By default what enters the first linear layer of the
-            model's head (of heads that run on every token, at the token whose logits the model puts out), or a
-            headless model's `pooler_output`.
+            The features that the loss is given: the output of the module of this name, or a function of the model's
+            output, such as `lambda output: output.logits` for a cross-entropy. By default they are the input of the
+            first linear layer of the model's head, at the token whose logits the model returns, or the `pooler_output`
+            of a model without a head.
         config ([`SparseConfig`], *optional*):
-            Its `target_modules` are scored; by default all layers that have neurons, except for the head.
+            A config whose `target_modules` are scored. By default all layers with neurons, except the head.
         absolute (`bool`, *optional*, defaults to `False`):
-            Sum the magnitudes of the batches' gradients. As in the published code signed gradients are summed, so that
-            batches can cancel, and the magnitude of the sum ranks.
+            Whether to sum the magnitudes of the batches' gradients. By default signed gradients are summed, as in the
+            published code, so that batches can cancel each other; entries are ranked by the magnitude of the sum.
         training (`bool`, *optional*, defaults to `False`):
-            Score in training mode, as the published code does (dropout and drop path active).
-        max_batches (`int`, *optional*): stop after so many.
+            Whether to score in training mode, with dropout and drop path active, as the published code does.
+        max_batches (`int`, *optional*):
+            Number of batches to read; by default all.
         offload (`bool` or `str`, *optional*, defaults to `False`):
-            Where the sums, which are as large as the weights in fp32, are kept: on the weights' device (`False`), in
-            the CPU's memory (`True`), or in files in the folder of this name. On a CPU `True` changes nothing, which
-            it warns of.
-        progress (`bool`, *optional*, defaults to `True`): show a progress bar.
+            Where to keep the sums, which are as large as the weights in float32: on the weights' device (`False`), in
+            the CPU's memory (`True`), or in files in the folder of this name. On a CPU, `True` changes nothing and
+            raises a warning.
+        progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar.
 
     Returns:
-        `dict[str, torch.Tensor]`: per module name, fp32 in the shape of its weight.
+        `dict[str, torch.Tensor]`: Per module name, a float32 tensor in the shape of its weight.
 
     Raises:
-        `ValueError`: if features or labels are missing, the loss is not finite, or every gradient is zero.
-        `TypeError`: if a weight is quantised.
+        `ValueError`: If features or labels are missing, the loss is not finite, or every gradient is zero.
+        `TypeError`: If a weight is quantised.
+
+    Example:
+
+        ```py
+        >>> from peft import get_peft_model
+        >>> from peft_ext import GPSConfig, gradient_scores
+
+        >>> scores = gradient_scores(model, dataloader)
+        >>> model = get_peft_model(model, GPSConfig(k=1).with_scores(scores))
+        ```
     """
     check_scoring(model, dataloader, config, max_batches, progress)
     check_flag("absolute", absolute)
