@@ -154,7 +154,7 @@ def _check_others(base: nn.Module, weights: Mapping[str, Tensor], adapter_name: 
 
 
 def _misfit(base: nn.Module, weights: Mapping[str, Tensor], adapter_name: str) -> str | None:
-    """What differs between an adapter's file and the places that PEFT made for it in a model."""
+    """Differences between an adapter's file and the places that PEFT made for it in a model."""
     places = {}
     for key, tensor in base.state_dict().items():
         name = key.removesuffix(f".{adapter_name}").replace(f".modules_to_save.{adapter_name}.", ".")

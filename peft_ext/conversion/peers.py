@@ -1,4 +1,4 @@
-"""What an adapter of SHiRA or Super-Tuning trains: entries of each weight and their values."""
+"""Entries and values of SHiRA and Super-Tuning adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is switched on in a model with adapters, from one kind of layers to another."""
+"""Copy the switches of adapters (active, disabled, trainable) from one kind of layer to another."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CONTAINERS = ("shira_weight", "supertuning_values", "neuroada_delta", "modules_
 
 @dataclass
 class _Layer:
-    """Of one layer: its active adapters, whether it ignores them, and what each one trains."""
+    """Switches of one layer: its active adapters, whether they are disabled, and what each one trains."""
 
     active: str | list[str]
     disabled: bool

@@ -93,7 +93,7 @@ class AdapterFile:
 
     @property
     def checksum(self) -> str | None:
-        """What identifies the file's content."""
+        """Checksum of the file's content, if the file names it."""
         found: str | None = (self._file.metadata() or {}).get(CHECKSUM_KEY)
         return found
 

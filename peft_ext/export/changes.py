@@ -1,4 +1,4 @@
-"""What merging an adapter changes in a checkpoint: per tensor, positions and new values."""
+"""Changes of a checkpoint by merging an adapter: per tensor, positions and new values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is in adapters' files: entries per module, how far they moved, and what adapters have in common."""
+"""Content of adapters' files: entries per module, how far they moved, and the overlap of adapters."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class SharedEntries:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What [`inspect_adapters`] found; `str` shows it as a table."""
+    """Report made by [`inspect_adapters`]; `str` shows it as a table."""
 
     adapters: list[AdapterFacts]
     overlaps: list[SharedEntries]

@@ -1,4 +1,4 @@
-"""Which tensor of a checkpoint holds the weight of a module, and where in it."""
+"""Find the tensor of a checkpoint that holds the weight of a module, and the place in it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Place:
         return tensor.t() if self.transposed else tensor.flatten(1)[self.first_row : self.first_row + self.rows]
 
     def positions(self, support: Support) -> Tensor:
-        """Where a support's entries lie in the flattened tensor, int64 in the order of the entries."""
+        """Positions of a support's entries in the flattened tensor, int64 in the order of the entries."""
         rows, columns = support.row_of_entry(), support.indices.reshape(-1).long()
         return columns * self.rows + rows if self.transposed else (rows + self.first_row) * self.fan_in + columns
 

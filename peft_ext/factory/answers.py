@@ -1,4 +1,4 @@
-"""How answers are compared: VQA's normalisation and accuracy, letters of choices, yes and no."""
+"""Comparison of answers: VQA's normalisation and accuracy, letters of choices, yes and no."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is trained of a Llava: a choice for each of vision tower, connector and language model."""
+"""Trained parts of a Llava: a choice for each of vision tower, connector and language model."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _check_parts(model: Any) -> None:
 
 
 def connector_modules(model: Any) -> list[str]:
-    """What is trained of the connector: of a linear one in transformers' format, the first layer alone."""
+    """Trained part of the connector; for a linear one in transformers' format, its first layer alone."""
     connector = model.model.multi_modal_projector
     fixed = type(getattr(connector, "act", None)).__name__ == "LinearActivation"
     return ["multi_modal_projector.linear_1" if fixed else "multi_modal_projector"]

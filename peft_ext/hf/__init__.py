@@ -1,1 +1,1 @@
-"""How the package lives inside PEFT and transformers: registration, configs, files. Knows no tuner."""
+"""Connection to PEFT and transformers: registration, configs, files. Knows no tuner."""

@@ -1,4 +1,4 @@
-"""What a card says of an adapter, read from its two files."""
+"""Facts for the card of an adapter, read from its two files."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class CardFacts:
 
     @classmethod
     def of(cls, folder: Path) -> CardFacts | None:
-        """Of a folder; `None` if it does not hold one of our adapters with its weights."""
+        """Facts of the adapter in a folder; `None` if it holds none of our adapters with its weights."""
         try:
             config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -85,7 +85,7 @@ class CardFacts:
 
     @property
     def adapter(self) -> str:
-        """What the adapter is called."""
+        """Name of the adapter."""
         return hub_id.get() or self.folder.resolve().name
 
     @property
@@ -130,7 +130,7 @@ class CardFacts:
         }
 
     def code(self) -> str:
-        """What loads the adapter."""
+        """Code that loads the adapter."""
         lines = [f"import peft_ext  # registers {self.method}", "from peft import PeftModel"]
         if self.base_model and self.model_class:
             labels = self._labels()

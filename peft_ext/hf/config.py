@@ -1,4 +1,4 @@
-"""What the configurations of all our tuners share: how they are saved, read, and followed while an adapter loads."""
+"""Base of all configurations: saving, reading, and state while an adapter loads."""
 
 from __future__ import annotations
 

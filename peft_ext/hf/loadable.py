@@ -1,4 +1,4 @@
-"""What saving and loading ask of a method."""
+"""Interface of a method for saving and loading."""
 
 from __future__ import annotations
 

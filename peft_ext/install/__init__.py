@@ -1,1 +1,1 @@
-"""What importing the package puts on top of PEFT and transformers: loading that succeeds as a whole or not at all."""
+"""Wrappers around PEFT's and transformers' saving and loading: an adapter loads whole or not at all."""

@@ -166,7 +166,7 @@ def _named_as_loaded(
 
 
 def _check_arrived(model: nn.Module, adapter_name: str, config: SavedConfig, result: Any) -> None:
-    """What was checked before is where it belongs."""
+    """Check that the tensors of the file have arrived in the model."""
     tuner = tuner_of(config)
     missing = [
         key for key in getattr(result, "missing_keys", ()) if tuner.owns_key(key) and f".{adapter_name}." in key

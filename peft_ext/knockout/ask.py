@@ -96,7 +96,7 @@ class Asker:
         return FlowSample(inputs, groups, [spoken], [question.name], {"answer": text, **question.info})
 
     def ready(self, question: Question) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What the model is called with for a question, and its token groups. Raises `ValueError` with the reason."""
+        """Inputs of the model for a question, with their token groups. Raises `ValueError` with the reason."""
         image = question.open_image()
         try:
             inputs = self.inputs(question, image)
@@ -106,7 +106,7 @@ class Asker:
         return inputs, self.find(question, inputs, image)
 
     def inputs(self, question: Question, image: Any) -> dict[str, Any]:
-        """What the model is called with for a question about an image."""
+        """Inputs of the model for a question about an image."""
         if self.prompt is not None:
             text = self.prompt.replace("{question}", question.text)
         else:

@@ -60,7 +60,7 @@ class TaskEvaluation:
         return metrics
 
     def step(self, predict: Callable[[Any], Any], model: Any, inputs: Any) -> Any:
-        """What `predict` makes of a batch without the tasks' parts of it, which follow."""
+        """Predict a batch without the parts of its tasks, then evaluate the parts."""
         splits = self.trainer.task_data.splits
         hidden = (PARTS, SOURCE, self.trainer.args.task_column) if splits else (SOURCE,)
         self.beside = {key: inputs[key] for key in hidden if key in inputs}

@@ -96,7 +96,7 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
 
 
 def any_process(flags: Tensor) -> Tensor:
-    """Where `flags` (bool) holds in at least one process; on its device."""
+    """Logical "or" of `flags` (bool) over all processes, on the device of `flags`."""
     if processes() == 1:
         return flags
     counts = flags.to(torch.int32)

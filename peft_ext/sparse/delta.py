@@ -96,12 +96,12 @@ class SparseDelta(nn.Module):
 
     @property
     def values(self) -> Tensor:
-        """What is added to the entries: the trained values, scaled."""
+        """The trained values, scaled: they are added to the entries."""
         return self.weight if self.scale == 1.0 else self.weight * self.scale
 
     @property
     def added_bias(self) -> Tensor | None:
-        """What is added to the layer's bias."""
+        """The trained bias, scaled: it is added to the layer's bias."""
         return self.bias if self.bias is None or self.scale == 1.0 else self.bias * self.scale
 
     @property

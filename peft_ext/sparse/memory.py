@@ -1,4 +1,4 @@
-"""Where the numbers of a tensor lie: which tensors are one memory, and which memory is this process's own to write."""
+"""Memory of tensors: which of them share it, and whether this process alone may write it."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Maps:
         return regions
 
     def reason(self, start: int, end: int) -> str | None:
-        """Why the bytes from `start` to `end` may not be written, or `None`."""
+        """Reason why the bytes from `start` to `end` may not be written, or `None`."""
         number = max(bisect_right(self._regions, start, key=lambda region: region[0]) - 1, 0)
         for first, last, permissions in self._regions[number:]:
             if first >= end:

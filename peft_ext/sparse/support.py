@@ -1,4 +1,4 @@
-"""Which entries of a weight are trained: the index table, its transpose and the fingerprint of the base weight."""
+"""The trained entries of a weight: the index table, its transpose and the fingerprint of the base weight."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ class Support:
         return torch.cat([torch.tensor(head, dtype=torch.int64), _sums(values).view(torch.int64)])
 
     def unknown_fingerprint(self) -> Tensor:
-        """What stands for the fingerprint of a base weight that could not be read."""
+        """Placeholder for the fingerprint of a base weight that could not be read."""
         return torch.tensor([self.rows, self.fan_in, *[0] * (FINGERPRINT_LENGTH - 2)], dtype=torch.int64)
 
     def check_fingerprint(self, fingerprint: Tensor) -> None:
@@ -225,7 +225,7 @@ class Support:
         return f"other values at the adapter's entries{explained}"
 
     def distance(self, fingerprint: Tensor, matrix: Tensor) -> float:
-        """How far the sums at the support are from a stored fingerprint's, relative to the values' 2-norm."""
+        """Distance of the sums at the support from those of a stored fingerprint, relative to the values' 2-norm."""
         if is_unknown(fingerprint):
             return 0.0
         return _moved(fingerprint.cpu(), self.gather(matrix.detach()).reshape(-1))

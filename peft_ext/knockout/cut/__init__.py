@@ -1,1 +1,1 @@
-"""What is knocked out: attention edges between groups of tokens, or what a module adds."""
+"""Knockouts: of attention edges between groups of tokens, or of a module's output."""

@@ -1,1 +1,1 @@
-"""What a knockout needs to know of a model: its layers, its masks, where a prompt begins, and whose call it is."""
+"""A model as knockouts see it: its layers, its masks, the beginning of a prompt, and the calling thread."""

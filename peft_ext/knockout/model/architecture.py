@@ -1,4 +1,4 @@
-"""Where knockouts find their places in a transformers model: layers, their attention and MLP, norm and head."""
+"""Find layers, their attention and MLP, the norm and the head of a transformers model."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Architecture:
 
     @property
     def vocabulary(self) -> int:
-        """How many words the model chooses from."""
+        """Size of the vocabulary."""
         return int(self._head().weight.shape[0])
 
     def _head(self) -> Any:

@@ -1,4 +1,4 @@
-"""Where the prompt begins in the sequence that a model sees, cache and virtual tokens included."""
+"""Beginning of the prompt in the sequence that a model sees, cache and virtual tokens included."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def overview(runs: Mapping[str, Sequence[Record]], resamples: int, seed: int) ->
 
 
 def differences(runs: Mapping[str, Sequence[Record]], resamples: int, seed: int) -> list[dict[str, Any]]:
-    """Of two runs: the second one's change less the first one's, sample by sample, as curves."""
+    """Curves of the difference between two runs: the second one's change minus the first one's, sample by sample."""
     if len(runs) != 2:
         return []
     before, after = (
@@ -83,7 +83,7 @@ def sample_data(
 
 
 def label(name: str, views: Sequence[SampleView | None]) -> str:
-    """What a sample is called in the list."""
+    """Name of a sample in the list."""
     question = next((view.question for view in views if view is not None and view.question), "")
     short = question if len(question) <= 80 else question[:79] + "…"
     return f"{name} · {short}" if short else name

@@ -1,4 +1,4 @@
-"""What a page reads from the model itself: attention of the deciding token, and the words after each layer."""
+"""Read-outs of a page: attention of the deciding token, and the words after each layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a page shows of one sample: its picture, its prompt in pieces, and what the model does with them."""
+"""View of one sample on a page: its picture, its prompt in pieces, and the model's measurements on them."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def _patches(model: nn.Module, sample: FlowSample) -> list[int]:
 
 
 def _place(view: SampleView, processor: Any, options: dict[str, Any]) -> None:
-    """Where the patches lie in the picture, or why that is not known."""
+    """Fill in the places of the patches in the picture, or the reason why they are not known."""
     if view.image is None:
         view.problem = "no image was given"
         return

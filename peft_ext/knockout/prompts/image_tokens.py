@@ -1,4 +1,4 @@
-"""Which tokens of a prompt are an image's, by the model's config alone."""
+"""Find the image tokens of a prompt by the model's config alone."""
 
 from __future__ import annotations
 

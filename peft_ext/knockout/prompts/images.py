@@ -42,7 +42,7 @@ def open_image(image: Any) -> Any:
 
 
 def _source(image: Any) -> tuple[str, Any]:
-    """What to call the image, and what Pillow opens."""
+    """Name of the image, and its source as Pillow opens it."""
     from PIL import Image
 
     if isinstance(image, Mapping) and image.get("bytes") is not None:

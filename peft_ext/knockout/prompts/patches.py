@@ -1,4 +1,4 @@
-"""Which image tokens a box falls into: an image of the box goes through the same processor as the image did."""
+"""Find the image tokens inside a box: an image of the box goes through the same processor as the image."""
 
 from __future__ import annotations
 

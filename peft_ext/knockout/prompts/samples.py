@@ -1,4 +1,4 @@
-"""What a sweep runs over: inputs with their token groups and answers."""
+"""Samples of a sweep: inputs with their token groups and answers."""
 
 from __future__ import annotations
 

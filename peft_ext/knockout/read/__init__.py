@@ -1,1 +1,1 @@
-"""What a model shows without being cut: answers by layer, attention by modality, norms, changed meanings."""
+"""Read-outs of a model: answers by layer, attention by modality, norms, changed meanings."""

@@ -1,4 +1,4 @@
-"""How much the meaning of some positions changes: Jaccard similarity of their top words (thesis, E.4 and E.7)."""
+"""Change of meaning at some positions: Jaccard similarity of their top words."""
 
 from __future__ import annotations
 

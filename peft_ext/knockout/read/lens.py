@@ -1,4 +1,4 @@
-"""What the model would answer after each layer: the logit lens, with or without the final norm, and a tuned lens."""
+"""Answers read after each layer: the logit lens, with or without the final norm, and a tuned lens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a model shares its attention between image and text: the layer-wise modality attention ratio (LMAR)."""
+"""Attention on image and text: the layer-wise modality attention ratio (LMAR)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a sweep computes its knocked-out passes. All give the same numbers; they differ in what they compute anew."""
+"""Engines that compute the passes of a sweep. All give the same numbers; they recompute more or less of a pass."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class PackedPasses:
         ]
 
     def kept(self, number: int) -> int:
-        """Where a copy begins among the kept tokens."""
+        """Index of a copy's first token among the kept tokens."""
         return self.knocks[number].first - self.clean.start
 
     def whole(self, own: Tensor, number: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the answer loses when single image patches, or single words, are hidden from a target."""
+"""Effects on the answer of hiding single image patches, or single words, from a target."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of how many processes this is."""
+"""Rank and world size of the current process."""
 
 from __future__ import annotations
 

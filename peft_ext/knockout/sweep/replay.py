@@ -87,5 +87,5 @@ def _apart(architecture: Architecture, clean: CleanRun, knocks: Sequence[Knock],
 
 
 def _intervention(knock: Knock) -> tuple[int, int, int, str]:
-    """What a pass knocks out, whatever its window."""
+    """The knockout of a pass, independent of its window."""
     return knock.first, id(knock.edges), id(knock.positions), knock.module

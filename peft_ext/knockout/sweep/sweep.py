@@ -159,7 +159,7 @@ def _numbered(samples: Iterable[Any]) -> Iterator[tuple[int, FlowSample | LazySa
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model's inputs belong."""
+    """Device of a model's inputs."""
     return next(parameter.device for parameter in model.parameters())
 
 
@@ -270,7 +270,7 @@ class Sweep:
         return self._with("full", prompt, spans)
 
     def _difference(self, passes: Passes, prompt: Prompt, spans: Mapping[Pair, Sequence[Span]]) -> str:
-        """What is wrong with a fast engine's numbers; empty if they are the full one's."""
+        """Difference between a fast engine's numbers and the full engine's, as text; empty if there is none."""
         fixed = replace(prompt, answer=passes.answer)
         largest: dict[Pair, tuple[float, Span]] = {}
         for pair in self.pairs:

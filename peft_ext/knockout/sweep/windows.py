@@ -1,4 +1,4 @@
-"""Which layers are knocked out together: a window around, or from, each layer."""
+"""Windows of layers that are knocked out together, around each layer or from it on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all gradient aggregators share: exclusion of empty rows, scale, random stream and state."""
+"""Base of all aggregators: exclusion of empty rows, scale, random stream and state."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How often tasks' gradients conflict: the record of a training, and its figures."""
+"""Gradient conflicts: the record of a training, and its figures."""

@@ -1,4 +1,4 @@
-"""How often tasks' gradients conflict: per step, over training, per pair and per layer."""
+"""Record of gradient conflicts: per step, over training, per pair and per layer."""
 
 from __future__ import annotations
 

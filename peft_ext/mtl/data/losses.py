@@ -38,7 +38,7 @@ class Window:
 
     @property
     def present(self) -> Tensor:
-        """Which tasks the window has, bool `[tasks]`."""
+        """Tasks of the window, bool `[tasks]`."""
         return self.totals > 0
 
     def share(self, micro_batch: int, task: int, processes: int) -> float:

@@ -1,4 +1,4 @@
-"""How many labels of each task the batches of one optimiser step have."""
+"""Number of labels of each task in the batches of one optimiser step."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def restore_buffers(buffers: list[tuple[Tensor, Tensor]]) -> None:
 
 
 def _state_of(stream: Any) -> Any:
-    """Where a random stream is; `None` for anything else."""
+    """State of a random stream; `None` for anything else."""
     if isinstance(stream, torch.Generator):
         return stream.get_state()
     if isinstance(stream, np.random.Generator):

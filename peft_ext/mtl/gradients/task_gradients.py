@@ -267,7 +267,7 @@ class TaskGradients:
             parameter.grad = torch.full_like(parameter, float("inf"))
 
     def state_dict(self) -> dict[str, Any]:
-        """Which parameters which tasks have reached so far."""
+        """Parameters that each task has reached so far."""
         return {"names": self.names, "reached": self.reached.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

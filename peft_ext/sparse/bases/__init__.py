@@ -1,1 +1,1 @@
-"""What is adapted: layers seen as neurons, also quantised, sharded, offloaded, shared or inside an attention."""
+"""Base layers seen as neurons, also quantised, sharded, offloaded, shared or inside an attention."""

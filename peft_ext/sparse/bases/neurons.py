@@ -161,7 +161,7 @@ def has_writable_weight(base_layer: nn.Module) -> bool:
 
 
 def parameter_of(base_layer: Any) -> Tensor:
-    """What holds a layer's weight: of a part, its owner's parameter."""
+    """The parameter that holds a layer's weight; for a part of a module, its owner's parameter."""
     return base_layer.parameter if isinstance(base_layer, Part) else base_layer.weight
 
 
@@ -183,7 +183,7 @@ def is_plain(base_layer: nn.Module) -> bool:
 
 
 def stored_weight(base_layer: nn.Module) -> Tensor:
-    """What a layer's weight is stored in: some quantised layers have no `weight`, but packed tensors."""
+    """The tensor that stores a layer's weight. Some quantised layers have packed tensors instead of a `weight`."""
     named = (getattr(base_layer, name, None) for name in ("weight", "qweight", "W_q"))
     found = next((tensor for tensor in named if isinstance(tensor, Tensor)), None)
     return next(chain(base_layer.parameters(), base_layer.buffers())) if found is None else found

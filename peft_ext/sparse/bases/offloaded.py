@@ -21,7 +21,7 @@ def is_offloaded(base_layer: nn.Module) -> bool:
 
 
 def execution_device(base_layer: Any) -> torch.device:
-    """Where an offloaded layer computes."""
+    """Device on which an offloaded layer computes."""
     device = base_layer._hf_hook.execution_device
     return torch.device("cpu" if device is None else device)
 

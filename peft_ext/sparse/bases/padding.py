@@ -73,7 +73,7 @@ def _forward_of(kind: Any) -> tuple[Any, Any]:
 
 
 def convolved(conv: Any, own: OwnPadding | None, x: Tensor) -> tuple[Tensor, ConvGeometry]:
-    """What a layer convolves, padded by its own forward or by its padding mode, and how."""
+    """Input that a layer convolves, padded by its own forward or its padding mode, and the geometry."""
     if own is None:
         return pad(conv, x), ConvGeometry.of(conv)
     return F.pad(x, own.zeros_at(x.shape[-len(own.geometry.kernel) :])), own.geometry
@@ -124,7 +124,7 @@ class _Call:
 
 
 def _try(conv: Any, size: tuple[int, ...], training: bool) -> tuple[ConvGeometry, tuple[int, ...]] | None:
-    """How an input is convolved and what zeros are added: `None` unless that is all, done with the layer's weight."""
+    """Geometry and added zeros of a convolution; `None` if the layer's forward does anything else."""
     parameters = [p for p in conv._parameters.values() if p is not None]
     zeros_for = {id(p): nn.Parameter(torch.zeros(shape_of(p)), requires_grad=False) for p in parameters}
     layer = copy.deepcopy(conv, zeros_for).train(training)  # with zeros in the place of its own parameters
@@ -154,7 +154,7 @@ def _try(conv: Any, size: tuple[int, ...], training: bool) -> tuple[ConvGeometry
 
 
 def _zeros_around(x: Tensor, padded: Tensor) -> tuple[int, ...] | None:
-    """How many zeros lie on each side of `x` in `padded`; `None` if something else was done to it."""
+    """Number of zeros on each side of `x` in `padded`; `None` if anything else was done to it."""
     if padded.dim() != x.dim():
         return None
     inside = (padded != 0)[0, 0].nonzero()

@@ -70,7 +70,7 @@ def requantised_layer(base_layer: Any, backend: QuantizationBackend, weight: Ten
 
 
 class _Holder:
-    """What PEFT's backends take for a tuner's layer: some replace its `base_layer` as a whole."""
+    """Stand-in for a tuner's layer that PEFT's backends accept. Some of them replace its whole `base_layer`."""
 
     def __init__(self, base_layer: Any) -> None:
         self.base_layer = base_layer

@@ -1,4 +1,4 @@
-"""Which layers see one weight: a weight is known by its memory."""
+"""Layers that share a weight. A weight is identified by its memory."""
 
 from __future__ import annotations
 
@@ -59,5 +59,5 @@ class Uses:
                     self._regions[region.space].append(region)
 
     def of(self, region: Region) -> int:
-        """Of a memory, whole or in part."""
+        """Number of times that modules reach a region, whole or in part."""
         return sum(region.overlaps(other) for other in self._regions[region.space])

@@ -1,1 +1,1 @@
-"""Which layers are adapted, and what their entries are scored by."""
+"""Choice of the layers to adapt, and scores of their entries."""

@@ -1,4 +1,4 @@
-"""What a task puts on top of a pretrained model."""
+"""Task heads: the modules that a task puts on top of a pretrained model."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def heads_to_save(model: nn.Module) -> list[str]:
 
 
 def _names(name: str, module: nn.Module, others: list[str]) -> list[str]:
-    """What to call a module, so that it is not one of the others, or else the modules in it. PEFT takes no lists."""
+    """Unambiguous names for a module, or otherwise for the modules in it. PEFT takes no lists."""
     if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and not any(other.endswith(name) for other in others):
         return [name]
     if next(module.parameters(recurse=False), None) is not None:

@@ -1,4 +1,4 @@
-"""Which modules a config's `target_modules` stands for, where it is no list of names."""
+"""Modules that a config's `target_modules` stands for, where it is not a list of names."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def _names(module: nn.Module, path: Path) -> list[str]:
 
 
 def _value(test: ast.expr, module: nn.Module) -> bool | None:
-    """How a test comes out for a module, if its attributes alone decide that."""
+    """Result of a test for a module, if its attributes alone decide it."""
     try:
         return bool(_evaluated(test, module))
     except (AttributeError, LookupError, TypeError, ValueError):
@@ -109,7 +109,7 @@ COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
 
 @lru_cache(maxsize=1024)
 def _reads_of(kind: Any) -> tuple[tuple[Path, Guards], ...]:
-    """What the methods of a class that its `forward` leads to read, with the tests around each place."""
+    """Attributes that a class reads in the methods that its `forward` leads to, with the tests around each place."""
     reads: list[tuple[Path, Guards]] = []
     waiting, seen = [(kind.__mro__, "forward")], set()
     while waiting:
@@ -150,7 +150,7 @@ def _definitions(file: str) -> dict[int, ast.FunctionDef]:
 
 
 def _path(node: ast.AST | None, aliases: dict[str, Path]) -> Path | None:
-    """Where an expression leads from the module, or `None`."""
+    """Path from the module that an expression stands for, or `None`."""
     match node:
         case ast.Name(id=name):
             return aliases.get(name)
@@ -164,7 +164,7 @@ def _path(node: ast.AST | None, aliases: dict[str, Path]) -> Path | None:
 
 
 class _Method(ast.NodeVisitor):
-    """What a method reads, and which others it uses: of its own class (`methods`) and of `super()` (`of_bases`)."""
+    """Attributes that a method reads, and methods it calls: of its class (`methods`), of `super()` (`of_bases`)."""
 
     def __init__(self, function: ast.FunctionDef) -> None:
         self.reads: list[tuple[Path, Guards]] = []

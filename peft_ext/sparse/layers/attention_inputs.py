@@ -1,4 +1,4 @@
-"""What an attention is given: torch's own module refuses masks of wrong types and shapes, so an adapted one does."""
+"""Check the inputs of an adapted attention. It refuses masks of wrong types and shapes, as torch's own module does."""
 
 from __future__ import annotations
 

@@ -240,7 +240,7 @@ class SparseLayer(BaseAttributes, MergingMixin, ScalingMixin, nn.Module, BaseTun
         return delta
 
     def pending_reason(self, adapter_name: str) -> str:
-        """Why an adapter has no entries yet, and what to do."""
+        """Explain why an adapter has no entries yet, and what to do."""
         return (
             f"The entries of adapter '{adapter_name}' are not known yet: it was made to be loaded from a checkpoint "
             "(low_cpu_mem_usage=True, or a state_dict without its entries), or has been on the meta device. Load the "
@@ -264,7 +264,7 @@ class SparseLayer(BaseAttributes, MergingMixin, ScalingMixin, nn.Module, BaseTun
         delta.checked = True
 
     def base_mismatch(self, support: Support, fingerprint: Tensor) -> str | None:
-        """What differs between the base weight and a stored fingerprint; `None` if nothing, or if it can't be told."""
+        """Difference between the base weight and a stored fingerprint; `None` if there is none or it is unknown."""
         backend = self.original_backend
         readable = backend is None or backend.supports_merge
         base_layer = self.get_base_layer()

@@ -1,4 +1,4 @@
-"""What models read of a layer, also when adapters are around it."""
+"""Attributes of a layer that models read, passed through by the adapted layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sparse adapter looks like in a checkpoint, and the checks before one is loaded."""
+"""Sparse adapters in checkpoints, and the checks before one is loaded."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def note_sharing(model: nn.Module, layer_cls: type[SparseLayer]) -> None:
 
 
 def _written(layer: SparseLayer, maps: Maps) -> dict[str, tuple[Region, bool]]:
-    """What merging into a layer writes, by the names of its parameters: where it lies, and whether others see it."""
+    """Memory that merging into a layer writes, by the names of its parameters, and whether others see it."""
     base: Any = layer.get_base_layer()
     weight = weight_region(base)
     assert weight is not None

@@ -222,7 +222,7 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         return {name: Planned(supports[source[name]]) for name in bases}
 
     def _awaiting(self, config: SparseConfig, name: str, base: Any, no_data: bool) -> Planned:
-        """What is planned for a module whose tensors are about to be loaded."""
+        """Plan for a module whose tensors are about to be loaded."""
         tables = self._given.get(name, {})
         given = "indices" in tables
         support = support_from(tables, config, name, base) if given else placeholder(config, name, base)
@@ -362,7 +362,7 @@ def _matrix(base_layer: nn.Module, backend: Any) -> Tensor:
 
 
 def _float_dtype(model: nn.Module) -> torch.dtype | None:
-    """What an unquantised part of a model computes in."""
+    """Dtype of the first unquantised parameter of a model."""
     return next((p.dtype for p in model.parameters() if type(p) is nn.Parameter and p.is_floating_point()), None)
 
 

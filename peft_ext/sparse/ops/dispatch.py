@@ -1,4 +1,4 @@
-"""Which path computes a layer: by what the base layer permits, then by measured crossovers."""
+"""Choice of the path that computes a layer: by the type of the base layer, then by measured crossovers."""
 
 from __future__ import annotations
 

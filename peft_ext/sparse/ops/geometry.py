@@ -1,4 +1,4 @@
-"""What a convolution does apart from its weight."""
+"""Geometry of a convolution: stride, padding, dilation and groups."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ConvGeometry:
 
     @classmethod
     def of(cls, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> ConvGeometry:
-        """Of a layer. Padding modes other than zeros are left to [`pad`]."""
+        """Geometry of a layer. Padding modes other than zeros are left to [`pad`]."""
         zeros = conv.padding_mode == "zeros"
         padding = tuple(conv._reversed_padding_repeated_twice) if zeros else (0,) * (2 * len(conv.kernel_size))
         return cls(conv.kernel_size, conv.stride, conv.dilation, padding, conv.groups)
@@ -52,7 +52,7 @@ class ConvGeometry:
         return math.prod(self.kernel)
 
     def window(self, tap: int, size: Sequence[int]) -> tuple[slice, ...]:
-        """What a kernel position sees of a padded input `[samples, channels, *…]`, for an output of `size`."""
+        """Part of a padded input `[samples, channels, *…]` that a kernel position sees, for an output of `size`."""
         slices = []
         for k, stride, dilation, n in reversed(list(zip(self.kernel, self.stride, self.dilation, size, strict=True))):
             tap, place = divmod(tap, k)
@@ -80,7 +80,7 @@ class ConvGeometry:
 
 
 def pad(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
-    """What a layer with a padding mode other than zeros convolves without padding."""
+    """Pad the input of a layer whose padding mode is not zeros."""
     if conv.padding_mode == "zeros":
         return x
     return F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)

@@ -1,1 +1,1 @@
-"""What was selected, in numbers and as a figure."""
+"""Selected entries, in numbers and as a figure."""

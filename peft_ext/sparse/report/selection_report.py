@@ -1,4 +1,4 @@
-"""What was selected: entries per layer and block, and how much of them adapters have in common."""
+"""Report of the selected entries per layer and block, and of their overlap between adapters."""
 
 from __future__ import annotations
 

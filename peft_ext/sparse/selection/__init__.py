@@ -1,4 +1,4 @@
-"""Which entries of a weight to train: a criterion (what to rank by) within a scope (who competes with whom)."""
+"""Selection of the trained entries: a criterion ranks them within a scope (a neuron, a layer or the network)."""
 
 from .criteria import Criterion
 from .given import ScoreMatrices

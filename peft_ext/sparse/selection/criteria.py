@@ -1,4 +1,4 @@
-"""What entries are ranked by: one small class per criterion. A higher score is chosen first."""
+"""Criteria that rank entries, one small class each. A higher score is selected first."""
 
 from __future__ import annotations
 

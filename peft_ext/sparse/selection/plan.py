@@ -105,7 +105,7 @@ def _overall(
 
 
 def kept_neurons(rows: int, neuron_ratio: float) -> int:
-    """How many of a weight's neurons a `neuron_ratio` keeps: at least one."""
+    """Number of a weight's neurons that a `neuron_ratio` keeps: at least one."""
     return max(1, round(neuron_ratio * rows))
 
 

@@ -1,4 +1,4 @@
-"""Who competes with whom: the inputs of one neuron, or all entries of several weights. Ties go to the lowest index."""
+"""Scopes of a selection: the inputs of one neuron, or all entries of several weights. Ties go to the lowest index."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where MoReS finds its places in a model: decoder layers, visual token ids, the connector's last linear layer."""
+"""Find decoder layers, visual token ids and the connector's last linear layer of a model."""
 
 from __future__ import annotations
 

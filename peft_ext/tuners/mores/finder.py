@@ -1,4 +1,4 @@
-"""Which tokens each adapter steers in a forward pass: found from the call's inputs, before anything is computed."""
+"""Find the tokens that each adapter steers in a forward pass, from the call's inputs, before anything is computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of the tokens that may be steered are: ends, first, last, uniform, random or all. Pure functions of masks."""
+"""Selection of the steered tokens: ends, first, last, uniform, random or all. Pure functions of masks."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class Steering(nn.Module):
         return orthonormal(self.raw_up)
 
     def down(self) -> Tensor:
-        """What projects down, transposed: `[D, r]`. R if tied."""
+        """The down projection, transposed: `[D, r]`. R if tied."""
         return orthonormal(self.raw_up if self.raw_down is None else self.raw_down)
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -88,6 +88,6 @@ def loss_of(outputs: Any) -> Tensor:
 
 
 def _short(value: Any) -> str:
-    """What a value is, in few words."""
+    """Describe a value in few words."""
     text = repr(value)
     return f"a {type(value).__name__}" + (f" {text}" if len(text) < 80 else "")

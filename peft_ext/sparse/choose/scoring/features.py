@@ -1,4 +1,4 @@
-"""Where the features come from that a loss is given: one vector per sample."""
+"""Features for the loss: one vector per sample."""
 
 from __future__ import annotations
 

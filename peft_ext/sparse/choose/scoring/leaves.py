@@ -1,4 +1,4 @@
-"""What collects the gradients of scored layers: their weights, or aliases of weights that others use too."""
+"""Tensors that collect the gradients of scored layers: their weights, or aliases of shared weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which weights are scored."""
+"""Choice of the weights to score."""
 
 from __future__ import annotations
 

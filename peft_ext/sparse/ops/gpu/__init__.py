@@ -28,7 +28,7 @@ def triton_version() -> tuple[int, ...]:
 
 
 def launcher_lacks() -> str | None:
-    """What is missing of what Triton builds its launcher with, searched for where its `runtime/build.py` does."""
+    """Missing requirements of Triton's launcher build, searched for where its `runtime/build.py` searches."""
     knobs = getattr(importlib.import_module("triton"), "knobs", None)
     if knobs is not None and knobs.build.impl is not None:  # the user's own way to build
         return None

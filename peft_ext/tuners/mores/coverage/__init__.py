@@ -1,1 +1,1 @@
-"""What a call to the model covers: which tokens of which prompt, by its arguments, its cache and generate()."""
+"""Tokens of the prompt that a call to the model covers, by its arguments, its cache and generate()."""

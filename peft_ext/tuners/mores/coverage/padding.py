@@ -1,4 +1,4 @@
-"""Which tokens of a row are real: read from the masks that a model takes. And where packed rows begin anew."""
+"""Real tokens of a row, read from the masks that a model takes, and the beginnings of packed texts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def real_tokens(mask: Any, rows: int, start: int, tokens: int, device: torch.dev
 
 
 def _from_causal(mask: Tensor, start: int) -> Tensor:
-    """What the last real token attends to, where the others before it attend to the same."""
+    """Tokens that the last real token attends to, if the tokens before it attend to the same."""
     tokens = mask.shape[2]
     end = start + tokens
     allowed = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()

@@ -1,4 +1,4 @@
-"""What a cache holds: which of its tokens are visual and which were steered. Kept on the cache and copied with it."""
+"""Trace of a cache: its visual and its steered tokens. It is kept on the cache and copied with it."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def leave_trace(cache: Cache, trace: Trace) -> None:
 
 
 def cached_tokens(cache: Any) -> int | None:
-    """How many tokens a cache holds; `None` if that cannot be told."""
+    """Number of tokens in a cache; `None` if it cannot be told."""
     if cache is None:
         return 0
     trace = trace_of(cache)

@@ -1,4 +1,4 @@
-"""Which tokens of the whole prompt are visual: from input_ids, from masks, and for those in a cache from its trace."""
+"""Visual tokens of the whole prompt: from input_ids or masks, and for tokens in a cache from its trace."""
 
 from __future__ import annotations
 
