@@ -34,8 +34,8 @@ class SparseConfig(SavedConfig):
             Modules to adapt: a list of names, matched by suffix, or a regular expression. `"all-linear"` adapts every
             linear layer. `"all-neurons"` also adapts convolutions and `nn.MultiheadAttention`. By default, each method
             chooses among the layers of a transformers model. The fused experts of a mixture of experts count as linear
-            layers: `"experts"` names all of them, `"gate_up_proj"` or `"down_proj"` one layer of each. MoE routers that
-            return several tensors are skipped unless you name them explicitly. Layers whose weight the model reads
+            layers: `"experts"` names all of them, `"gate_up_proj"` or `"down_proj"` one layer of each. MoE routers
+            that return several tensors are skipped unless you name them explicitly. Layers whose weight the model reads
             without calling them (`conv1d` and `dt_proj` of Mamba), or whose weight is computed by a parametrization,
             are left out, and naming them is an error.
         exclude_modules (`list[str]` or `str`, *optional*):
@@ -82,7 +82,7 @@ class SparseConfig(SavedConfig):
             Weights of fused experts to adapt, named as in PEFT: `["experts.gate_up_proj"]`. Without `target_modules`
             nothing else is adapted.
         experts_to_transform (`list[int]` or `dict[str, list[int]]`, *optional*):
-            Numbers of the experts to adapt, in every module of fused experts or by module name. By default all experts.
+            Numbers of the experts to adapt, in every module of fused experts or by module name. By default all.
             [`busiest_experts`] finds those that the data is routed to most.
         expert_weights (`list[str]`, *optional*):
             Weights of fused experts that are adapted. Filled in.

@@ -84,7 +84,7 @@ class GPSConfig(SparseConfig):
             Weights of fused experts to adapt, named as in PEFT: `["experts.gate_up_proj"]`. Without `target_modules`
             nothing else is adapted.
         experts_to_transform (`list[int]` or `dict[str, list[int]]`, *optional*):
-            Numbers of the experts to adapt, in every module of fused experts or by module name. By default all experts.
+            Numbers of the experts to adapt, in every module of fused experts or by module name. By default all.
             [`busiest_experts`] finds those that the data is routed to most.
         expert_weights (`list[str]`, *optional*):
             Weights of fused experts that are adapted. Filled in.
