@@ -35,9 +35,9 @@ class SparseConfig(SavedConfig):
             linear layer. `"all-neurons"` also adapts convolutions and `nn.MultiheadAttention`. By default, each method
             chooses among the layers of a transformers model. The fused experts of a mixture of experts count as linear
             layers: `"experts"` names all of them, `"gate_up_proj"` or `"down_proj"` one layer of each. MoE routers
-            that return several tensors are skipped unless you name them explicitly. Layers whose weight the model reads
-            without calling them (`conv1d` and `dt_proj` of Mamba), or whose weight is computed by a parametrization,
-            are left out, and naming them is an error.
+            that return several tensors are skipped unless you name them explicitly. Layers whose weight the model
+            reads without calling them (`conv1d` and `dt_proj` of Mamba), or whose weight is computed by a
+            parametrization, are left out, and naming them is an error.
         exclude_modules (`list[str]` or `str`, *optional*):
             Modules to leave out: a list of names, matched by suffix, or a regular expression.
         selection (`str`, *optional*, defaults to `"magnitude"`):
