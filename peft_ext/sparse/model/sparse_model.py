@@ -57,8 +57,7 @@ class Planned:
 
 class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTuner):
     """
-    Base of the sparse tuners' models; see [`NeuroAdaModel`]. Subclasses set `prefix` and are named `<Method>Model`;
-    the classes of their layers, `<Method>Linear` and so on, are made from that.
+    Base of the sparse tuners' models; see [`NeuroAdaModel`]. Subclasses set `prefix` and the classes of their layers.
 
     Everything that can go wrong is found before the first module is replaced: targets of an unsupported type,
     weights that are not finite, missing scores.
@@ -69,12 +68,6 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
     tuner_layer_cls: type[SparseLayer]
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
     default_targets: ClassVar[str] = INCLUDE_LINEAR_LAYERS_SHORTHAND  # what `target_modules=None` means
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "prefix" in vars(cls):
-            cls.layer_types = LayerTypes.of_method(cls.__name__.removesuffix("Model"), cls.prefix, cls.__module__)
-            cls.tuner_layer_cls = cls.layer_types.layer
 
     # ------------------------------------------------------------------ injection
 

@@ -2,7 +2,8 @@
 
 from ...hf.registration import register
 from .config import GPSConfig
-from .model import GPSConv, GPSLinear, GPSModel
+from .layer import GPSConv, GPSLinear
+from .model import GPSModel
 from .presets import GPS_PRESETS, GPSPreset
 from .select import gps
 

@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 from ...sparse.choose.heads import heads_to_save
 from ...sparse.choose.targets import ALL_NEURONS
 from ...sparse.config import SparseConfig
+from ...sparse.layers import LayerTypes
 from ...sparse.model.sparse_model import SparseModel
+from .layer import LAYERS, GPSLayer
 
 
 class GPSModel(SparseModel):
@@ -37,13 +39,11 @@ class GPSModel(SparseModel):
     """
 
     prefix: str = "gps_"
+    layer_types: ClassVar[LayerTypes] = LAYERS
+    tuner_layer_cls = GPSLayer
     default_targets: ClassVar[str] = ALL_NEURONS
 
     def _prepare_adapter_config(self, peft_config: SparseConfig, model_config: dict[str, Any]) -> SparseConfig:
         if peft_config.modules_to_save is None:
             peft_config.modules_to_save = heads_to_save(self.model) or None
         return super()._prepare_adapter_config(peft_config, model_config)
-
-
-GPSLinear = GPSModel.layer_types.linear
-GPSConv = GPSModel.layer_types.conv

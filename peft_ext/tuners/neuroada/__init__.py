@@ -2,7 +2,8 @@
 
 from ...hf.registration import register
 from .config import NeuroAdaConfig
-from .model import NeuroAdaConv, NeuroAdaLinear, NeuroAdaModel, NeuroAdaMultiheadAttention
+from .layer import NeuroAdaConv, NeuroAdaLinear, NeuroAdaMultiheadAttention
+from .model import NeuroAdaModel
 from .presets import NEUROADA_PRESETS, NEUROADA_SEARCH_SPACES, Preset, SearchSpace
 
 

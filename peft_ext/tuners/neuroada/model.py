@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+from ...sparse.layers import LayerTypes
 from ...sparse.model.sparse_model import SparseModel
+from .layer import LAYERS, NeuroAdaLayer
 
 
 class NeuroAdaModel(SparseModel):
@@ -31,8 +35,5 @@ class NeuroAdaModel(SparseModel):
     """
 
     prefix: str = "neuroada_"
-
-
-NeuroAdaLinear = NeuroAdaModel.layer_types.linear
-NeuroAdaConv = NeuroAdaModel.layer_types.conv
-NeuroAdaMultiheadAttention = NeuroAdaModel.layer_types.attention
+    layer_types: ClassVar[LayerTypes] = LAYERS
+    tuner_layer_cls = NeuroAdaLayer

@@ -2,7 +2,8 @@
 
 from ...hf.registration import register
 from .config import PSNConfig
-from .model import PSNConv, PSNLinear, PSNModel
+from .layer import PSNConv, PSNLinear
+from .model import PSNModel
 
 
 register("psn", PSNConfig, PSNModel)

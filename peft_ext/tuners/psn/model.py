@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ...sparse.choose.targets import ALL_NEURONS
+from ...sparse.layers import LayerTypes
 from ...sparse.model.sparse_model import SparseModel
+from .layer import LAYERS, PSNLayer
 
 
 class PSNModel(SparseModel):
@@ -34,8 +36,6 @@ class PSNModel(SparseModel):
     """
 
     prefix: str = "psn_"
+    layer_types: ClassVar[LayerTypes] = LAYERS
+    tuner_layer_cls = PSNLayer
     default_targets: ClassVar[str] = ALL_NEURONS
-
-
-PSNLinear = PSNModel.layer_types.linear
-PSNConv = PSNModel.layer_types.conv
