@@ -39,7 +39,7 @@ def adapted_names(**options):
         ({"exclude_modules": r".*\.experts\.down_proj"}, {EXPERTS.format(0, "gate_up")}),
         ({"target_modules": ["experts"], "exclude_modules": ["down_proj"]}, {EXPERTS.format(0, "gate_up")}),
     ],
-    ids=str,
+    ids=lambda value: " ".join(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_names(options, expected, tmp_path):
     model = fill(get_peft_model(tiny(), NeuroAdaConfig(**options)).eval())
