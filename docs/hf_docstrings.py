@@ -46,7 +46,7 @@ class HuggingFaceDocstrings(Extension):
     def _argument(self, match: re.Match[str]) -> str:
         # The default comes from the signature.
         kind = re.sub(r",? ?\*optional\*(, defaults to .*)?$", "", match["type"])
-        kind = LINK.sub(r"\1", kind).replace("`", "").replace(" or ", " | ")
+        kind = LINK.sub(r"\1", kind).replace("`, `", " | ").replace("`", "").replace(" or ", " | ")
         return f"{match['indent']}{match['name']} ({kind}):" if kind else f"{match['indent']}{match['name']}:"
 
     def _section(self, match: re.Match[str]) -> str:

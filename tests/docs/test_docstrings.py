@@ -64,4 +64,4 @@ def test_the_documentation_shows_every_public_class_and_function(module):
     for name in module.__all__:
         if callable(getattr(module, name)):
             path = f"{module.__name__}.{name}"
-            assert f"::: {path}\n" in pages or f"heading: {path}}}\n" in pages
+            assert pages.count(f"::: {path}\n") + pages.count(f"heading: {path}}}\n") == 1, path
