@@ -1,4 +1,4 @@
-"""Attention knockout: block the edges between groups of tokens in some layers (thesis, section 7.3.2, eq. 7.7)."""
+"""Attention knockout (https://arxiv.org/abs/2411.18620): block edges between groups of tokens in some layers."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def check_mask(mask: Any, name: str) -> Tensor:
 @dataclass(frozen=True)
 class Edges:
     """
-    The edges of one pair: `target` may no longer attend to `source` (thesis, eq. 7.7, rows being targets).
+    The edges of one pair: `target` may no longer attend to `source` (rows are targets).
 
     Attributes:
         source, target (`torch.Tensor`): bool `[batch, sequence]`, over the prompt.

@@ -1,4 +1,4 @@
-"""Module knockout: what a layer's attention or MLP adds at some positions becomes zero (thesis, appendix E.4)."""
+"""Module knockout: set the output of a layer's attention or MLP at some positions to zero."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Norms of image tokens, whose outliers hold global rather than local information (thesis, appendix E.10)."""
+"""Norms of image tokens, whose outliers hold global rather than local information (https://arxiv.org/abs/2309.16588)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sweep knockouts over the layers of a model and the samples of a data set (thesis, sections 7.4 to 7.6)."""
+"""Sweep knockouts over the layers of a model and the samples of a data set (https://arxiv.org/abs/2411.18620)."""
 
 from __future__ import annotations
 

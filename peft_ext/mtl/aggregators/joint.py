@@ -9,7 +9,7 @@ from .base import Aggregator, Array, Step
 
 class Joint(Aggregator):
     """
-    Equal weights: the mean of the losses (thesis, equation 6.2), or their sum with `reduction="reference"`. The
+    Equal weights: the mean of the losses, or their sum with `reduction="reference"`. The
     baseline of every comparison, and often hard to beat (Kurin et al. 2022, https://arxiv.org/abs/2201.04122).
     """
 

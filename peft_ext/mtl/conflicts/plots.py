@@ -60,7 +60,7 @@ def last_half(run: Mapping[str, Any]) -> np.ndarray[Any, Any]:
 
 
 def plot_incidence(runs: Mapping[str, Mapping[str, Any]], path: str) -> None:
-    """Incidence per epoch, one line per run (as figure 6.4 of the thesis)."""
+    """Incidence per epoch, one line per run."""
     data = {name: incidence_per_epoch(run) for name, run in runs.items()}
     figure, axes = _figure()
     for name, (epochs, values) in data.items():

@@ -45,7 +45,7 @@ class LayerCount:
 @dataclass(frozen=True)
 class Overlap:
     """
-    Positions that several adapters have in common (thesis fig. 11).
+    Positions that several adapters have in common.
 
     Attributes:
         adapters (`tuple[str, ...]`): which ones.

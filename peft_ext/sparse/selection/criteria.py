@@ -56,7 +56,7 @@ def _magnitudes(module: str, what: str, values: Tensor) -> Tensor:
 
 
 class Magnitude(Criterion):
-    """Largest |w| first (thesis eq. 5.2)."""
+    """Largest |w| first, as in NeuroAda and PSN."""
 
     def chunks(self, module: str, weight: Tensor) -> Iterator[Tensor]:
         for _, part in _row_chunks(weight):
@@ -64,7 +64,7 @@ class Magnitude(Criterion):
 
 
 class Reverse(Criterion):
-    """Smallest |w| first (thesis section 5.4, lowest magnitude)."""
+    """Smallest |w| first: a control for experiments."""
 
     def chunks(self, module: str, weight: Tensor) -> Iterator[Tensor]:
         for _, part in _row_chunks(weight):
@@ -89,7 +89,7 @@ class Random(Criterion):
 
 
 class Scored(Criterion):
-    """Largest |score| first, for scores computed beforehand, such as a loss's gradient (thesis section 4.3.1)."""
+    """Largest |score| first, for scores computed beforehand, such as the gradient of a loss in GPS."""
 
     def __init__(self, scores: Mapping[str, Tensor]) -> None:
         self.scores = scores

@@ -60,8 +60,8 @@ def select_supports(
             that a dequantised weight lives no longer than needed.
         selection (`str`): one of `SELECTIONS`.
         k (`int` or `Callable[[int], int]`): entries per neuron, capped at the fan-in, or a function of the fan-in;
-            wider scopes share out as many as the neurons would have.
-        neuron_ratio (`float`): share of neurons that get entries, drawn at random per weight (thesis section 5.4).
+            with a wider scope, the same total budget is distributed across the layer or network.
+        neuron_ratio (`float`): share of neurons that get entries, drawn at random per weight.
         seed (`int`): for random choices.
         scores: per module, scores `[rows, fan_in]`, for the criteria in `SCORED`. Looked up once per pass.
         column_budget (`int`, *optional*): how many inputs of a weight its neurons choose among.

@@ -1,4 +1,4 @@
-"""GPS, gradient-based parameter selection: of every neuron the k inputs of largest gradient (thesis chapter 4)."""
+"""GPS (https://arxiv.org/abs/2312.10136): train each neuron's k inputs with the largest gradient."""
 
 from ...hf.registration import register
 from .config import GPSConfig

@@ -1,4 +1,4 @@
-"""NeuroAda: per neuron, a trainable bypass on its k largest-magnitude inputs (thesis chapter 5)."""
+"""NeuroAda (https://arxiv.org/abs/2510.18940): train a bypass on each neuron's k inputs of largest magnitude."""
 
 from ...hf.registration import register
 from .config import NeuroAdaConfig

@@ -1,4 +1,4 @@
-"""PSN: sparse training of the K largest-magnitude inputs of every neuron (thesis chapter 6)."""
+"""PSN (https://arxiv.org/abs/2411.18615): train each neuron's K inputs of largest magnitude."""
 
 from ...hf.registration import register
 from .config import PSNConfig
