@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from ._version import __version__
 
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="peft-ext", description=__doc__)
     parser.add_argument("--version", action="version", version=f"peft-ext {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    job: Any = None
     wanted = next((argument for argument in arguments if argument != "--"), None)
     for name, (place, summary) in JOBS.items():
         command = commands.add_parser(name, help=summary)

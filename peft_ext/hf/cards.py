@@ -52,11 +52,7 @@ def complete_card(folder: str | os.PathLike[str]) -> None:
     else:
         data, text = card.data, _renewed(card.text, _own_part(fresh.text))
     _fill(data, facts)
-    content = (
-        f"---\n{data.to_yaml()}\n---\n{text.rstrip()}\n"
-        if text.startswith("\n")
-        else (f"---\n{data.to_yaml()}\n---\n\n{text.rstrip()}\n")
-    )
+    content = f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n"
     if not path.is_file() or path.read_text(encoding="utf-8") != content:
         write_atomically(str(path), content)
 
