@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 import transformers as hf
 from datasets import Dataset
+from peft import get_peft_model
 from PIL import Image
 
+from peft_ext import NeuroAdaConfig
 from tests.knockout._processors import tokenizer
 
 
@@ -80,6 +82,14 @@ def _question():
     return {"model": model, "processor": processor, "image": image, "question": question, "inputs": inputs}
 
 
+def _saved_adapter():
+    """An adapter of the first language model, in a folder."""
+    model = get_peft_model(hf.AutoModelForCausalLM.from_pretrained(LANGUAGE_MODELS[0]), NeuroAdaConfig(k=1))
+    shutil.rmtree("my-adapter", ignore_errors=True)
+    model.save_pretrained("my-adapter")
+    return {}
+
+
 def names_for(page):
     """What the snippets of a page take for granted."""
     made = {
@@ -103,5 +113,6 @@ def names_for(page):
         "how-to/multi-task.md": lambda: {"summaries": _texts(), "questions": _texts()},
         "how-to/steering.md": lambda: {"image": Image.new("RGB", (64, 64))},
         "how-to/information-flow.md": _question,
+        "how-to/serving.md": _saved_adapter,
     }  # fmt: skip
     return made.get(page, dict)()
