@@ -24,7 +24,7 @@ from peft.utils import (
     resolve_quantization_backend,
 )
 from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, prune
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_pattern_key
 from peft.utils.peft_types import PeftType, register_peft_method
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, QuantizationBackend
 
@@ -51,6 +51,7 @@ __all__ = [
     "check_target_module_exists",
     "disjoint_merge",
     "filter_by_key_prefixes",
+    "get_pattern_key",
     "get_quantization_kwargs",
     "in_out_features",
     "load_peft_weights",

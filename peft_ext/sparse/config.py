@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..hf.config import SavedConfig
+from ..hf.internals import get_pattern_key
 from .checks import check_count, check_flag, check_share
 from .ops import BACKENDS
 from .selection import parse_selection
@@ -30,6 +31,9 @@ class SparseConfig(SavedConfig):
             transformers `Conv1D` weight, or an output channel of a convolution. A neuron with fewer than `k` inputs
             trains all of them. With a `_layer` or `_network` selection, the same total budget is distributed across
             the layer or network.
+        k_pattern (`dict[str, int]`, *optional*):
+            `k` of some modules, by the ends of their names or regular expressions, as LoRA's `rank_pattern`:
+            `{"down_proj": 4, r"layers\\.0\\..*": 1}`. The first that fits is taken.
         target_modules (`list[str]` or `str`, *optional*):
             Modules to adapt: a list of names, matched by suffix, or a regular expression. `"all-linear"` adapts every
             linear layer. `"all-neurons"` also adapts convolutions and `nn.MultiheadAttention`. By default, each method
@@ -97,6 +101,7 @@ class SparseConfig(SavedConfig):
 
     peft_type: Any = field(default=None, metadata={"help": "Set by each method."})
     k: int | None = field(default=1, metadata={"help": "Trained entries per neuron, capped at the fan-in."})
+    k_pattern: dict[str, int] | None = field(default=None, metadata={"help": "k of some modules, by name or regex."})
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names (by suffix), a regex, 'all-linear', 'all-neurons', or None."}
     )
@@ -173,6 +178,7 @@ class SparseConfig(SavedConfig):
         check_share("neuron_ratio", self.neuron_ratio, "neurons that get entries")
         if self.neuron_ratio != 1.0 and scope != "neuron":
             raise ValueError(f"neuron_ratio={self.neuron_ratio} needs a selection per neuron, not {self.selection!r}.")
+        self._check_pattern()
         self._check_budget(scope)
         if self.backend not in BACKENDS:
             raise ValueError(f"backend={self.backend!r} is not known; choose one of {', '.join(BACKENDS)}.")
@@ -190,11 +196,24 @@ class SparseConfig(SavedConfig):
             raise ValueError(
                 f"column_budget={self.column_budget} needs a selection per neuron, not {self.selection!r}."
             )
-        if self.k is not None and self.k > self.column_budget:
+        largest = max([self.k or 0, *(self.k_pattern or {}).values()])
+        if largest > self.column_budget:
             raise ValueError(
-                f"k={self.k} entries per neuron can't be chosen among column_budget={self.column_budget} inputs; "
+                f"k={largest} entries per neuron can't be chosen among column_budget={self.column_budget} inputs; "
                 "lower k or raise column_budget."
             )
+
+    def _check_pattern(self) -> None:
+        if self.k_pattern is None:
+            return
+        if not isinstance(self.k_pattern, dict):
+            raise ValueError(f"k_pattern={self.k_pattern!r} must be a dict from names of modules to k.")
+        for pattern, k in self.k_pattern.items():
+            check_count(f"k_pattern[{pattern!r}]", k, ": entries trained per neuron")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"k_pattern has {pattern!r}, which is no regular expression ({error}).") from error
 
     def _check_size(self) -> None:
         check_count("k", self.k, ": entries trained per neuron")
@@ -221,9 +240,16 @@ class SparseConfig(SavedConfig):
         if not (numbers is None or _is_list_of(int, numbers) or _is_list_of(int, [numbers])):
             raise ValueError(f"layers_to_transform={numbers!r} must be a block's number, or a list of them.")
 
-    def entries_per_neuron(self, fan_in: int) -> int:
+    def pattern_of(self, module: str) -> str | None:
+        """The key of `k_pattern` that a module has its k from, if any."""
+        found = get_pattern_key(list(self.k_pattern or {}), module)
+        return found if found in (self.k_pattern or {}) else None
+
+    def entries_per_neuron(self, fan_in: int, module: str = "") -> int:
         """Number of entries that a neuron with `fan_in` inputs gets."""
-        return self._within_budget(min(self.k or 0, fan_in))
+        pattern = self.pattern_of(module)
+        k = self.k if pattern is None or self.k_pattern is None else self.k_pattern[pattern]
+        return self._within_budget(min(k or 0, fan_in))
 
     def _within_budget(self, entries: int) -> int:
         return entries if self.column_budget is None else min(entries, self.column_budget)
@@ -240,13 +266,15 @@ class SparseConfig(SavedConfig):
             return config
         ragged = {name: support.ragged() for name, support in supports.items()}
         sizes = {name: support.entries for name, support in ragged.items()}
-        config = replace(self, support_sizes=sizes, column_budget=None, peft_ext_version=None, **changes)
+        config = replace(
+            self, support_sizes=sizes, column_budget=None, k_pattern=None, peft_ext_version=None, **changes
+        )
         config.supports = ragged
         return config
 
     def as_table(self, k: int) -> Any:
         """A copy that leads to tables of exactly `k` entries per neuron."""
-        return replace(self, k=k, selection="magnitude", neuron_ratio=1.0, column_budget=None)
+        return replace(self, k=k, selection="magnitude", neuron_ratio=1.0, column_budget=None, k_pattern=None)
 
     def with_scores(self, scores: Mapping[str, Tensor]) -> Any:
         """

@@ -14,6 +14,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MixtralConfig,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -32,6 +33,9 @@ MODELS = {
         GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)
     ),
     "bert": lambda: AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=64, num_labels=3, **SMALL)),
+    "mixtral": lambda: AutoModelForCausalLM.from_config(
+        MixtralConfig(vocab_size=64, num_local_experts=2, num_key_value_heads=2, **SMALL)
+    ),
     "llava": lambda: LlavaForConditionalGeneration(  # its tensors have other names in files than in the model
         LlavaConfig(
             text_config=TEXT,

@@ -73,6 +73,18 @@ def test_convolutions_and_biases(tmp_path):
         torch.testing.assert_close(lora(pixels)[0], ours(pixels)[0], atol=1e-5, rtol=1e-5)
 
 
+def test_fused_experts_and_attentions_are_refused(tmp_path):
+    base = saved_base(tmp_path / "base", "mixtral")
+    adapter = saved_adapter(tmp_path / "adapter", base, "mixtral", NeuroAdaConfig(k=1))
+    with pytest.raises(ValueError, match=r"experts\.down_proj' fuses the weights of several experts"):
+        export_lora(adapter, tmp_path / "lora")
+    base = saved_base(tmp_path / "siglip", "siglip")
+    adapter = saved_adapter(tmp_path / "heads", base, "siglip", NeuroAdaConfig(k=1, target_modules="all-neurons"))
+    with pytest.raises(ValueError, match="a projection of nn.MultiheadAttention"):
+        export_lora(adapter, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
 def test_command(tmp_path, capsys):
     base = saved_base(tmp_path / "base", "gpt2")
     adapter = saved_adapter(tmp_path / "adapter", base, "gpt2", NeuroAdaConfig(k=1, train_bias=True))

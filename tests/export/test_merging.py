@@ -118,6 +118,13 @@ def test_what_the_checkpoint_lacks_is_named(folders, capsys):
     refused(capsys, (base, adapter, out), "'model.layers.0.self_attn.q_proj.weight'", "merge_and_unload")
 
 
+def test_experts_that_the_checkpoint_keeps_apart_are_refused(tmp_path, capsys):
+    base = saved_base(tmp_path / "base", "mixtral")
+    adapter = saved_adapter(tmp_path / "adapter", base, "mixtral", NeuroAdaConfig(k=1))
+    refused(capsys, (base, adapter, tmp_path / "out"), "experts.down_proj", "made of several tensors")
+    assert not (tmp_path / "out").exists()
+
+
 def test_adapters_of_other_methods_are_refused(folders, tmp_path, capsys):
     base, _, out = folders
     get_peft_model(loaded_base(base, "llama"), LoraConfig()).save_pretrained(tmp_path / "lora")

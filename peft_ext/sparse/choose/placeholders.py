@@ -19,7 +19,7 @@ from .by_expert import adapted_experts
 def placeholder(config: SparseConfig, name: str, base: Any) -> Support:
     """A support of the shape that the config leads to for a base layer, with arbitrary entries."""
     rows, fan_in = matrix_shape(base)
-    k = config.entries_per_neuron(fan_in)
+    k = config.entries_per_neuron(fan_in, name)
     _, scope = parse_selection(config.selection)
     experts = experts_of(base) or 1
     adapted = len(adapted_experts(name, base, config)) if experts_of(base) else 1

@@ -198,12 +198,15 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
             name: merged[identity(base)].original_matrix for name, base in chosen.items() if identity(base) in merged
         }
         scores = ScoreMatrices(config.scores, chosen, shapes) if criterion in SCORED else None
+        unused = sorted({*(config.k_pattern or {})} - {config.pattern_of(name) for name in bases})
+        if unused:
+            raise ValueError(f"k_pattern has {unused[0]!r}, which fits no adapted module; mend it or leave it out.")
         by_expert = ExpertMatrices(chosen, config)
         supports = by_expert.join(
             select_supports(
                 by_expert.split(views),
                 config.selection,
-                config.entries_per_neuron,
+                lambda fan_in, key: config.entries_per_neuron(fan_in, by_expert.origin.get(key, (key,))[0]),
                 config.neuron_ratio,
                 config.seed,
                 by_expert.split_scores(scores),

@@ -46,7 +46,7 @@ def _criterion(name: str, seed: int, scores: Mapping[str, Tensor] | None) -> Cri
 def select_supports(
     weights: Mapping[str, Callable[[], Tensor]],
     selection: str,
-    k: int | Callable[[int], int],
+    k: int | Callable[[int, str], int],
     neuron_ratio: float = 1.0,
     seed: int = 0,
     scores: Mapping[str, Tensor] | None = None,
@@ -59,7 +59,7 @@ def select_supports(
         weights: per module, a function that returns its weight as float `[rows, fan_in]`. Called once per pass, so
             that a dequantised weight lives no longer than needed.
         selection (`str`): one of `SELECTIONS`.
-        k (`int` or `Callable[[int], int]`): entries per neuron, capped at the fan-in, or a function of the fan-in;
+        k (`int` or `Callable`): entries per neuron, capped at the fan-in, or a function of fan-in and module;
             with a wider scope, the same total budget is distributed across the layer or network.
         neuron_ratio (`float`): share of neurons that get entries, drawn at random per weight.
         seed (`int`): for random choices.
@@ -71,7 +71,7 @@ def select_supports(
     """
     criterion_name, scope = parse_selection(selection)
     criterion = _criterion(criterion_name, seed, scores)
-    entries = k if callable(k) else partial(min, k)
+    entries = k if callable(k) else lambda fan_in, module: min(k, fan_in)
     passes = 1 if scope == "neuron" else 1 + PASSES_OVERALL  # one for the shapes
     with tqdm(total=passes * len(weights), desc="choosing entries", unit="weight", delay=1.0, leave=False) as bar:
         counted = {module: partial(_counted, weight, bar) for module, weight in weights.items()}
@@ -95,11 +95,11 @@ def _overall(
     criterion: Criterion,
     weights: Mapping[str, Callable[[], Tensor]],
     group: list[str],
-    entries: Callable[[int], int],
+    entries: Callable[[int, str], int],
 ) -> Iterable[tuple[str, Support]]:
     """As many entries of a group of weights as their neurons would have, wherever they lie."""
     shapes = {module: weights[module]().shape for module in group}
-    budget = sum(rows * entries(fan_in) for rows, fan_in in shapes.values())
+    budget = sum(rows * entries(fan_in, module) for module, (rows, fan_in) in shapes.items())
     passes = {module: lambda module=module: criterion.chunks(module, weights[module]()) for module in group}
     return top_overall(passes, budget, {module: shape[1] for module, shape in shapes.items()}).items()
 
@@ -113,18 +113,18 @@ def _per_neuron(
     criterion: Criterion,
     module: str,
     weight: Tensor,
-    entries: Callable[[int], int],
+    entries: Callable[[int, str], int],
     ratio: float,
     seed: int,
     column_budget: int | None,
 ) -> Support:
     rows, fan_in = weight.shape
     if column_budget is None or column_budget >= fan_in:
-        support = top_per_neuron(criterion.chunks(module, weight), entries(fan_in), fan_in)
+        support = top_per_neuron(criterion.chunks(module, weight), entries(fan_in, module), fan_in)
     else:
         columns = _best_columns(criterion, module, weight, column_budget)
         chunks = (chunk[:, columns] for chunk in criterion.chunks(module, weight))
-        among = top_per_neuron(chunks, entries(fan_in), column_budget)
+        among = top_per_neuron(chunks, entries(fan_in, module), column_budget)
         support = Support(columns[among.indices.long()].to(torch.int32), fan_in)
     if ratio == 1.0:
         return support

@@ -27,6 +27,9 @@ class NeuroAdaConfig(SparseConfig):
             transformers `Conv1D` weight, or an output channel of a convolution. A neuron with fewer than `k` inputs
             trains all of them. With a `_layer` or `_network` selection, the same total budget is distributed across
             the layer or network.
+        k_pattern (`dict[str, int]`, *optional*):
+            `k` of some modules, by the ends of their names or regular expressions, as LoRA's `rank_pattern`:
+            `{"down_proj": 4, r"layers\\.0\\..*": 1}`. The first that fits is taken.
         target_modules (`list[str]` or `str`, *optional*):
             Modules to adapt: a list of names, matched by suffix, or a regular expression. `"all-linear"` adapts every
             linear layer. `"all-neurons"` also adapts convolutions and `nn.MultiheadAttention`. By default, all linear

@@ -36,6 +36,9 @@ class PSNConfig(SparseConfig):
         density (`float`, *optional*):
             Share of each neuron's inputs that is trained, in (0, 1]: `round(density * fan_in)` entries, at least one.
             Defaults to 0.3 if `k` is not given.
+        k_pattern (`dict[str, int]`, *optional*):
+            `k` of some modules, by the ends of their names or regular expressions, as LoRA's `rank_pattern`:
+            `{"down_proj": 4, r"layers\.0\..*": 1}`. The first that fits is taken.
         target_modules (`list[str]` or `str`, *optional*):
             Modules to adapt: a list of names, matched by suffix, or a regular expression. `"all-linear"` adapts every
             linear layer. `"all-neurons"` also adapts convolutions and `nn.MultiheadAttention`. By default, all layers
@@ -128,10 +131,12 @@ class PSNConfig(SparseConfig):
         else:
             check_share("density", self.density, "each neuron's inputs")
 
-    def entries_per_neuron(self, fan_in: int) -> int:
-        if self.density is None:
-            return super().entries_per_neuron(fan_in)
+    def entries_per_neuron(self, fan_in: int, module: str = "") -> int:
+        if self.density is None or self.pattern_of(module) is not None:
+            return super().entries_per_neuron(fan_in, module)
         return self._within_budget(max(1, round(self.density * fan_in)))
 
     def as_table(self, k: int) -> PSNConfig:
-        return replace(self, k=k, density=None, selection="magnitude", neuron_ratio=1.0, column_budget=None)
+        return replace(
+            self, k=k, density=None, selection="magnitude", neuron_ratio=1.0, column_budget=None, k_pattern=None
+        )
