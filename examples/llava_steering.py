@@ -97,15 +97,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     whole = Method.parse(args.method).kind in ("full", "projector", "bitfit")
     questions = ["--task", "llava", "--questions", out / "test.json", "--batch-size", args.batch_size]
     questions += ["--lmar-samples", min(64, args.test_samples), "--max-new-tokens", 8]
-    run("evaluate", "--model", out / "align", *questions, "--out", out / "before")
-    adapted = ["--model", out / "tune"] if whole else ["--model", out / "align", "--adapter", out / "tune"]
-    run("evaluate", *adapted, *questions, "--out", out / "after")
+    adapted = ["--model", out / "tune"] if whole else ["--adapter", out / "tune", "--before"]
+    run("evaluate", "--model", out / "align", *adapted, *questions, "--out", out / "evaluation")
     report: dict[str, Any] = {"method": args.method, "seed": args.seed}
     report |= {stage: json.loads((out / stage / "report.json").read_text()) for stage in ("align", "tune")}
-    for name in ("before", "after"):
-        (report[name],) = json.loads((out / name / "report.json").read_text()).values()
-        ratios = report[name]["lmar"]
-        print(f"{name}: exact match {report[name]['exact match']:.1f}, LMAR {sum(ratios) / len(ratios):.3f}")
+    report["before"], report["after"] = json.loads((out / "evaluation" / "report.json").read_text()).values()
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 
 DESCRIPTION = (
@@ -43,8 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     config.add_argument("stage", choices=("align", "tune"))
 
     evaluate = steps.add_parser("evaluate", help="ask a benchmark's questions")
-    evaluate.add_argument("--model", required=True, help="Hub id or folder of a model")
-    evaluate.add_argument("--adapter", action="append", default=[], help="folder of an adapter; repeatable")
+    evaluate.add_argument("--model", action="append", required=True, help="Hub id or folder of a model; repeatable")
+    evaluate.add_argument("--adapter", action="append", default=[], help="folder of the first one's; repeatable")
+    evaluate.add_argument("--before", action="store_true", help="ask the first model without an adapter, too")
     evaluate.add_argument("--task", required=True, help="vqav2, gqa, textvqa, vizwiz, scienceqa, pope, mme or llava")
     evaluate.add_argument("--questions", required=True, help="file (mme: folder) of the benchmark")
     evaluate.add_argument("--annotations", help="file of answers (vqav2)")
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--max-new-tokens", type=int, default=16, help="of an answer (default: %(default)s)")
     evaluate.add_argument("--lmar-samples", type=int, default=0, help="questions to measure LMAR on (default: none)")
     evaluate.add_argument("--dtype", default="auto", help="default: %(default)s")
-    evaluate.add_argument("--out", type=Path, help="folder for report.json, table.md and the answers")
+    evaluate.add_argument("--out", type=Path, help="folder for report.json, table.md, answers and LMAR's figure")
 
     count = steps.add_parser("methods", help="count what methods train in a model, without its weights")
     count.add_argument("--model", required=True, help="Hub id or folder of a model")
@@ -105,29 +105,23 @@ def _config(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from .evaluate import evaluate, load_adapted, read_questions, table
+    from .evaluate import evaluate, read_questions, table
 
+    first, *others = options.model
+    models = [(first, None)] if options.before or not options.adapter else []
+    models += [(model, None) for model in others] + [(first, adapter) for adapter in options.adapter]
     questions = read_questions(options.task, options.questions, options.images, options.annotations, options.limit)
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-    reports: dict[str, dict[str, Any]] = {}
-    for adapter in options.adapter or [None]:
-        name = adapter or options.model
-        file = None if options.out is None else options.out / f"answers_{len(reports)}.jsonl"
-        reports[name] = evaluate(
-            load_adapted(options.model, adapter, options.dtype),
-            options.task,
-            questions,
-            batch_size=options.batch_size,
-            max_new_tokens=options.max_new_tokens,
-            lmar_samples=options.lmar_samples,
-            answers_file=file,
-        )
-    text = table(reports)
-    if options.out is not None:
-        (options.out / "report.json").write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
-        (options.out / "table.md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    reports = evaluate(
+        models,
+        options.task,
+        questions,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        lmar_samples=options.lmar_samples,
+        dtype=options.dtype,
+        out=options.out,
+    )
+    print(table(reports))
 
 
 def _methods(options: argparse.Namespace) -> None:

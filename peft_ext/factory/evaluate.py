@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 
 from ..knockout.read.modality import ModalityAttention, lmar
+from ..knockout.read.modality_plots import plot_modality
 from .benchmarks import BENCHMARKS, Question
 from .compose import Composed, load
 from .data import Sample
@@ -97,41 +100,63 @@ def read_questions(
 
 
 def evaluate(
-    composed: Composed,
+    models: Sequence[tuple[str, str | None]],
     task: str,
     questions: list[Question],
     *,
     batch_size: int = 16,
     max_new_tokens: int = 16,
     lmar_samples: int = 0,
-    answers_file: Path | None = None,
-) -> dict[str, Any]:
+    dtype: str = "auto",
+    out: Path | None = None,
+) -> dict[str, dict[str, Any]]:
     """
-    Ask a benchmark's questions.
+    Ask several models a benchmark's questions.
 
     Args:
-        composed ([`Composed`]): the model, in eval mode.
+        models (`list[tuple[str, str | None]]`): folders or Hub ids of models, each with an adapter's or `None`.
         task (`str`): the benchmark.
         questions (`list[Question]`): from [`read_questions`].
         batch_size (`int`), max_new_tokens (`int`): of generation.
         lmar_samples (`int`): number of questions to measure LMAR on.
-        answers_file (`Path`, *optional*): where answers are written, one JSON object a line.
+        dtype (`str`): to load the models in.
+        out (`Path`, *optional*): folder for `report.json`, `table.md`, each model's answers (one JSON object a line),
+            and LMAR's figure `lmar.png`.
 
     Returns:
-        `dict`: `questions`, the benchmark's scores, and `lmar` (per layer) if it was asked for.
+        `dict`: by model or adapter, `questions`, the benchmark's scores, and `lmar` (per layer) if it was asked for.
     """
     samples = [question.sample for question in questions]
-    answers = generate(composed, samples, batch_size, max_new_tokens)
-    if answers_file is not None:
-        lines = (
-            json.dumps({"question": str(q.sample.messages[-1]["content"]), "answer": a, "references": q.references})
-            for q, a in zip(questions, answers, strict=True)
-        )
-        answers_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    report: dict[str, Any] = {"questions": len(questions), **BENCHMARKS[task][1](questions, answers)}
-    if lmar_samples:
-        report["lmar"] = measure_lmar(composed, samples[:lmar_samples], batch_size).ratio.tolist()
-    return report
+    reports: dict[str, dict[str, Any]] = {}
+    attention: dict[str, ModalityAttention] = {}
+    if out is not None:
+        if lmar_samples and find_spec("matplotlib") is None:
+            raise ValueError("LMAR's figure needs matplotlib: pip install 'peft-ext[plot]', or leave out --out.")
+        out.mkdir(parents=True, exist_ok=True)
+    for number, (model, adapter) in enumerate(models):
+        name = adapter or model
+        composed = load_adapted(model, adapter, dtype)
+        answers = generate(composed, samples, batch_size, max_new_tokens)
+        reports[name] = {"questions": len(questions), **BENCHMARKS[task][1](questions, answers)}
+        if lmar_samples:
+            attention[name] = measure_lmar(composed, samples[:lmar_samples], batch_size)
+            reports[name]["lmar"] = attention[name].ratio.tolist()
+        if out is not None:
+            _write_answers(out / f"answers_{number}.jsonl", questions, answers)
+    if out is not None:
+        (out / "report.json").write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
+        (out / "table.md").write_text(table(reports) + "\n", encoding="utf-8")
+        if attention:
+            plot_modality(attention, out / "lmar.png")
+    return reports
+
+
+def _write_answers(file: Path, questions: list[Question], answers: list[str]) -> None:
+    lines = (
+        json.dumps({"question": q.sample.messages[-1]["content"], "answer": a, "references": q.references})
+        for q, a in zip(questions, answers, strict=True)
+    )
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def table(reports: dict[str, dict[str, Any]]) -> str:

@@ -82,11 +82,23 @@ def test_both_stages_through_the_command(composed_shapes, data, tmp_path, capsys
     report = json.loads((tmp_path / "tuned" / "report.json").read_text())
     assert report["steps"] == 3 and report["trained_parameters"]["language_model"] == 774
     options = ["--model", folders["aligned"], "--adapter", folders["tuned"], "--task", "llava"]
-    options += ["--questions", str(data), "--limit", "4", "--lmar-samples", "2", "--out", folders["report"]]
+    options += [
+        "--questions",
+        str(data),
+        "--limit",
+        "4",
+        "--lmar-samples",
+        "2",
+        "--out",
+        folders["report"],
+        "--before",
+    ]
     assert main(["llava", "evaluate", *options]) == 0
     assert "| exact match | LMAR |" in capsys.readouterr().out
-    (scores,) = json.loads((tmp_path / "report" / "report.json").read_text()).values()
-    assert 0 <= scores["exact match"] <= 100 and len(scores["lmar"]) == 6
+    before, after = json.loads((tmp_path / "report" / "report.json").read_text()).values()
+    assert 0 <= after["exact match"] <= 100 and len(before["lmar"]) == len(after["lmar"]) == 6
+    files = {"report.json", "table.md", "lmar.png", "lmar.csv", "answers_0.jsonl", "answers_1.jsonl"}
+    assert {file.name for file in (tmp_path / "report").iterdir()} == files
 
 
 @pytest.mark.parametrize("library", ["trainer", "trl"])
