@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from .connectors import CONNECTORS, NATIVE, OWN, token_count
+from .connectors import CONNECTORS, NATIVE, OWN, connector_options, token_count
 from .masking import end_of_turn
 from .modeling import LlavaFactoryConfig, LlavaFactoryForConditionalGeneration
 from .templates import IMAGE, chat_template
@@ -163,10 +163,7 @@ def assemble(
 def _connector_options(connector: str, given: dict[str, Any] | None) -> dict[str, Any]:
     if connector not in CONNECTORS:
         raise ValueError(f"connector={connector!r} is not known; use one of {', '.join(CONNECTORS)}.")
-    defaults = OWN[connector][1]
-    if given and not defaults:
-        raise ValueError(f"connector_config={given} is given, but connector={connector!r} has no options.")
-    return {**defaults, **(given or {})}
+    return connector_options(connector, given or {})
 
 
 def _assemble(model_class: Any, config: Any, text: Any, tower: Any, head: nn.Linear, tied: bool) -> Any:

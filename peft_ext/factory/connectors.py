@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Blip2QFormerConfig, Blip2QFormerModel
+from transformers.models.idefics2.configuration_idefics2 import Idefics2PerceiverConfig
+from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverResampler
 
 
 # Connectors that transformers' own Llava classes express, by the activation between their two linear layers.
@@ -133,9 +136,6 @@ class Resampler(Connector):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        from transformers.models.idefics2.configuration_idefics2 import Idefics2PerceiverConfig
-        from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverResampler
-
         options = dict(config.connector_config)
         perceiver = Idefics2PerceiverConfig(
             hidden_size=self.text_width, resampler_n_latents=options.pop("queries"), **options
@@ -158,8 +158,6 @@ class QFormer(Connector):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        from transformers import Blip2QFormerConfig, Blip2QFormerModel
-
         options = dict(config.connector_config)
         queries = options.pop("queries")
         bert = Blip2QFormerConfig(encoder_hidden_size=self.vision_width, **options)
@@ -190,6 +188,8 @@ OWN: dict[str, tuple[Callable[[Any], Connector], dict[str, Any]]] = {
     "mlp2x_silu": (lambda config: Perceptron(config, nn.SiLU()), {}),
 }
 CONNECTORS = tuple(OWN)
+# Configurations whose options a connector takes, too.
+LIBRARY: dict[str, Any] = {"resampler": Idefics2PerceiverConfig, "qformer": Blip2QFormerConfig}
 
 
 def token_count(connector: str, tokens: int, options: dict[str, Any]) -> int:
@@ -200,3 +200,23 @@ def token_count(connector: str, tokens: int, options: dict[str, Any]) -> int:
         "qformer": QFormer,
     }
     return counting.get(connector, Connector).count(tokens, options)
+
+
+def connector_options(connector: str, given: dict[str, Any]) -> dict[str, Any]:
+    """
+    A connector's options, with their defaults.
+
+    Raises:
+        `ValueError`: if it has no such option, or a number is not positive.
+    """
+    defaults = OWN[connector][1]
+    library = LIBRARY.get(connector)
+    for name, value in given.items():
+        if name not in defaults and (library is None or not hasattr(library(), name)):
+            names = [*defaults, *([] if library is None else [f"those of {library.__name__}"])] or ["none"]
+            raise ValueError(
+                f"connector_config: connector={connector!r} has no option {name!r}; it has {' and '.join(names)}."
+            )
+        if name in defaults and not (isinstance(value, int) and value > 0):
+            raise ValueError(f"connector_config: {name}={value!r} must be a positive whole number.")
+    return {**defaults, **given}

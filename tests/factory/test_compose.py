@@ -140,7 +140,9 @@ def test_what_does_not_fit_is_refused_with_the_reason():
 
     for options, message in (
         ({"connector": "mlp3x"}, "connector='mlp3x' is not known; use one of identity"),
-        ({"connector": "linear", "connector_config": {"queries": 3}}, "has no options"),
+        ({"connector": "linear", "connector_config": {"queries": 3}}, "no option 'queries'; it has none"),
+        ({"connector": "qformer", "connector_config": {"querys": 3}}, "'querys'; it has queries and those of Blip2QF"),
+        ({"connector": "resampler", "connector_config": {"queries": 0}}, "queries=0 must be a positive whole number"),
         ({"connector": "pixel_shuffle", "connector_config": {"factor": 3}}, "factor=3 divides, but .* 16 tokens"),
         ({"feature_layer": -9}, "hidden states of layer -9"),
         ({"template": "llama9"}, "chat_template='llama9' is no file"),
