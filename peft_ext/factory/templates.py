@@ -36,9 +36,10 @@ TEMPLATES = {
     "{%- else -%}{{- 'ASSISTANT: ' + message['content'] + eos_token -}}{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}",
-    # What LLaVA's first stage trains on: image and caption, nothing else.
+    # What LLaVA's first stage trains on: images and captions. Questions are left out.
     "plain": FLATTEN + _BOS + "{%- for message in messages -%}"
-    "{{- message['content'] -}}{%- if message['role'] == 'assistant' -%}{{- eos_token -}}{%- endif -%}"
+    "{%- if message['role'] == 'assistant' -%}{{- message['content'] + eos_token -}}"
+    "{%- else -%}{{- '<image>\n' * message['content'].count('<image>') -}}{%- endif -%}"
     "{%- endfor -%}",
     "chatml": FLATTEN + "{%- for message in messages -%}"
     "{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' -}}"

@@ -14,8 +14,10 @@ from transformers import LlavaProcessor, Trainer, TrainingArguments, set_seed
 
 from .compose import Composed, load
 from .data import Collator, load_source
+from .masking import end_of_turn
 from .methods import Method
 from .parts import prepare, trained_by_part
+from .templates import chat_template
 
 
 STAGES = ("align", "tune")
@@ -35,6 +37,8 @@ class Settings:
         connector (`str`): `frozen` or `full`.
         language_model (`str` or `dict`): `frozen`, `full` or a method; see [`~peft_ext.factory.methods.Method`].
         connector_learning_rate (`float`, *optional*): the connector's, where it is trained with other parts.
+        chat_template (`str`, *optional*): another one than the model's, for this stage alone; see
+            [`~peft_ext.factory.templates.chat_template`].
         library (`str`): `trainer` or `trl`.
         max_length (`int`): tokens of a conversation.
         resume (`bool`): whether to go on from the last checkpoint in `output`.
@@ -49,6 +53,7 @@ class Settings:
     connector: str = "full"
     language_model: Any = "frozen"
     connector_learning_rate: float | None = None
+    chat_template: str | None = None
     library: str = "trainer"
     max_length: int | None = 2048
     resume: bool = False
@@ -241,6 +246,14 @@ def train(settings: Settings) -> dict[str, Any]:
             f"model={settings.model!r} has a {type(composed.processor).__name__}; the factory trains models with a "
             "LlavaProcessor, such as those that it composes."
         )
+    own_template = composed.processor.chat_template
+    if settings.chat_template is not None:
+        composed.processor.chat_template = chat_template(settings.chat_template, composed.processor.tokenizer)
+    if composed.processor.chat_template is None:
+        raise ValueError(
+            f"model={settings.model!r} has no chat template; name one as chat_template, such as 'vicuna'."
+        )
+    end_of_turn(composed.processor)  # an error here, rather than in a worker
     data = load_data(settings, composed.model.config.image_seq_length)
     if not arguments.bf16:
         composed.model.float()
@@ -265,6 +278,7 @@ def train(settings: Settings) -> dict[str, Any]:
     }
     if trainer.is_world_process_zero():
         print(f"{result.global_step} steps, loss {result.training_loss:.4f}")
+        composed.processor.chat_template = own_template or composed.processor.chat_template
         composed.processor.save_pretrained(settings.output)
         Path(settings.output, "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report

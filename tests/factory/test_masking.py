@@ -23,7 +23,7 @@ TURNS = [
 BY_HAND = {
     "vicuna": f"<s>{SYSTEM}USER: <image>\nwhat is it? ASSISTANT:⟦ red</s>⟧"
     "USER: and what color? ASSISTANT:⟦ blue and green</s>⟧",
-    "plain": "<s><image>\nwhat is it?⟦red</s>⟧and what color?⟦blue and green</s>⟧",
+    "plain": "<s><image>\n⟦red</s>⟧⟦blue and green</s>⟧",
     "chatml": "<|im_start|>user\n<image>\nwhat is it?<|im_end|>\n<|im_start|>assistant\n⟦red<|im_end|>⟧\n"
     "<|im_start|>user\nand what color?<|im_end|>\n<|im_start|>assistant\n⟦blue and green<|im_end|>⟧\n",
     "llama3": "<s><|start|>user<|end|>\n\n<image>\nwhat is it?<|eot|><|start|>assistant<|end|>\n\n⟦red<|eot|>⟧"
@@ -89,7 +89,7 @@ def test_a_batch_has_the_processors_ids_and_no_labels_on_padding():
 
 
 def test_long_conversations_are_cut_but_never_an_image():
-    made = processor("plain")
+    made = processor("chatml")
     ids, labels = encode(made, TURNS, [4], max_length=40)
     assert (ids, labels) == tuple(each[:40] for each in encode(made, TURNS, [4]))
     with pytest.raises(ValueError, match="max_length=3 cuts an image"):

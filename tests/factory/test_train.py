@@ -12,6 +12,7 @@ import torch
 import yaml
 from _shapes.parts import write_questions
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 
 from peft_ext.cli import main
@@ -133,6 +134,22 @@ def test_an_adapter_beside_a_tower_and_a_connector_in_full(settings):
     assert changed_parts(base, merged) == set(PARTS)
 
 
+def test_a_stage_with_another_template_leaves_the_models_own(settings, composed_shapes):
+    made = settings("align", chat_template="plain", data=[{"path": str(composed_shapes / "one.json")}])
+    Image.new("RGB", (32, 32)).save(composed_shapes / "one.png")
+    turns = [{"from": "human", "value": "<image>\nwhat ?"}, {"from": "gpt", "value": "Yes"}]
+    (composed_shapes / "one.json").write_text(json.dumps([{"conversations": turns, "image": "one.png"}]))
+    train(made)
+    assert load(made.output).processor.chat_template == load(made.model).processor.chat_template
+
+
+def test_a_model_without_a_template_is_refused(settings):
+    from _shapes.parts import SHAPES
+
+    with pytest.raises(ValueError, match="has no chat template; name one"):
+        train(settings(model=str(SHAPES)))
+
+
 def test_batches_of_text_alone_train_nothing_but_do_not_fail(settings, composed_shapes, tmp_path):
     file = tmp_path / "text.json"
     turns = [{"from": "human", "value": "is there a red circle ?"}, {"from": "gpt", "value": "Yes"}]
@@ -193,13 +210,14 @@ def test_two_processes_train_as_one(settings, tmp_path, method):
 
 
 def test_a_data_set_is_streamed_from_a_folder(settings, data, tmp_path):
-    from datasets import Dataset, Image
+    from datasets import Dataset
+    from datasets import Image as Pictures
 
     entries = json.loads(data.read_text())[:6]
     rows = [{"messages": [{"role": "user", "content": e["conversations"][0]["value"]},
                           {"role": "assistant", "content": e["conversations"][1]["value"]}],
              "images": [str(data.parent / e["image"])]} for e in entries]  # fmt: skip
-    table = Dataset.from_list(rows).cast_column("images", [Image()])
+    table = Dataset.from_list(rows).cast_column("images", [Pictures()])
     table.to_parquet(tmp_path / "set" / "train.parquet")
     made = settings(data=[{"path": str(tmp_path / "set")}], streaming=True, arguments={"max_steps": 2})
     assert train(made)["steps"] == 2
