@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from _shapes.parts import write_parts, write_questions
+from _shapes.rates import LEARNING_RATES
 from _shapes.world import PALETTE
-from _steering.methods import LEARNING_RATES
 
 from peft_ext.cli import main as command
 from peft_ext.factory import Method

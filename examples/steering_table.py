@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 from _shapes.batches import Batches, accuracy
+from _shapes.rates import LEARNING_RATES
 from _shapes.world import PALETTE
-from _steering.methods import LEARNING_RATES
 from tqdm import tqdm
 from transformers import AutoProcessor, LlavaForConditionalGeneration, get_cosine_schedule_with_warmup
 
