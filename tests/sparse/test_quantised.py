@@ -308,7 +308,7 @@ def sealed(monkeypatch):
     def backend_of(model, base_layer):
         return ForwardOnlyQuantizationBackend("gptq") if isinstance(base_layer, Sealed) else None
 
-    for module in ("targets", "model", "quantised"):
+    for module in ("choose.targets", "model.sparse_model", "bases.quantised"):
         monkeypatch.setattr(f"peft_ext.sparse.{module}.backend_of", backend_of)
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(8, 6, bias=False), nn.Tanh(), nn.Linear(6, 3, bias=False))
