@@ -302,12 +302,13 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
             )
         if not isinstance(base, nn.MultiheadAttention) and not bank_names(base):
             return
-        kind = "an attention" if isinstance(base, nn.MultiheadAttention) else "a module of fused experts"
+        is_attention = isinstance(base, nn.MultiheadAttention)
+        kind = "an attention" if is_attention else "a module of fused experts"
         if module is not base and not isinstance(module, self.layer_types.own):
             raise TypeError(f"Target module '{name}' is {kind} that another method has adapted. {advice}")
         if is_offloaded(base):
             raise TypeError(
-                f"Target module '{name}' is an offloaded {type(base).__name__}. Its weights are there only while the "
+                f"Target module '{name}' is an offloaded {'nn.' * is_attention}{type(base).__name__}. Its weights are there only while the "
                 f"module itself runs, which an adapted one does not. Keep it on a device. {advice}"
             )
 
