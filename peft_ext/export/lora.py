@@ -176,8 +176,10 @@ def _layers(adapter: AdapterFile, notes: list[str]) -> dict[str, Any]:
                 "way. Merge the adapter instead: load it, and save what merge_and_unload() returns."
             )
         grouped = isinstance(found, CONVOLUTIONS) and found.groups > 1
-        if grouped or isinstance(parent, nn.MultiheadAttention):
+        is_fused = name in (adapter.config.expert_weights or ())
+        if grouped or is_fused or isinstance(parent, nn.MultiheadAttention):
             what = "a grouped convolution" if grouped else "a projection of nn.MultiheadAttention"
+            what = "a weight of fused experts" if is_fused else what
             raise ValueError(f"'{name}' is {what}, which LoRA has no exact form for. Merge the adapter instead.")
         layers[name] = found
     return layers

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -75,6 +77,24 @@ def check_target_parameters(model: nn.Module, config: SparseConfig, wanted: Mapp
             f"{type(model).__name__}, or is excluded. Name parameters such as 'experts.gate_up_proj', and layers in "
             "`target_modules`."
         )
+
+
+@contextmanager
+def exclusions_noted(model: nn.Module, config: SparseConfig) -> Iterator[None]:
+    """While the context is open, PEFT does not warn that `exclude_modules` fits no module, if it fits a weight of
+    experts."""
+    given = config.exclude_modules or ()
+    names = [f"{name}.{bank}" for name, base in expert_modules(model) for bank in bank_names(base)]
+    if isinstance(given, str):
+        fits = any(re.fullmatch(given, name) for name in names)
+    else:
+        fits = any(f".{name}".endswith(f".{end}") for name in names for end in given)
+    if not fits:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You have passed exclude_modules=.* no modules were excluded")
+        yield
 
 
 def warn_of_others(model: nn.Module) -> None:

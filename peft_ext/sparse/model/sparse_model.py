@@ -29,7 +29,7 @@ from ..bases.quantised import backend_of, float_weight
 from ..bases.sharded import check_gatherable
 from ..bases.sharing import identity, weight_key
 from ..choose.by_expert import ExpertMatrices
-from ..choose.experts import banks_in, check_target_parameters, wanted_banks
+from ..choose.experts import banks_in, check_target_parameters, exclusions_noted, wanted_banks
 from ..choose.placeholders import placeholder, support_from, tables_in
 from ..choose.targets import check_names, inside_adapter, named_by_target, resolve_targets, without_parts
 from ..choose.unsuitable import check_suitable
@@ -92,7 +92,8 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
             state_dict = named_by_target(model, state_dict)
             self._named = {key.rsplit(f".{self.prefix}", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
         try:
-            with clean_refusal(self.peft_config, model, adapter_name):
+            noted = exclusions_noted(model, self.peft_config[adapter_name])
+            with clean_refusal(self.peft_config, model, adapter_name), noted:
                 super().inject_adapter(
                     model,
                     adapter_name,
@@ -303,13 +304,14 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         if not isinstance(base, nn.MultiheadAttention) and not bank_names(base):
             return
         is_attention = isinstance(base, nn.MultiheadAttention)
-        kind = "an attention" if is_attention else "a module of fused experts"
         if module is not base and not isinstance(module, self.layer_types.own):
+            kind = "an attention" if is_attention else "a module of fused experts"
             raise TypeError(f"Target module '{name}' is {kind} that another method has adapted. {advice}")
         if is_offloaded(base):
+            kind = "nn.MultiheadAttention" if is_attention else type(base).__name__
             raise TypeError(
-                f"Target module '{name}' is an offloaded {'nn.' * is_attention}{type(base).__name__}. Its weights are there only while the "
-                f"module itself runs, which an adapted one does not. Keep it on a device. {advice}"
+                f"Target module '{name}' is an offloaded {kind}. Its weights are there only while the module itself "
+                f"runs, which an adapted one does not. Keep it on a device. {advice}"
             )
 
     def train(self, mode: bool = True) -> SparseModel:

@@ -41,6 +41,7 @@ def adapted_names(**options):
     ],
     ids=lambda value: " ".join(sorted(value)) if isinstance(value, set) else str(value),
 )
+@pytest.mark.filterwarnings("error:You have passed exclude_modules")
 def test_names(options, expected, tmp_path):
     model = fill(get_peft_model(tiny(), NeuroAdaConfig(**options)).eval())
     assert {name for name in layers_of(model) if "experts" in name} == expected
