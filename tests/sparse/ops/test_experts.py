@@ -27,7 +27,7 @@ def _dense(result, x, values, support, loads):
     return result + torch.cat([own, own.new_zeros(len(x) - len(expert), ROWS)])
 
 
-def _cases(entries, load, dtype=torch.float64, behind=2):
+def make_case(entries, load, dtype=torch.float64, behind=2):
     generator = torch.Generator().manual_seed(0)
     support = random_support(EXPERTS * ROWS, FAN_IN, entries, generator)
     loads = LOADS[load]
@@ -44,7 +44,7 @@ def _cases(entries, load, dtype=torch.float64, behind=2):
 @pytest.mark.parametrize("entries", [1, 3, UNEVEN], ids=["k1", "k3", "uneven"])
 @pytest.mark.parametrize("load", LOADS)
 def test_output_and_every_gradient(load, entries):
-    leaves, ours, dense = _cases(entries, load)
+    leaves, ours, dense = make_case(entries, load)
     result, expected = ours(*leaves), dense(*leaves)
     torch.testing.assert_close(result, expected)
     gradient = torch.randn_like(expected)
@@ -56,12 +56,12 @@ def test_output_and_every_gradient(load, entries):
 
 @pytest.mark.parametrize("entries", [1, UNEVEN], ids=["k1", "uneven"])
 def test_derivatives_have_derivatives(entries):
-    leaves, ours, _ = _cases(entries, "some without tokens")
+    leaves, ours, _ = make_case(entries, "some without tokens")
     assert torch.autograd.gradgradcheck(ours, leaves)
 
 
 def test_bf16_rounds_once():
-    (result, x, values), ours, dense = _cases(2, "some without tokens", torch.float32)
+    (result, x, values), ours, dense = make_case(2, "some without tokens", torch.float32)
     rough = [result.bfloat16(), x.bfloat16()]
     exact = dense(*(tensor.float() for tensor in rough), values)
     assert torch.equal(ours(*rough, values), exact.bfloat16())
