@@ -107,7 +107,10 @@ def test_layouts_of_questions(row, answer):
     assert sample.messages[-1] == {"role": "assistant", "content": answer} and sample.images == [1]
 
 
-def test_rows_of_other_layouts_are_refused():
+def test_rows_of_other_layouts_are_refused(tmp_path):
+    datasets.Dataset.from_dict({"text": ["x"]}).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="columns text; needed are `conversations`"):
+        load_source(str(tmp_path))
     with pytest.raises(ValueError, match="columns text; needed are `conversations`"):
         sample_of({"text": "x"})
     with pytest.raises(ValueError, match="has no answer: 'Which"):

@@ -221,6 +221,8 @@ def test_a_data_set_is_streamed_from_a_folder(settings, data, tmp_path):
     table.to_parquet(tmp_path / "set" / "train.parquet")
     made = settings(data=[{"path": str(tmp_path / "set")}], streaming=True, arguments={"max_steps": 2})
     assert train(made)["steps"] == 2
+    whole = settings(data=[{"path": str(tmp_path / "set")}], arguments={"max_steps": 1})
+    assert load_data(whole, 16)["length"][0] > 16 and train(whole)["steps"] == 1
     with pytest.raises(ValueError, match=r"set arguments\.max_steps"):
         settings(data=[{"path": "x"}], streaming=True, arguments={"max_steps": -1})
 
