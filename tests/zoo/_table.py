@@ -10,6 +10,7 @@ from typing import Any
 import transformers
 from torch import nn
 
+from peft_ext.sparse.bases.experts import bank_names
 from peft_ext.sparse.choose.unsuitable import unsuitable_layers
 
 from ._architectures import ARCHITECTURES
@@ -21,8 +22,8 @@ COLUMN = "zoo"
 NO_LINEAR = 'refused: no linear layer; PSN, or `target_modules="all-neurons"`'
 INTRODUCTION = """# Architectures
 
-What the default targets do on {count} architectures of transformers {version}. NeuroAda takes linear layers; PSN and
-GPS take convolutions too. `make test-zoo` writes this page from the tests that ran.
+What the default targets do on {count} architectures of transformers {version}. NeuroAda takes linear layers and fused
+experts; PSN and GPS take convolutions too. `make test-zoo` writes this page from the tests that ran.
 
 "works" means that on a tiny model with random weights
 
@@ -36,7 +37,7 @@ The last column names layers that are left out, and refused by name:
 
 - read: the model reads their weight without calling them, always or on some paths, where an adapter is not computed;
 - parametrised: a parametrization computes their weight, so nothing could be merged into it;
-- fused: experts that transformers keeps in one parameter, which are no layers.
+- fused: experts that transformers keeps in one parameter, in a class that does not use its experts' interface.
 
 | Architecture | Kind | NeuroAda | PSN | Left out |
 |---|---|---|---|---|
@@ -49,9 +50,10 @@ def left_out(model: nn.Module) -> str:
     for name, reason in unsuitable_layers(model).items():
         if reason.owner != "MultiheadAttention":  # whose parts are adapted with it
             kinds["parametrised" if reason.owner is None else "read"].add(name.rpartition(".")[2])
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 3 and re.search("expert", name):
-            kinds["fused"].add(name.rpartition(".")[2])
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and re.search("expert", f"{name}.{key}") and key not in bank_names(module):
+                kinds["fused"].add(key)
     return "; ".join(f"{kind}: {', '.join(f'`{n}`' for n in sorted(names))}" for kind, names in kinds.items() if names)
 
 

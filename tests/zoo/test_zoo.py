@@ -17,7 +17,7 @@ NAMES = ARCHITECTURES if os.environ.get("ZOO") == "all" else SAMPLE
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.* is left out of the targets. it fuses")
 def test_default_targets_learn_and_merge(name, method, record_property):
     architecture = ARCHITECTURES[name]
     record_property(COLUMN, {"left out": left_out(architecture.build(name))})
