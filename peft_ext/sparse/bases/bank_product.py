@@ -17,6 +17,8 @@ from .experts import ExpertBank, bank_names
 # Takes what a bank computed of its tokens, the tokens (both sorted by expert) and where those of each expert end.
 Added = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+# Of transformers, those that compute with operators of torch.
+IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
 _ROWS_FIRST = (F.linear,)  # multiply by the transpose of the weight that they are given
 _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
 _SEEN = ("shape", "dtype", "device", "ndim", "is_cuda", "size", "dim", "data_ptr", "is_contiguous", "stride")
@@ -163,6 +165,12 @@ def run_with(experts: nn.Module, added: Mapping[str, tuple[ExpertBank, Added]], 
         added: by name, a bank and what adds to its products.
         args, kwargs: of the forward.
     """
+    implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise NotImplementedError(
+            f"experts_implementation={implementation!r} may compute in kernels that adapters can't see into. "
+            f"Call model.set_experts_implementation with one of {', '.join(map(repr, IMPLEMENTATIONS))}."
+        )
     products = dict(added)
     watched = vars(experts).get("forward")
     if isinstance(watched, WatchedForward):

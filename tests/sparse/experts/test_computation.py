@@ -190,5 +190,14 @@ def test_what_is_not_known_of_a_forward_is_said():
         run_with(experts, added, torch.randn(3, 16))
 
 
+def test_an_implementation_by_kernels_is_refused():
+    """They would read the memory of the weights and pass over the adapters."""
+    model = adapted()
+    for kernels in ("sonicmoe", "deepgemm"):
+        model.config._experts_implementation_internal = kernels
+        with pytest.raises(NotImplementedError, match=f"experts_implementation='{kernels}'.*'grouped_mm'"):
+            run(model, input_ids=IDS)
+
+
 def test_an_attention_beside_experts_is_adapted_too():
     assert_equals_dense("mixtral", adapted(target_modules=["experts", "q_proj", "o_proj"]), tiny())
