@@ -170,11 +170,6 @@ def _layers(adapter: AdapterFile, notes: list[str]) -> dict[str, Any]:
         prefix = getattr(model, "base_model_prefix", "")
         found = known.get(name, known.get(f"{prefix}.{name}", known.get(name.removeprefix(f"{prefix}."))))
         parent = known.get(name.rpartition(".")[0])
-        if name in (getattr(adapter.config, "expert_weights", None) or ()):
-            raise ValueError(
-                f"'{name}' fuses the weights of several experts into one parameter, which LoRA files name in another "
-                "way. Merge the adapter instead: load it, and save what merge_and_unload() returns."
-            )
         grouped = isinstance(found, CONVOLUTIONS) and found.groups > 1
         is_fused = name in (adapter.config.expert_weights or ())
         if grouped or is_fused or isinstance(parent, nn.MultiheadAttention):
