@@ -1,0 +1,38 @@
+"""An installation without extras: what works, and which extra the rest asks for."""
+
+import subprocess
+import sys
+
+
+EXTRAS = (
+    "trl", "datasets", "bitsandbytes", "torchao", "torchjd", "matplotlib", "PIL", "diffusers", "sklearn", "evaluate",
+)  # fmt: skip
+CODE = """
+import sys
+sys.modules.update(dict.fromkeys({extras!r}))  # importing them is an ImportError
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+import peft_ext
+from peft_ext import cli
+
+base, folder = {base!r}, {folder!r}
+model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft_ext.NeuroAdaConfig(k=1, column_budget=4))
+ids = torch.arange(3, 9)[None]
+model(input_ids=ids, labels=ids).loss.backward()
+torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2).step()
+model.save_pretrained(folder + "/adapter")
+PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder + "/adapter")
+assert cli.main(["inspect", folder + "/adapter"]) == 0
+assert cli.main(["merge", base, folder + "/adapter", folder + "/merged"]) == 0
+assert cli.main(["export", folder + "/adapter", folder + "/lora", "--to", "lora", "--rank", "4"]) == 0
+assert cli.main(["train", "--config", "run.yaml"]) == 1
+"""
+
+
+def test_what_needs_no_extra_works_and_the_rest_names_it(model_dir, tmp_path):
+    code = CODE.format(extras=EXTRAS, base=model_dir("llama"), folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "rank 4, exact" in done.stdout and "replaced" in done.stdout
+    assert "pip install 'peft-ext[trl]'" in done.stderr
