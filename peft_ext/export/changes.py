@@ -12,6 +12,7 @@ from torch import Tensor
 from ..sparse.another_base import accepts_another_base
 from .adapter import AdapterFile
 from .checkpoint import Checkpoint
+from .experts import Piece, mismatch
 from .names import Names, Place
 
 
@@ -46,6 +47,12 @@ def changes_of(checkpoint: Checkpoint, adapter: AdapterFile) -> dict[str, list[C
         raise ValueError(f"{adapter.path} has no entries, so there is nothing to merge.")
     for module in adapter.modules:
         entries = adapter.entries(module)
+        pieces = names.pieces(module, entries.support.rows, entries.support.fan_in)
+        if pieces is not None:
+            _check_pieces(checkpoint, adapter, module, pieces)
+            for piece in pieces:
+                changes[piece.key].append(_of_piece(adapter, module, piece))
+            continue
         places = names.places(module, entries.support.rows, entries.support.fan_in)
         changes[places[0].key].append(_of_entries(adapter, module, places))
         if entries.bias is not None:
@@ -72,12 +79,36 @@ def _of_entries(adapter: AdapterFile, module: str, places: list[Place]) -> Chang
     def values(tensor: Tensor) -> tuple[Tensor, Tensor]:
         entries = adapter.entries(module)
         place = _fitting(adapter, module, tensor, places)
-        if not tensor.is_floating_point() or tensor.element_size() == 1:
-            raise ValueError(f"'{place.key}' is stored as {tensor.dtype}, too coarse to hold an update.")
+        _check_float(place.key, tensor)
         positions = place.positions(entries.support)
         return positions, (tensor.view(-1)[positions] + entries.values.reshape(-1)).to(tensor.dtype)
 
     return Change(values)
+
+
+def _check_pieces(checkpoint: Checkpoint, adapter: AdapterFile, module: str, pieces: list[Piece]) -> None:
+    reason = mismatch(checkpoint, pieces, adapter.entries(module))
+    if reason is not None:
+        raise ValueError(
+            f"{adapter.path} was made for another base model: '{module}' has {reason}. Pass the base model it was "
+            "trained on or, to merge into this one on purpose, --another-base."
+        )
+
+
+def _of_piece(adapter: AdapterFile, module: str, piece: Piece) -> Change:
+    def values(tensor: Tensor) -> tuple[Tensor, Tensor]:
+        entries = adapter.entries(module)
+        _check_float(piece.key, tensor)
+        inside, positions = piece.within(entries.support)
+        added = entries.values.reshape(-1)[inside]
+        return positions, (tensor.view(-1)[positions] + added).to(tensor.dtype)
+
+    return Change(values)
+
+
+def _check_float(key: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point() or tensor.element_size() == 1:
+        raise ValueError(f"'{key}' is stored as {tensor.dtype}, too coarse to hold an update.")
 
 
 def _fitting(adapter: AdapterFile, module: str, tensor: Tensor, places: list[Place]) -> Place:

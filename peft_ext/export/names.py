@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from ..sparse.bases.projection import PROJECTIONS
 from ..sparse.support import Support
 from .checkpoint import Checkpoint, Stored
+from .experts import Piece, pieces_of, sources_of
 
 
 @dataclass(frozen=True)
@@ -108,17 +110,35 @@ class Names:
             raise ValueError(f"{self.checkpoint.folder} has no bias for '{module}', which the adapter trains.")
         return key, first
 
-    @cached_property
+    def pieces(self, module: str, rows: int, fan_in: int) -> list[Piece] | None:
+        """The tensors that a weight of fused experts is made of; `None` if the module is none."""
+        if self.key(f"{module}.weight") is not None:
+            return None
+        keys = self._fused.get(module)
+        return None if keys is None else pieces_of(self.checkpoint, keys, rows, fan_in)
+
+    @property
     def _renamed(self) -> dict[str, str]:
         """By the model's names, the checkpoint's, for tensors that transformers loads one by one."""
+        return self._by_model_name[0]
+
+    @property
+    def _fused(self) -> dict[str, list[tuple[int, str]]]:
+        """By the model's names, the checkpoint's tensors that transformers fuses, each with its pattern's number."""
+        return self._by_model_name[1]
+
+    @cached_property
+    def _by_model_name(self) -> tuple[dict[str, str], dict[str, list[tuple[int, str]]]]:
         model = empty_model(str(self.checkpoint.folder))
         if model is None:
-            return {}
+            return {}, {}
         rules = get_model_conversion_mapping(model)
         renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         prefix, state = model.base_model_prefix, model.state_dict()
+        orders = {pattern: n for c in converters for n, pattern in enumerate(sources_of(c) or ())}
         names: dict[str, str] = {}
+        fused: dict[str, list[tuple[int, str]]] = defaultdict(list)
         for key in self.checkpoint.tensors:
             name, converter = rename_source_key(key, renamings, converters, prefix, state)
             if converter is None:
@@ -126,7 +146,9 @@ class Names:
                 names[name] = key
                 names.setdefault(name.removeprefix(f"{prefix}."), key)
                 names.setdefault(f"{prefix}.{name}", key)
-        return names
+            elif converter in orders:
+                fused[name].append((orders[converter], key))
+        return names, dict(fused)
 
 
 def empty_model(name: str) -> Any:

@@ -38,6 +38,13 @@ CASES = {
         {},
     ),
     "other names in files": ("llava", torch.bfloat16, NeuroAdaConfig(k=1), {}),
+    "experts that transformers fuses": ("mixtral", torch.bfloat16, NeuroAdaConfig(k=2), {}),
+    "some experts, uneven rows": (
+        "mixtral",
+        torch.float32,
+        NeuroAdaConfig(k=2, target_modules=["experts"], experts_to_transform=[1], neuron_ratio=0.5),
+        {},
+    ),
     "convolution, attention": (
         "siglip",
         torch.float32,
@@ -118,10 +125,14 @@ def test_what_the_checkpoint_lacks_is_named(folders, capsys):
     refused(capsys, (base, adapter, out), "'model.layers.0.self_attn.q_proj.weight'", "merge_and_unload")
 
 
-def test_experts_that_the_checkpoint_keeps_apart_are_refused(tmp_path, capsys):
+def test_experts_of_another_base_are_refused(tmp_path, capsys):
     base = saved_base(tmp_path / "base", "mixtral")
-    adapter = saved_adapter(tmp_path / "adapter", base, "mixtral", NeuroAdaConfig(k=1))
-    refused(capsys, (base, adapter, tmp_path / "out"), "experts.down_proj", "made of several tensors")
+    adapter = saved_adapter(tmp_path / "adapter", base, "mixtral", NeuroAdaConfig(k=1, target_modules=["experts"]))
+    tensors = load_file(base / "model.safetensors")
+    key = next(key for key in tensors if key.endswith("experts.1.w2.weight"))
+    tensors[key] += 0.1
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    refused(capsys, (base, adapter, tmp_path / "out"), "another base model", "experts.down_proj")
     assert not (tmp_path / "out").exists()
 
 
