@@ -47,11 +47,12 @@ def changes_of(checkpoint: Checkpoint, adapter: AdapterFile) -> dict[str, list[C
         raise ValueError(f"{adapter.path} has no entries, so there is nothing to merge.")
     for module in adapter.modules:
         entries = adapter.entries(module)
-        pieces = names.pieces(module, entries.support.rows, entries.support.fan_in)
-        if pieces is not None:
-            _check_pieces(checkpoint, adapter, module, pieces)
-            for piece in pieces:
+        ways = names.pieces(module, entries.support.rows, entries.support.fan_in)
+        if ways:
+            for piece in _fitting_way(checkpoint, adapter, module, ways):
                 changes[piece.key].append(_of_piece(adapter, module, piece))
+            if entries.bias is not None:
+                raise ValueError(f"{adapter.path} trains biases of the experts '{module}': merge it in Python.")
             continue
         places = names.places(module, entries.support.rows, entries.support.fan_in)
         changes[places[0].key].append(_of_entries(adapter, module, places))
@@ -86,13 +87,20 @@ def _of_entries(adapter: AdapterFile, module: str, places: list[Place]) -> Chang
     return Change(values)
 
 
-def _check_pieces(checkpoint: Checkpoint, adapter: AdapterFile, module: str, pieces: list[Piece]) -> None:
-    reason = mismatch(checkpoint, pieces, adapter.entries(module))
-    if reason is not None:
+def _fitting_way(checkpoint: Checkpoint, adapter: AdapterFile, module: str, ways: list[list[Piece]]) -> list[Piece]:
+    """The tensors that have the values that the adapter's entries were chosen for."""
+    reasons = [mismatch(checkpoint, way, adapter.entries(module)) for way in ways]
+    if None not in reasons:
         raise ValueError(
-            f"{adapter.path} was made for another base model: '{module}' has {reason}. Pass the base model it was "
+            f"{adapter.path} was made for another base model: '{module}' has {reasons[0]}. Pass the base model it was "
             "trained on or, to merge into this one on purpose, --another-base."
         )
+    if reasons.count(None) > 1:
+        raise ValueError(
+            f"{adapter.path}: the weights of '{module}' are square, so rows and columns can't be told apart without "
+            "the base model it was made for. Load the adapter in Python, and save what merge_and_unload() gives."
+        )
+    return ways[reasons.index(None)]
 
 
 def _of_piece(adapter: AdapterFile, module: str, piece: Piece) -> Change:

@@ -16,18 +16,29 @@ from .checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class Piece:
-    """Some neurons of a fused weight: a tensor of the checkpoint, and its first row among all."""
+    """
+    Some neurons of a fused weight.
+
+    Attributes:
+        key (`str`): the tensor of the checkpoint.
+        first_row, rows (`int`): which of the weight's rows it holds.
+        of_expert (`int`, *optional*): of a tensor `[experts, fan_in, rows]`, the rows of one expert.
+    """
 
     key: str
     first_row: int
     rows: int
+    of_expert: int | None = None
 
     def within(self, support: Support) -> tuple[Tensor, Tensor]:
         """Which of a support's entries lie in the tensor (bool `[entries]`), and where in it when flattened."""
         row = support.row_of_entry()
         inside = (row >= self.first_row) & (row < self.first_row + self.rows)
-        column = support.indices.reshape(-1).long()[inside]
-        return inside, (row[inside] - self.first_row) * support.fan_in + column
+        row, column = row[inside] - self.first_row, support.indices.reshape(-1).long()[inside]
+        if self.of_expert is None:
+            return inside, row * support.fan_in + column
+        expert, row = row // self.of_expert, row % self.of_expert
+        return inside, (expert * support.fan_in + column) * self.of_expert + row
 
 
 def sources_of(converter: WeightConverter) -> list[str] | None:
@@ -61,6 +72,15 @@ def pieces_of(checkpoint: Checkpoint, keys: list[tuple[int, str]], rows: int, fa
         pieces.append(Piece(key, first, shape[0]))
         first += shape[0]
     return pieces if first == rows else None
+
+
+def whole_bank(checkpoint: Checkpoint, key: str, rows: int, fan_in: int) -> list[list[Piece]]:
+    """The ways in which a tensor with all experts may hold a weight: neurons as rows, or as columns."""
+    shape = checkpoint.tensors[key].shape
+    if len(shape) != 3 or shape[0] * shape[1] * shape[2] != rows * fan_in:
+        return []
+    natural = [[Piece(key, 0, rows)]] if shape[2] == fan_in else []
+    return natural + ([[Piece(key, 0, rows, of_expert=shape[2])]] if shape[1] == fan_in else [])
 
 
 def mismatch(checkpoint: Checkpoint, pieces: list[Piece], entries: Entries) -> str | None:

@@ -17,7 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from ..sparse.bases.projection import PROJECTIONS
 from ..sparse.support import Support
 from .checkpoint import Checkpoint, Stored
-from .experts import Piece, pieces_of, sources_of
+from .experts import Piece, pieces_of, sources_of, whole_bank
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,15 @@ class Names:
             raise ValueError(f"{self.checkpoint.folder} has no bias for '{module}', which the adapter trains.")
         return key, first
 
-    def pieces(self, module: str, rows: int, fan_in: int) -> list[Piece] | None:
-        """The tensors that a weight of fused experts is made of; `None` if the module is none."""
+    def pieces(self, module: str, rows: int, fan_in: int) -> list[list[Piece]]:
+        """The tensors of a weight of fused experts, in each way that their shapes permit; none of other weights."""
         if self.key(f"{module}.weight") is not None:
-            return None
-        keys = self._fused.get(module)
-        return None if keys is None else pieces_of(self.checkpoint, keys, rows, fan_in)
+            return []
+        whole = self.key(module)
+        if whole is not None:
+            return whole_bank(self.checkpoint, whole, rows, fan_in)
+        apart = pieces_of(self.checkpoint, self._fused.get(module, []), rows, fan_in)
+        return [] if apart is None else [apart]
 
     @property
     def _renamed(self) -> dict[str, str]:

@@ -11,6 +11,7 @@ from transformers import (
     BertConfig,
     CLIPVisionConfig,
     GPT2Config,
+    GptOssConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -35,6 +36,9 @@ MODELS = {
     "bert": lambda: AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=64, num_labels=3, **SMALL)),
     "mixtral": lambda: AutoModelForCausalLM.from_config(
         MixtralConfig(vocab_size=64, num_local_experts=2, num_key_value_heads=2, **SMALL)
+    ),
+    "gpt-oss": lambda: AutoModelForCausalLM.from_config(  # which keeps all experts in one tensor, neurons as columns
+        GptOssConfig(vocab_size=64, num_local_experts=2, num_key_value_heads=2, head_dim=8, **SMALL)
     ),
     "llava": lambda: LlavaForConditionalGeneration(  # its tensors have other names in files than in the model
         LlavaConfig(

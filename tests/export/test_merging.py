@@ -39,6 +39,7 @@ CASES = {
     ),
     "other names in files": ("llava", torch.bfloat16, NeuroAdaConfig(k=1), {}),
     "experts that transformers fuses": ("mixtral", torch.bfloat16, NeuroAdaConfig(k=2), {}),
+    "experts in one tensor": ("gpt-oss", torch.float32, NeuroAdaConfig(k=2), {}),
     "some experts, uneven rows": (
         "mixtral",
         torch.float32,
