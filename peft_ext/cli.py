@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == wanted:
             importlib.import_module(".api", __package__)  # a job needs our methods registered
             job = importlib.import_module(f".{place}", __package__)
-            command.description = job.DESCRIPTION
+            command.description = textwrap.fill(job.DESCRIPTION, 79)
             job.add_arguments(command)
     options, further = parser.parse_known_args(arguments)
     options.further = further
