@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from .modality import ModalityAttention
 
 
+LABEL = 32  # characters of a name in a legend; of a longer one, such as a path, its end
+
+
 def plot_modality(
     results: Mapping[str, ModalityAttention],
     path: str | os.PathLike[str],
@@ -45,10 +48,11 @@ def plot_modality(
     for name, result in results.items():
         layers = range(len(result.ratio))
         share = result.image_share.mean(dim=0).tolist()
-        axes[0].plot(layers, share, marker="o", label=name)
-        axes[1].plot(layers, result.ratio.tolist(), marker="o", label=name)
+        label = name if len(name) <= LABEL else f"…{name[1 - LABEL :]}"
+        axes[0].plot(layers, share, marker="o", label=label)
+        axes[1].plot(layers, result.ratio.tolist(), marker="o", label=label)
         if trained_parameters:
-            axes[2].scatter([max(trained_parameters[name], 1)], [sum(share) / len(share)], label=name)
+            axes[2].scatter([max(trained_parameters[name], 1)], [sum(share) / len(share)], label=label)
     titles = ["Attention on visual tokens (share)", "LMAR (image / text)", "Mean share and trained parameters"]
     for axis, title in zip(axes, titles, strict=False):
         axis.set_title(title)

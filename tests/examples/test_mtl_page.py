@@ -1,4 +1,4 @@
-"""The README's example of multi-task training trains as it is printed."""
+"""The documentation's example of several tasks per sample trains as it is printed."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from peft import get_peft_model
 from torch import nn
 
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "multi-task.md"
 
 
 class TwoTasks(nn.Module):
@@ -25,7 +25,7 @@ class TwoTasks(nn.Module):
 
 def test_example_trains_the_encoder_sparsely_and_the_heads_whole(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = README.read_text().split("## Multi-task training")[1].split("```python")[1].split("```")[0]
+    code = PAGE.read_text().split("## Several tasks per sample")[1].split("```python")[1].split("```")[0]
     options = 'output_dir="out", use_cpu=True, report_to="none", num_train_epochs=1, disable_tqdm=True'
     assert 'output_dir="out"' in code
     torch.manual_seed(0)
