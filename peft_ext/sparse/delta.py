@@ -166,7 +166,9 @@ class SparseDelta(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # Copies, for there are moving averages that write into what a state dict holds.
-        destination.update({f"{prefix}{name}": tensor.clone() for name, tensor in self.identity.items()})
+        # What waits on the meta device has no fingerprint yet.
+        device = self.weight.device if self.weight.is_meta else None
+        destination.update({f"{prefix}{name}": tensor.clone().to(device=device) for name, tensor in self.identity.items()})
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],

@@ -38,6 +38,7 @@ from ..delta import SparseDelta
 from ..layers import LayerTypes, SparseComposite, SparseLayer, part_biases, weights_of_layer
 from ..memory import Region
 from ..selection import SCORED, ScoreMatrices, parse_selection, select_supports
+from ..selection.given import uncompiled
 from ..support import Support
 from .checkpoint import CheckpointMixin
 from .merge import MergeMixin
@@ -128,7 +129,9 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         self._plan = self._make_plan(peft_config, targets)
 
     def _is_wanted(self, config: SparseConfig, name: str) -> bool:
-        return self._check_target_module_exists(config, name) if self._named is None else name in self._named
+        if self._named is None:
+            return self._check_target_module_exists(config, name)
+        return uncompiled(name) in self._named
 
     def _keep_names_exact(self, config: SparseConfig) -> None:
         """PEFT shortens long lists of names so that they fit the same modules, but not the same weights of experts."""
@@ -220,7 +223,7 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
 
     def _awaiting(self, config: SparseConfig, name: str, base: Any, no_data: bool) -> Planned:
         """Plan for a module whose tensors are about to be loaded."""
-        tables = self._given.get(name, {})
+        tables = self._given.get(uncompiled(name), {})
         given = "indices" in tables
         support = support_from(tables, config, name, base) if given else placeholder(config, name, base)
         pending = not given or tables["indices"].is_meta or no_data
@@ -259,7 +262,9 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         layer: Any = self._create_new_module(target, adapter_name) if is_new else target
         for name, part in weights_of_layer(current_key, layer).items():
             if name in weights:
-                self._update_layer(part, adapter_name, peft_config, self._plan[name])
+                # PEFT names the modules of a compiled model without its prefix where a state dict names them so.
+                planned = self._plan.get(name) or self._plan[f"_orig_mod.{name}"]
+                self._update_layer(part, adapter_name, peft_config, planned)
         if not is_new:
             return
         if adapter_name not in self.active_adapters:

@@ -173,3 +173,22 @@ def test_entries_that_do_not_fit_are_refused(tiny, change, message):
 
 def _state(model):
     return {key.removeprefix("base_model.model."): t for key, t in get_peft_model_state_dict(model).items()}
+
+
+def test_what_waits_for_a_file_has_no_number_of_its_own(tiny):
+    model = adapted(tiny("llama"), "neuroada")
+    waiting = inject_adapter_in_model(
+        METHODS["neuroada"](), tiny("llama"), state_dict=_state(model), low_cpu_mem_usage=True
+    )
+    tensors = get_peft_model_state_dict(waiting).values()
+    assert tensors and all(tensor.is_meta for tensor in tensors)
+
+
+def test_a_compiled_model_takes_the_entries_of_one_that_was_not(tiny):
+    targets = ["q_proj", "down_proj"]
+    state = _state(adapted(tiny("llama"), "neuroada", target_modules=targets))
+    config = METHODS["neuroada"](target_modules=targets)
+    compiled = inject_adapter_in_model(config, torch.compile(tiny("llama")), state_dict=state)
+    found = {key.removeprefix("_orig_mod."): t for key, t in get_peft_model_state_dict(compiled).items()}
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[key], state[key]) for key in state if key.endswith("indices"))
