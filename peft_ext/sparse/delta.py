@@ -168,7 +168,8 @@ class SparseDelta(nn.Module):
         # Copies, for there are moving averages that write into what a state dict holds.
         # What waits on the meta device has no fingerprint yet.
         device = self.weight.device if self.weight.is_meta else None
-        destination.update({f"{prefix}{name}": tensor.clone().to(device=device) for name, tensor in self.identity.items()})
+        copies = {name: tensor.clone().to(device=device) for name, tensor in self.identity.items()}
+        destination.update({f"{prefix}{name}": copy for name, copy in copies.items()})
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
