@@ -6,7 +6,6 @@ All that importing peft_ext changes in other packages, beside the methods that i
   loading failed. The wrapper checks a folder whose config names this package, and acts once one of our tuners injects.
 - `PeftModel.save_pretrained` and transformers' `PreTrainedModel.save_pretrained`, because they have no hook around the
   writing of a file. The wrapper acts where one of our adapters is saved.
-
 - `ModelCard.save` of huggingface_hub and both libraries' `push_to_hub`, because PEFT, Trainer and TRL write an
   adapter's card anew without asking its method; see `hf/cards.py`. The wrapper acts in the folders of our adapters.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..bases.neurons import experts_of, matrix_shape
 from ..config import SparseConfig
 from ..selection import parse_selection
+from ..selection.given import uncompiled
 from ..selection.plan import kept_neurons
 from ..support import Support
 from .by_expert import adapted_experts
@@ -48,7 +49,7 @@ def tables_in(state_dict: Mapping[str, Tensor], container: str) -> dict[str, dic
         module, marker, rest = key.rpartition(f".{container}.")
         name = rest.rpartition(".")[2]
         if marker and name in ("indices", "offsets"):
-            tables.setdefault(module.removeprefix("_orig_mod."), {})[name] = tensor
+            tables.setdefault(uncompiled(module), {})[name] = tensor
     return tables
 
 

@@ -91,7 +91,7 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         if state_dict is not None:  # its keys decide what is adapted
             self._banks = banks_in(model, state_dict)
             state_dict = named_by_target(model, state_dict)
-            self._named = {key.rsplit(f".{self.prefix}", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
+            self._named = {uncompiled(key.rsplit(f".{self.prefix}", 1)[0]) for key in state_dict}
         try:
             noted = exclusions_noted(model, self.peft_config[adapter_name])
             with clean_refusal(self.peft_config, model, adapter_name), noted:
@@ -126,7 +126,8 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         targets = without_parts(model, targets)
         exists = peft_config.from_checkpoint or peft_config.supports is not None or self._named is not None
         check_suitable(model, targets, trained=exists)
-        self._plan = self._make_plan(peft_config, targets)
+        # PEFT names the modules of a compiled model with or without its prefix, as a state dict does.
+        self._plan = {uncompiled(name): planned for name, planned in self._make_plan(peft_config, targets).items()}
 
     def _is_wanted(self, config: SparseConfig, name: str) -> bool:
         if self._named is None:
@@ -262,9 +263,7 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         layer: Any = self._create_new_module(target, adapter_name) if is_new else target
         for name, part in weights_of_layer(current_key, layer).items():
             if name in weights:
-                # PEFT names the modules of a compiled model without its prefix where a state dict names them so.
-                planned = self._plan.get(name) or self._plan[f"_orig_mod.{name}"]
-                self._update_layer(part, adapter_name, peft_config, planned)
+                self._update_layer(part, adapter_name, peft_config, self._plan[uncompiled(name)])
         if not is_new:
             return
         if adapter_name not in self.active_adapters:

@@ -192,3 +192,17 @@ def test_a_compiled_model_takes_the_entries_of_one_that_was_not(tiny):
     found = {key.removeprefix("_orig_mod."): t for key, t in get_peft_model_state_dict(compiled).items()}
     assert found.keys() == state.keys()
     assert all(torch.equal(found[key], state[key]) for key in state if key.endswith("indices"))
+
+
+def test_a_compiled_part_of_a_model_takes_its_entries(tiny):
+    def build():
+        model = tiny("llama")
+        model.model.layers[0].mlp = torch.compile(model.model.layers[0].mlp)
+        return model
+
+    targets = ["q_proj", "down_proj"]
+    state = _state(adapted(build(), "neuroada", target_modules=targets))
+    injected = inject_adapter_in_model(METHODS["neuroada"](target_modules=targets), build(), state_dict=state)
+    found = get_peft_model_state_dict(injected)
+    assert found.keys() == state.keys() and any("_orig_mod" in key for key in state)
+    assert all(torch.equal(found[key], state[key]) for key in state if key.endswith("indices"))
