@@ -48,7 +48,7 @@ test: $(STAMP) ## peft_ext's tests
 test-peft: $(STAMP) ## PEFT's own test-suite, run against every sparse method
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/upstream/run.py $(ARGS)
 
-test-zoo: $(STAMP) ## every architecture, and the table of docs/compatibility.md
+test-zoo: $(STAMP) ## every verb, trainer, quantisation and architecture: docs/compatibility.md
 	ZOO=all HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -o cache_dir=$(CACHE)/pytest tests/zoo $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and format

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
-from peft_ext import NeuroAdaConfig
+from peft_ext import NeuroAdaConfig, gradient_scores
 from peft_ext.hf.internals import ForwardOnlyQuantizationBackend
 from peft_ext.sparse.bases.quantised import float_weight
 from peft_ext.sparse.choose import targets
@@ -365,6 +365,8 @@ def test_torchao(model_dir, ids, tmp_path, kind):
         config = TorchAoConfig(getattr(quantization, kind)())
         return AutoModelForCausalLM.from_pretrained(model_dir("llama"), quantization_config=config).eval()
 
+    with pytest.raises(TypeError, match="is quantised .*, so it can't be scored"):
+        gradient_scores(load(), [{"input_ids": ids, "labels": ids}])
     model = get_peft_model(load(), NeuroAdaConfig(k=2, init_weights=False)).eval()
     assert get_model_status(model).quantization_backend == "torchao"
     model(ids, labels=ids).loss.backward()

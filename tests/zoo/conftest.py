@@ -1,22 +1,33 @@
-"""Collects results, and writes the table once every architecture has been tried."""
-
-import re
+"""Collects outcomes, and writes the page once everything has been tried and holds."""
 
 from ._architectures import ARCHITECTURES
-from ._table import COLUMN, write
+from ._page import CELL, write
 
 
-_results = {}
+_cells = {}
 
 
 def pytest_runtest_logreport(report):
-    found = re.search(r"test_default_targets_learn_and_merge\[(.+)-(NeuroAda|PSN)\]", report.nodeid)
-    properties = dict(report.user_properties).get(COLUMN)
-    if report.when == "call" and found and properties:
-        reason = "" if report.passed else report.longrepr.reprcrash.message.splitlines()[0][:120]
-        _results[found[1], found[2]] = (reason, properties["left out"])
+    if report.when == "call" and report.passed:
+        _cells.update({tuple(cell[:3]): cell[3] for name, cell in report.user_properties if name == CELL})
 
 
 def pytest_sessionfinish(session):
-    if not hasattr(session.config, "workerinput") and len(_results) == 2 * len(ARCHITECTURES):
-        write(_results)
+    tried = {(table, row) for table, row, _ in _cells}
+    complete = {("architectures", name) for name in ARCHITECTURES} <= tried and len({t for t, _ in tried}) == 4
+    if not hasattr(session.config, "workerinput") and complete and not session.testsfailed:
+        order = [*(name for name in ARCHITECTURES), *_order()]
+        cells = dict(sorted(_cells.items(), key=lambda cell: order.index(cell[0][1])))
+        write(
+            cells,
+            [f"- {name}: `{found.idle}`, since {found.why}." for name, found in ARCHITECTURES.items() if found.why],
+        )
+
+
+def _order():
+    """Rows of the other tables; with several processes tests end in any order."""
+    from ._trainers import TRAINERS
+    from ._verbs import VERBS
+    from .test_quantisations import QUANTISED
+
+    return [*VERBS, *TRAINERS, *QUANTISED]

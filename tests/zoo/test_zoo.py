@@ -8,7 +8,8 @@ from peft_ext import NeuroAdaConfig, PSNConfig
 
 from ._architectures import ARCHITECTURES, SAMPLE
 from ._checks import check
-from ._table import COLUMN, left_out
+from ._left_out import left_out
+from ._page import CELL
 
 
 METHODS = {"NeuroAda": NeuroAdaConfig, "PSN": PSNConfig}
@@ -20,9 +21,13 @@ NAMES = ARCHITECTURES if os.environ.get("ZOO") == "all" else SAMPLE
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.* is left out of the targets. it fuses")
 def test_default_targets_learn_and_merge(name, method, record_property):
     architecture = ARCHITECTURES[name]
-    record_property(COLUMN, {"left out": left_out(architecture.build(name))})
+    record_property(CELL, ("architectures", name, "Kind", architecture.kind))
+    record_property(CELL, ("architectures", name, "Left out", left_out(architecture.build(name))))
+    outcome = "works"
     if method == "NeuroAda" and not architecture.linear:
         with pytest.raises(ValueError, match="target_modules=None stands for no layer"):
             check(name, architecture, NeuroAdaConfig(k=2))
+        outcome = 'refused: no linear layer; PSN, or `target_modules="all-neurons"`'
     else:
         check(name, architecture, METHODS[method](k=2))
+    record_property(CELL, ("architectures", name, method, outcome))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -92,6 +93,8 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
             self._banks = banks_in(model, state_dict)
             state_dict = named_by_target(model, state_dict)
             self._named = {uncompiled(key.rsplit(f".{self.prefix}", 1)[0]) for key in state_dict}
+        else:
+            self._take_entries_of_same_config(adapter_name)
         try:
             noted = exclusions_noted(model, self.peft_config[adapter_name])
             with clean_refusal(self.peft_config, model, adapter_name), noted:
@@ -133,6 +136,18 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         if self._named is None:
             return self._check_target_module_exists(config, name)
         return uncompiled(name) in self._named
+
+    def _take_entries_of_same_config(self, adapter_name: str) -> None:
+        """
+        An adapter made with the config of another one is a copy of it, as TRL makes them for a reference, and needs
+        its entries. Choosing again would need scores, and could find others on a base that is not the adapter's own.
+        """
+        config = self.peft_config[adapter_name]
+        of = next((name for name, other in self.peft_config.items() if other is config and name != adapter_name), None)
+        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, self.tuner_layer_cls)}
+        deltas = {name: layer.deltas[of] for name, layer in layers.items() if of in layer.deltas}
+        if deltas and not any(delta.pending for delta in deltas.values()):
+            config.supports = {name: copy.deepcopy(delta.support) for name, delta in deltas.items()}
 
     def _keep_names_exact(self, config: SparseConfig) -> None:
         """PEFT shortens long lists of names so that they fit the same modules, but not the same weights of experts."""

@@ -236,3 +236,24 @@ def test_quantised_layer_with_trained_biases(requantize):
         model.unmerge_adapter()
         assert torch.equal(layer.get_base_layer().bias, bias)
         assert torch.equal(model(x), expected)
+
+
+@EVERY
+def test_an_adapter_made_with_the_config_of_another_has_its_entries(tiny, ids, tmp_path, method):
+    """As TRL makes the reference of a policy: from its config, and then its values copied by name."""
+    inputs = {"input_ids": ids}
+    adapted(tiny("llama"), method).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny("llama"), tmp_path, is_trainable=True)
+    for layer in layers_of(model).values():  # now magnitudes rank otherwise
+        layer.get_base_layer().weight.data = layer.get_base_layer().weight.data.flip(-1)
+        layer.deltas["default"].checked = True
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    for layer in layers_of(model).values():
+        ours, theirs = (layer.deltas[adapter].support for adapter in ("default", "ref"))
+        assert torch.equal(ours.indices, theirs.indices) and ours.indices.data_ptr() != theirs.indices.data_ptr()
+    expected = logits(model, inputs)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model, inputs), expected)

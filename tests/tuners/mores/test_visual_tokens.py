@@ -298,3 +298,15 @@ def test_text_positions_leave_out_visual_tokens():
 def test_all_layers_are_the_default_for_text():
     model = get_peft_model(text_model(), MoReSConfig(token_positions="l1"))
     assert len(model.peft_config["default"].target_modules) == 3
+
+
+def test_last_tokens_of_a_language_model_trained_without_labels_are_a_warning(recwarn):
+    model = get_peft_model(text_model(), MoReSConfig(token_positions="f1+l1"))
+    ids = torch.tensor([[3, 4, 5, 6]])
+    labels = torch.tensor([[-100, -100, 5, 6]])
+    model.train()(input_ids=ids, labels=labels)
+    model.eval()(input_ids=ids)
+    get_peft_model(text_model(), MoReSConfig(token_positions="f1")).train()(input_ids=ids)
+    assert not [w for w in recwarn if "token_positions" in str(w.message)]
+    with pytest.warns(UserWarning, match="trained without labels, so the last tokens of the whole input"):
+        model.train()(input_ids=ids)

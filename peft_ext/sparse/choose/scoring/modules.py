@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ....hf.internals import INCLUDE_LINEAR_LAYERS_SHORTHAND, check_target_module_exists
 from ...bases.neurons import base_of, is_supported, weights_of
 from ...bases.part import Part
+from ...bases.quantised import backend_of
 from ...config import SparseConfig
 from ...selection.given import uncompiled
 from ..experts import wanted_banks
@@ -67,9 +68,11 @@ def scored_modules(model: nn.Module, config: SparseConfig | None) -> dict[str, A
     for name, base in found.items():
         if base.weight.is_complex():
             raise TypeError(f"The weight of '{name}' is complex, so it can't be scored; add it to `exclude_modules`.")
-        if not base.weight.is_floating_point() or base.weight.element_size() == 1:
+        packed = not base.weight.is_floating_point() or base.weight.element_size() == 1
+        if packed or backend_of(model, base) is not None:  # torchao's say the dtype that they give back
+            kind = base.weight.dtype if packed else type(base.weight).__name__
             raise TypeError(
-                f"The weight of '{name}' is quantised ({base.weight.dtype}), so it can't be scored. Score the "
+                f"The weight of '{name}' is quantised ({kind}), so it can't be scored. Score the "
                 "unquantised model; the scores then serve the quantised one too."
             )
     return found

@@ -25,6 +25,7 @@ class Call:
         start (`int`): tokens in the cache before.
         device (`torch.device`): of the inputs.
         input_ids, attention_mask, position_ids, labels, visual_token_mask: the arguments; `None` if not passed.
+        learns (`bool`): whether a language model is trained by it.
         cache (`Cache`, *optional*): that was passed.
         trace ([`Trace`]): of what is in it.
         visual (`tuple`, *optional*): what [`~coverage.visual.visual_tokens_of`] has found.
@@ -38,6 +39,7 @@ class Call:
     attention_mask: Any
     position_ids: Any
     labels: Any
+    learns: bool
     visual_token_mask: Any
     cache: Any
     trace: Trace
@@ -88,6 +90,7 @@ def read_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         attention_mask=argument(module, args, kwargs, "attention_mask"),
         position_ids=argument(module, args, kwargs, "position_ids"),
         labels=argument(module, args, kwargs, "labels"),
+        learns=module.training and getattr(module, "get_output_embeddings", lambda: None)() is not None,
         visual_token_mask=visual_token_mask,
         cache=cache,
         trace=(trace_of(cache) if start else None) or Trace(),

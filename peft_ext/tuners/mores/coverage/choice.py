@@ -5,6 +5,7 @@ chunk, what follows a cache, or nothing, when it continues a text. Where this ca
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,6 +104,14 @@ def _choose_in_prompt(config: MoReSConfig, call: Call, known: Known) -> tuple[Te
             first, last = parse_positions(config.token_positions)
             if known.unfinished and known.prompt is None:
                 last = 0
+            if last and call.learns and call.labels is None and known.prompt is None:
+                warnings.warn(
+                    f"token_positions={config.token_positions!r}: a language model is trained without labels, so the "
+                    "last tokens of the whole input are steered, its answer included, while generate() steers those "
+                    f"of the prompt. Pass labels, or steer first tokens alone (token_positions='f{max(first, 1)}').",
+                    UserWarning,
+                    stacklevel=2,
+                )
             kept[key] = select_positions(_text(call, known), first, last), 0
     return kept[key]
 
