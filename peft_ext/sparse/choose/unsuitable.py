@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..bases.neurons import base_of, has_writable_weight, is_supported, weights_of
+from ...hf.internals import QuantizationBackend
+from ..bases.experts import bank_names
+from ..bases.neurons import SUPPORTED, base_of, has_writable_weight, is_supported, weights_of
+from ..bases.offloaded import is_offloaded
 from .weight_reads import layers_read
 
 
@@ -88,3 +91,42 @@ def check_suitable(model: nn.Module, targets: Iterable[str], trained: bool = Fal
         "gives. Train the adapter anew without these layers.",
         stacklevel=3,
     )
+
+
+def check_supported(name: str, module: nn.Module, backend: QuantizationBackend | None, own: tuple[type, ...]) -> None:
+    """
+    Check the type of a target.
+
+    Args:
+        name (`str`): of the target.
+        module (`torch.nn.Module`): the target, perhaps a tuner's layer around the one to adapt.
+        backend (`QuantizationBackend`, *optional*): PEFT's access to its quantised weight.
+        own (`tuple`): classes of the layers that hold this method's adapters.
+
+    Raises:
+        `TypeError`: if it has no neurons, or its weights can't be reached.
+    """
+    base = base_of(module)
+    advice = f"Narrow `target_modules`, or add '{name}' to `exclude_modules`."
+    if not is_supported(base, backend):
+        fused = [key for key, parameter in base.named_parameters(recurse=False) if parameter.dim() == 3]
+        size = " with an empty weight" if isinstance(base, nn.Linear) else ""
+        hint = f" Its '{fused[0]}' fuses the weights of several layers into one." if fused else ""
+        if isinstance(base, nn.Embedding):
+            hint = " To train the embeddings of some tokens, name these in `trainable_token_indices`."
+        raise TypeError(
+            f"Target module '{name}' is a {type(base).__name__}{size}, which is not supported.{hint} Supported "
+            f"are {SUPPORTED}. {advice}"
+        )
+    is_attention = isinstance(base, nn.MultiheadAttention)
+    if not is_attention and not bank_names(base):
+        return
+    if module is not base and not isinstance(module, own):
+        kind = "an attention" if is_attention else "a module of fused experts"
+        raise TypeError(f"Target module '{name}' is {kind} that another method has adapted. {advice}")
+    if is_offloaded(base):
+        kind = "nn.MultiheadAttention" if is_attention else type(base).__name__
+        raise TypeError(
+            f"Target module '{name}' is an offloaded {kind}. Its weights are there only while the module itself "
+            f"runs, which an adapted one does not. Keep it on a device. {advice}"
+        )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -13,34 +12,21 @@ from torch import Tensor, nn
 
 from ...hf.injection import clean_refusal, is_loading
 from ...hf.internals import INCLUDE_LINEAR_LAYERS_SHORTHAND, BaseTuner, ExcludedModule
-from ..bases.experts import bank_names
 from ..bases.neurons import (
-    SUPPORTED,
     base_of,
-    check_real,
-    experts_of,
-    is_supported,
-    matrix_shape,
-    neuron_view,
-    parameter_of,
     weights_of,
 )
-from ..bases.offloaded import is_offloaded
-from ..bases.quantised import backend_of, float_weight
-from ..bases.sharded import check_gatherable
+from ..bases.quantised import backend_of
 from ..bases.sharing import identity, weight_key
-from ..choose.by_expert import ExpertMatrices
 from ..choose.experts import banks_in, check_target_parameters, exclusions_noted, wanted_banks
-from ..choose.placeholders import placeholder, support_from, tables_in
+from ..choose.placeholders import tables_in
+from ..choose.planning import Planned, plan
 from ..choose.targets import check_names, inside_adapter, named_by_target, resolve_targets, without_parts
-from ..choose.unsuitable import check_suitable
+from ..choose.unsuitable import check_suitable, check_supported
 from ..config import SparseConfig
 from ..delta import SparseDelta
 from ..layers import LayerTypes, SparseComposite, SparseLayer, part_biases, weights_of_layer
-from ..memory import Region
-from ..selection import SCORED, ScoreMatrices, parse_selection, select_supports
 from ..selection.given import uncompiled
-from ..support import Support
 from .checkpoint import CheckpointMixin
 from .merge import MergeMixin
 from .merge_once import note_sharing
@@ -50,11 +36,17 @@ from .weighted import WeightedAdapterMixin
 
 
 @dataclass
-class Planned:
-    """A target's support; `pending` if it is a placeholder until a checkpoint is loaded."""
+class _Injection:
+    """State while one adapter is injected."""
 
-    support: Support
-    pending: bool = False
+    tables: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # of a state dict, by module
+    named: set[str] | None = None  # the modules that a state dict names: they are the targets
+    banks: dict[str, list[str]] = field(default_factory=dict)  # weights to adapt, by their module of experts
+    target_modules: list[str] | str | None = None  # before PEFT shortens them
+    empty: bool = False  # without memory for the adapter's tensors
+    dense_dtype: torch.dtype | None = None
+    plan: dict[str, Planned] = field(default_factory=dict)
+    deltas: dict[Hashable, SparseDelta] = field(default_factory=dict)  # by the weight that they are for
 
 
 class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterMixin, BaseTuner):
@@ -81,18 +73,16 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        self._low_cpu_mem_usage = low_cpu_mem_usage or _parameters_go_to_meta()
-        self._plan: dict[str, Planned] = {}
-        self._deltas: dict[Any, SparseDelta] = {}  # of this adapter, by the weight that they are for
-        self._dense_dtype = _float_dtype(model)
+        injection = self._injection = _Injection(
+            tables=tables_in(state_dict or {}, self.tuner_layer_cls.adapter_layer_names[0]),
+            empty=low_cpu_mem_usage or _parameters_go_to_meta(),
+            dense_dtype=_float_dtype(model),
+        )
         self._kept_padded = getattr(self, "_kept_padded", [])
-        self._given = tables_in(state_dict or {}, self.tuner_layer_cls.adapter_layer_names[0])
-        self._named: set[str] | None = None
-        self._banks: dict[str, list[str]] = {}  # of this adapter, by their module of experts
         if state_dict is not None:  # its keys decide what is adapted
-            self._banks = banks_in(model, state_dict)
+            injection.banks = banks_in(model, state_dict)
             state_dict = named_by_target(model, state_dict)
-            self._named = {uncompiled(key.rsplit(f".{self.prefix}", 1)[0]) for key in state_dict}
+            injection.named = {uncompiled(key.rsplit(f".{self.prefix}", 1)[0]) for key in state_dict}
         else:
             self._take_entries_of_same_config(adapter_name)
         try:
@@ -107,7 +97,7 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
                 )
             self._keep_names_exact(self.peft_config[adapter_name])
         finally:
-            self._plan, self._deltas, self._given, self._banks = {}, {}, {}, {}
+            self._injection = _Injection()
         note_sharing(model, self.tuner_layer_cls)
         # Of no use once the entries are chosen, and the scores are dense.
         self.peft_config[adapter_name].scores = self.peft_config[adapter_name].supports = None
@@ -117,25 +107,42 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         return peft_config
 
     def _prepare_model(self, peft_config: SparseConfig, model: nn.Module) -> None:
-        if self._named is None:
+        injection = self._injection
+        if injection.named is None:
             check_names(model, peft_config)
-            self._banks, self._given_targets = wanted_banks(model, peft_config), peft_config.target_modules
-            check_target_parameters(model, peft_config, self._banks)
+            injection.banks, injection.target_modules = wanted_banks(model, peft_config), peft_config.target_modules
+            check_target_parameters(model, peft_config, injection.banks)
         targets = {
             name: module
             for name, module in model.named_modules()
             if name and not inside_adapter(model, name) and self._is_wanted(peft_config, name)
         }
         targets = without_parts(model, targets)
-        exists = peft_config.from_checkpoint or peft_config.supports is not None or self._named is not None
+        exists = peft_config.from_checkpoint or peft_config.supports is not None or injection.named is not None
         check_suitable(model, targets, trained=exists)
+        weights: dict[str, Any] = {}
+        for name, module in targets.items():
+            base = base_of(module)
+            check_supported(name, module, backend_of(self, base), self.layer_types.own)
+            weights.update(self._weights_of(name, base))
+        merged = (layer for layer in self.sparse_layers(model) if layer.merged)
+        planned = plan(
+            peft_config,
+            weights,
+            backends={name: backend_of(self, base) for name, base in weights.items()},
+            originals={identity(layer.get_base_layer()): layer.original_matrix for layer in merged},
+            tables=injection.tables,
+            awaits=is_loading() or injection.empty or injection.named is not None,
+            empty=injection.empty,
+        )
         # PEFT names the modules of a compiled model with or without its prefix, as a state dict does.
-        self._plan = {uncompiled(name): planned for name, planned in self._make_plan(peft_config, targets).items()}
+        injection.plan = {uncompiled(name): of_weight for name, of_weight in planned.items()}
 
     def _is_wanted(self, config: SparseConfig, name: str) -> bool:
-        if self._named is None:
+        named = self._injection.named
+        if named is None:
             return self._check_target_module_exists(config, name)
-        return uncompiled(name) in self._named
+        return uncompiled(name) in named
 
     def _take_entries_of_same_config(self, adapter_name: str) -> None:
         """
@@ -151,111 +158,21 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
 
     def _keep_names_exact(self, config: SparseConfig) -> None:
         """PEFT shortens long lists of names so that they fit the same modules, but not the same weights of experts."""
-        if self._named is None and wanted_banks(self.model, config) != self._banks:
-            config.target_modules = self._given_targets
-
-    def _make_plan(self, config: SparseConfig, targets: dict[str, nn.Module]) -> dict[str, Planned]:
-        """
-        Check the targets and choose their entries; where a checkpoint or a state dict brings the entries, only their
-        shapes are planned.
-
-        Raises:
-            `TypeError`: if a target is of a type that has no neurons.
-            `ValueError`: if a weight is not finite, or scores are missing or of another shape.
-        """
-        bases: dict[str, Any] = {}
-        for name, module in targets.items():
-            base = base_of(module)
-            self._check_type(name, module, base)
-            bases.update(self._weights_of(name, base))
-        config.expert_weights = sorted(name for name, base in bases.items() if experts_of(base)) or None
-        backends = {name: backend_of(self, base) for name, base in bases.items()}
-        if config.supports is not None:
-            return {name: Planned(config.supports[name]) for name in bases}
-        # Layers that share a weight share their entries: each weight is looked at once, under its first name.
-        first: dict[Any, str] = {}
-        source = {name: first.setdefault(weight_key(base) or name, name) for name, base in bases.items()}
-        for name, base in bases.items():
-            other = bases[source[name]]
-            biases = [getattr(layer, "bias", None) for layer in (base, other)]
-            ours, theirs = (None if bias is None else Region.of(bias) for bias in biases)
-            if config.train_bias and base is not other and ours != theirs:
-                raise ValueError(
-                    f"'{source[name]}' and '{name}' share a weight, so they share what an adapter trains, but their "
-                    "biases differ. Set train_bias=False, or adapt only one of the two."
-                )
-        criterion, scope = parse_selection(config.selection)
-        shapes = {name: matrix_shape(base) for name, base in bases.items()}
-        for name, base in bases.items():
-            if backends[name] is None:
-                check_gatherable(name, parameter_of(base), *shapes[name])
-                check_real(name, parameter_of(base))
-        no_data = self._low_cpu_mem_usage or any(_has_no_data(base) for base in bases.values())
-        awaits = is_loading() or self._low_cpu_mem_usage or self._named is not None
-        if criterion in SCORED and config.scores is None and not awaits:
-            raise ValueError(
-                f"selection={config.selection!r} needs scores. Load a saved adapter with PeftModel.from_pretrained. "
-                "For a new one, compute them before the model is adapted:\n"
-                f"    scores = peft_ext.{criterion}_scores(model, dataloader)\n"
-                "    model = get_peft_model(model, config.with_scores(scores))"
-            )
-        if awaits or no_data:  # a checkpoint brings the entries, or there is nothing to choose from
-            return {name: self._awaiting(config, name, base, no_data) for name, base in bases.items()}
-        sealed = {name: b for name, b in backends.items() if b is not None and not b.supports_merge}
-        for name, backend in sealed.items() if criterion not in SCORED else ():
-            raise TypeError(
-                f"Target module '{name}' is quantised by {backend.backend_name}, which can't give its weights back, "
-                "so no entries can be ranked. Choose them on the unquantised model, save that adapter, and load it "
-                "here."
-            )
-        chosen = {name: bases[name] for name in first.values()}
-        views: dict[str, Callable[[], Tensor]] = {
-            name: partial(_matrix, base, backends[name]) for name, base in chosen.items()
-        }
-        # An adapter is chosen for the base weight, not for what is merged into it at the moment.
-        merged = {identity(layer.get_base_layer()): layer for layer in self.sparse_layers(self.model) if layer.merged}
-        views |= {
-            name: merged[identity(base)].original_matrix for name, base in chosen.items() if identity(base) in merged
-        }
-        scores = ScoreMatrices(config.scores, chosen, shapes) if criterion in SCORED else None
-        unused = sorted({*(config.k_pattern or {})} - {config.pattern_of(name) for name in bases})
-        if unused:
-            raise ValueError(f"k_pattern has {unused[0]!r}, which fits no adapted module; mend it or leave it out.")
-        by_expert = ExpertMatrices(chosen, config)
-        supports = by_expert.join(
-            select_supports(
-                by_expert.split(views),
-                config.selection,
-                lambda fan_in, key: config.entries_per_neuron(fan_in, by_expert.origin.get(key, (key,))[0]),
-                config.neuron_ratio,
-                config.seed,
-                by_expert.split_scores(scores),
-                config.column_budget,
-            )
-        )
-        sizes = {name: supports[source[name]].entries for name in bases}
-        config.support_sizes = sizes if scope == "network" else None
-        return {name: Planned(supports[source[name]]) for name in bases}
-
-    def _awaiting(self, config: SparseConfig, name: str, base: Any, no_data: bool) -> Planned:
-        """Plan for a module whose tensors are about to be loaded."""
-        tables = self._given.get(uncompiled(name), {})
-        given = "indices" in tables
-        support = support_from(tables, config, name, base) if given else placeholder(config, name, base)
-        pending = not given or tables["indices"].is_meta or no_data
-        return Planned(support.to("meta" if no_data else "cpu"), pending)
+        injection = self._injection
+        if injection.named is None and wanted_banks(self.model, config) != injection.banks:
+            config.target_modules = injection.target_modules
 
     def _weights_of(self, name: str, base: Any) -> dict[str, Any]:
         """The layers of a target that this adapter is for: of experts, those that it asks for."""
-        wanted = self._banks.get(name)
+        wanted = self._injection.banks.get(name)
         weights = weights_of(name, base)
         return weights if wanted is None else {f"{name}.{bank}": weights[f"{name}.{bank}"] for bank in wanted}
 
     def _check_target_module_exists(self, peft_config: SparseConfig, key: str) -> Any:
         match = super()._check_target_module_exists(peft_config, key)
-        if key not in self._banks or isinstance(match, ExcludedModule):
+        if key not in self._injection.banks or isinstance(match, ExcludedModule):
             return match
-        return bool(self._banks[key])
+        return bool(self._injection.banks[key])
 
     def _inject_parameters(self, peft_config: SparseConfig, **kwargs: Any) -> list[str]:
         # Their modules are targets, and adapted by now.
@@ -278,7 +195,7 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         layer: Any = self._create_new_module(target, adapter_name) if is_new else target
         for name, part in weights_of_layer(current_key, layer).items():
             if name in weights:
-                self._update_layer(part, adapter_name, peft_config, self._plan[uncompiled(name)])
+                self._update_layer(part, adapter_name, peft_config, self._injection.plan[uncompiled(name)])
         if not is_new:
             return
         if adapter_name not in self.active_adapters:
@@ -297,41 +214,16 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         layer = self.layer_types.around(target, backend_of(self, base_of(target)))
         for part in weights_of_layer("", layer).values():
             part._active_adapter = adapter_name
-            part.dense_dtype = self._dense_dtype
+            part.dense_dtype = self._injection.dense_dtype
         layer._active_adapter = adapter_name
         return layer
 
     def _update_layer(self, layer: SparseLayer, adapter_name: str, config: SparseConfig, planned: Planned) -> None:
         key = weight_key(layer.get_base_layer())
-        shared = None if key is None else self._deltas.get(key)
+        shared = None if key is None else self._injection.deltas.get(key)
         layer.update_layer(adapter_name, config, planned.support, planned.pending, shared)
         if key is not None:
-            self._deltas[key] = layer.deltas[adapter_name]
-
-    def _check_type(self, name: str, module: nn.Module, base: nn.Module) -> None:
-        advice = f"Narrow `target_modules`, or add '{name}' to `exclude_modules`."
-        if not is_supported(base, backend_of(self, base)):
-            fused = [key for key, parameter in base.named_parameters(recurse=False) if parameter.dim() == 3]
-            size = " with an empty weight" if isinstance(base, nn.Linear) else ""
-            hint = f" Its '{fused[0]}' fuses the weights of several layers into one." if fused else ""
-            if isinstance(base, nn.Embedding):
-                hint = " To train the embeddings of some tokens, name these in `trainable_token_indices`."
-            raise TypeError(
-                f"Target module '{name}' is a {type(base).__name__}{size}, which is not supported.{hint} Supported "
-                f"are {SUPPORTED}. {advice}"
-            )
-        if not isinstance(base, nn.MultiheadAttention) and not bank_names(base):
-            return
-        is_attention = isinstance(base, nn.MultiheadAttention)
-        if module is not base and not isinstance(module, self.layer_types.own):
-            kind = "an attention" if is_attention else "a module of fused experts"
-            raise TypeError(f"Target module '{name}' is {kind} that another method has adapted. {advice}")
-        if is_offloaded(base):
-            kind = "nn.MultiheadAttention" if is_attention else type(base).__name__
-            raise TypeError(
-                f"Target module '{name}' is an offloaded {kind}. Its weights are there only while the module itself "
-                f"runs, which an adapted one does not. Keep it on a device. {advice}"
-            )
+            self._injection.deltas[key] = layer.deltas[adapter_name]
 
     def train(self, mode: bool = True) -> SparseModel:
         """As PEFT's; between training and evaluation, tells of layers that training has not called."""
@@ -375,15 +267,6 @@ def _keep_calling(module: nn.Module, args: Any) -> None:
     """A hook that changes nothing."""
 
 
-def _matrix(base_layer: nn.Module, backend: Any) -> Tensor:
-    return neuron_view(base_layer, float_weight(base_layer, backend))
-
-
 def _float_dtype(model: nn.Module) -> torch.dtype | None:
     """Dtype of the first unquantised parameter of a model."""
     return next((p.dtype for p in model.parameters() if type(p) is nn.Parameter and p.is_floating_point()), None)
-
-
-def _has_no_data(base_layer: nn.Module) -> bool:
-    weight = getattr(base_layer, "weight", None)
-    return isinstance(weight, Tensor) and weight.is_meta and not is_offloaded(base_layer)

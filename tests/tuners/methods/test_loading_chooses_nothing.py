@@ -14,7 +14,7 @@ from peft import (
 from peft.utils import load_peft_weights
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-import peft_ext.sparse.model.sparse_model
+import peft_ext.sparse.choose.planning
 import peft_ext.sparse.selection.plan
 from peft_ext import hotswap_adapter
 from tests.tuners.methods._common import METHODS, adapted, assert_equal_bits, fill, layers_of
@@ -37,7 +37,7 @@ def choosing_fails(monkeypatch):
         raise AssertionError("entries are chosen while an adapter is loaded")
 
     def start():
-        monkeypatch.setattr(peft_ext.sparse.model.sparse_model, "select_supports", refuse)
+        monkeypatch.setattr(peft_ext.sparse.choose.planning, "select_supports", refuse)
         for name in ("top_per_neuron", "top_overall"):
             monkeypatch.setattr(peft_ext.sparse.selection.plan, name, refuse)
 

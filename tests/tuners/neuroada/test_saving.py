@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from peft_ext import NeuroAdaConfig
-from peft_ext.sparse.model import sparse_model
+from peft_ext.sparse.choose import planning
 from tests.sparse._probes import tensors_of
 from tests.tuners.neuroada._common import (
     HALF_TYPES,
@@ -224,7 +224,7 @@ def test_loaded_adapter_can_be_trained_on(tiny, ids, tmp_path, low_cpu_mem_usage
 def test_low_cpu_mem_usage_chooses_nothing_and_leaves_nothing_on_meta(tiny, tmp_path, monkeypatch):
 
     adapted(tiny("llama"), k=2).save_pretrained(tmp_path)
-    monkeypatch.setattr(sparse_model, "select_supports", lambda *args: pytest.fail("entries were chosen"))
+    monkeypatch.setattr(planning, "select_supports", lambda *args: pytest.fail("entries were chosen"))
     loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path, low_cpu_mem_usage=True)
     tensors = tensors_of(loaded)
     assert not [name for name, tensor in tensors.items() if tensor.is_meta]
