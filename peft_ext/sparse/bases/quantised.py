@@ -9,9 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from ...hf.internals import QuantizationBackend, get_quantization_kwargs, resolve_quantization_backend
-from .offloaded import onloaded
+from .neurons import stored_weight
+from .offloaded import is_offloaded, onloaded
 from .part import Part
 from .sharded import whole
+
+
+def has_data(base_layer: Any) -> bool:
+    """Whether a layer's weight is in memory, or can be brought there."""
+    return not stored_weight(base_layer).is_meta or is_offloaded(base_layer)
+
+
+def is_readable(base_layer: Any, backend: QuantizationBackend | None) -> bool:
+    """Whether [`float_weight`] can give a layer's weight."""
+    return has_data(base_layer) and (backend is None or backend.supports_merge)
 
 
 def float_weight(base_layer: Any, backend: QuantizationBackend | None) -> Tensor:

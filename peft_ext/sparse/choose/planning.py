@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from ...hf.internals import QuantizationBackend
 from ..bases.neurons import check_real, experts_of, matrix_shape, neuron_view, parameter_of
-from ..bases.offloaded import is_offloaded
-from ..bases.quantised import float_weight
+from ..bases.quantised import float_weight, has_data, is_readable
 from ..bases.sharded import check_gatherable
 from ..bases.sharing import identity, weight_key
 from ..config import SparseConfig
@@ -75,10 +74,10 @@ def plan(
             check_gatherable(name, parameter_of(base), *matrix_shape(base))
             check_real(name, parameter_of(base))
     _check_scores(config, awaits)
-    no_data = empty or any(map(_has_no_data, targets.values()))
+    no_data = empty or not all(map(has_data, targets.values()))
     if awaits or no_data:  # a checkpoint brings the entries, or there is nothing to choose from
         return {name: _awaited(config, name, base, tables, no_data) for name, base in targets.items()}
-    _check_readable(config, backends)
+    _check_readable(config, targets, backends)
     _check_pattern(config, targets)
     supports = _choose(config, {name: targets[name] for name in sources.values()}, backends, originals)
     is_wide = parse_selection(config.selection)[1] == "network"
@@ -114,11 +113,11 @@ def _check_scores(config: SparseConfig, awaits: bool) -> None:
         )
 
 
-def _check_readable(config: SparseConfig, backends: Backends) -> None:
+def _check_readable(config: SparseConfig, targets: Mapping[str, Any], backends: Backends) -> None:
     if parse_selection(config.selection)[0] in SCORED:
         return
     for name, backend in backends.items():
-        if backend is not None and not backend.supports_merge:
+        if backend is not None and not is_readable(targets[name], backend):
             raise TypeError(
                 f"Target module '{name}' is quantised by {backend.backend_name}, which can't give its weights back, "
                 "so no entries can be ranked. Choose them on the unquantised model, save that adapter, and load it "
@@ -130,11 +129,6 @@ def _check_pattern(config: SparseConfig, names: Iterable[str]) -> None:
     unused = sorted({*(config.k_pattern or {})} - {config.pattern_of(name) for name in names})
     if unused:
         raise ValueError(f"k_pattern has {unused[0]!r}, which fits no adapted module; mend it or leave it out.")
-
-
-def _has_no_data(base_layer: nn.Module) -> bool:
-    weight = getattr(base_layer, "weight", None)
-    return isinstance(weight, Tensor) and weight.is_meta and not is_offloaded(base_layer)
 
 
 def _awaited(

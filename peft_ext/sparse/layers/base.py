@@ -23,6 +23,7 @@ from ..bases.neurons import (
 from ..bases.offloaded import execution_device, is_offloaded
 from ..bases.padding import CONVOLUTIONS
 from ..bases.part import Part
+from ..bases.quantised import is_readable
 from ..config import SparseConfig
 from ..delta import SparseDelta
 from ..ops.reference import dense_delta
@@ -120,7 +121,7 @@ class SparseLayer(BaseAttributes, MergingMixin, ScalingMixin, nn.Module, BaseTun
         if not config.init_weights and not delta.weight.is_meta:
             for parameter in delta.parameters():
                 nn.init.normal_(parameter)
-        readable = self.quantization_backend is None or self.quantization_backend.supports_merge
+        readable = is_readable(base_layer, self.quantization_backend)
         if readable and not pending and not support.indices.is_meta:
             quantised = self.original_backend is not None
             delta.fingerprint.copy_(support.fingerprint(self.original_matrix(), quantised))
@@ -185,7 +186,7 @@ class SparseLayer(BaseAttributes, MergingMixin, ScalingMixin, nn.Module, BaseTun
 
     def _add(self, adapter_name: str, result: Tensor, x: Tensor) -> Tensor:
         """`result + S x` by the bypass, and what the adapter adds to the bias."""
-        return self._ready(adapter_name, x)(result, x)
+        return self.ready(adapter_name, x)(result, x)
 
     def _plain_weight(self, delta: SparseDelta) -> Tensor | None:
         """The base weight, if the base layer is a product with it and nothing else, and the adapter's values are at
@@ -224,7 +225,7 @@ class SparseLayer(BaseAttributes, MergingMixin, ScalingMixin, nn.Module, BaseTun
             result[chosen] = self._add(name, result[chosen], x[chosen])
         return result
 
-    def _ready(self, adapter_name: str, x: Tensor | None = None) -> SparseDelta:
+    def ready(self, adapter_name: str, x: Tensor | None = None) -> SparseDelta:
         """The adapter, after making sure that its entries are known, belong to this base weight and are where `x` is,
         for who moves a module's parameters one by one, such as accelerate and FSDP, does not see them."""
         delta: SparseDelta = self.deltas[adapter_name]
@@ -266,16 +267,14 @@ class SparseLayer(BaseAttributes, MergingMixin, ScalingMixin, nn.Module, BaseTun
     def base_mismatch(self, support: Support, fingerprint: Tensor) -> str | None:
         """Difference between the base weight and a stored fingerprint; `None` if there is none or it is unknown."""
         backend = self.original_backend
-        readable = backend is None or backend.supports_merge
-        base_layer = self.get_base_layer()
-        if not readable or (stored_weight(base_layer).is_meta and not is_offloaded(base_layer)):
+        if not is_readable(self.get_base_layer(), backend):
             return None
         matrix = self.original_matrix()
         return support.to(matrix.device).mismatch(fingerprint, matrix, quantised=backend is not None)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The adapter's update as a dense tensor in the shape of the base weight and the dtype of the values."""
-        delta = self._ready(adapter_name)
+        delta = self.ready(adapter_name)
         matrix = dense_delta(delta.values.detach(), delta.indices, delta.fan_in, delta.offsets)
         return weight_view(self.get_base_layer(), matrix)
 

@@ -25,7 +25,7 @@ class SparseConv(SparseLayer):
         self.own_padding = OwnPadding.of(base) if has_own_forward(base) else None
 
     def _with_base(self, adapter_name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        delta = self._ready(adapter_name, x)
+        delta = self.ready(adapter_name, x)
         weight = self._plain_weight(delta)
         entries, groups = delta.indices.numel(), self.get_base_layer().groups
         path = choose_conv_backend(self.backends[adapter_name], x, weight, entries, groups)
@@ -43,4 +43,4 @@ class SparseConv(SparseLayer):
         )  # fmt: skip
 
     def _add(self, adapter_name: str, result: Tensor, x: Tensor) -> Tensor:
-        return self._ready(adapter_name, x)(result, *convolved(self.get_base_layer(), self.own_padding, x))
+        return self.ready(adapter_name, x)(result, *convolved(self.get_base_layer(), self.own_padding, x))

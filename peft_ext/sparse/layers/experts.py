@@ -31,7 +31,7 @@ class SparseExpertBank(SparseLayer):
         """
         for name in adapter_names:
             self._refuse_forward_mode(name, x)
-            result = self._ready(name, x)(result, x, ends=ends)
+            result = self.ready(name, x)(result, x, ends=ends)
         return result
 
 

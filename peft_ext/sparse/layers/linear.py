@@ -17,7 +17,7 @@ class SparseLinear(SparseLayer):
     """A linear layer (`nn.Linear`, transformers' `Conv1D`, or quantised) with sparse adapters."""
 
     def _with_base(self, adapter_name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        delta = self._ready(adapter_name, x)
+        delta = self.ready(adapter_name, x)
         support = delta.support
         weight = self._plain_weight(delta)
         if weight is not None:

@@ -62,7 +62,7 @@ class MergingMixin:
     quantization_backend: QuantizationBackend | None
     base_matrix: Callable[[], Tensor]
     get_base_layer: Callable[[], Any]
-    _ready: Callable[[str], SparseDelta]
+    ready: Callable[[str], SparseDelta]
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,10 +146,10 @@ class MergingMixin:
             return
         self._check_mergeable()
         for name in names:
-            self._ready(name)
+            self.ready(name)
         if self.requantization_error is not None:  # start again from the original, not from the rounded weight
             names = [*self.merged_adapters, *names]
-            self._restore(0)
+            self.restore(0)
         done = len(self._merged)
         if not done:
             self._take_copy()
@@ -162,7 +162,7 @@ class MergingMixin:
             added = delta.added_bias
             bias = None if added is None else self.get_base_layer().bias + added.to(matrix.device)
             if safe_merge and not all(bool(torch.isfinite(new).all()) for new in (merged, bias) if new is not None):
-                self._restore(done)
+                self.restore(done)
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             self._write(support, merged)
             self._merged.append(Merged(name, support, originals, self._write_bias(bias)))
@@ -184,7 +184,7 @@ class MergingMixin:
             return
         kept = [] if adapter_names is None else [name for name in self.merged_adapters if name not in adapter_names]
         with self._base_in_place():
-            self._restore(0)
+            self.restore(0)
         if kept:
             self.merge(adapter_names=kept)
 
@@ -249,7 +249,7 @@ class MergingMixin:
         holder.base_layer = base_layer
         self.quantization_backend = backend
 
-    def _restore(self, length: int) -> None:
+    def restore(self, length: int) -> None:
         """Undo merges, last first, until `length` remain."""
         aside = (self._set_aside if length == 0 else None) or SetAside()
         weight_is_written = aside.base_layer is None and "weight" not in aside.parameters

@@ -57,10 +57,10 @@ class CheckpointMixin(LoadableTuner):
                 prefix.removeprefix("base_model.model.").removesuffix(f".{container}.{adapter_name}"): layer.deltas[
                     adapter_name
                 ].support.entries
-                for prefix, layer in cls._layers_with(model, adapter_name)
+                for prefix, layer in cls.layers_with(model, adapter_name)
             }
         seen: set[int] = set()
-        for prefix, layer in cls._layers_with(model, adapter_name):
+        for prefix, layer in cls.layers_with(model, adapter_name):
             delta = layer.deltas[adapter_name]
             if delta.pending and not delta.weight.is_meta:  # which nobody can write anyway, but PEFT reads its keys
                 raise RuntimeError(f"Adapter '{adapter_name}' can't be saved. {layer.pending_reason(adapter_name)}")
@@ -107,7 +107,7 @@ class CheckpointMixin(LoadableTuner):
         mapped = super()._remap_adapter_state_dict_for_load(  # type: ignore[misc]
             model, config, adapter_name, state_dict
         )
-        for prefix, layer in cls._layers_with(model, adapter_name):
+        for prefix, layer in cls.layers_with(model, adapter_name):
             delta = layer.deltas[adapter_name]
             for name, here in delta.identity.items():
                 key = f"{prefix}.{name}"
@@ -140,7 +140,7 @@ class CheckpointMixin(LoadableTuner):
             [`MalformedAdapter`]: if they are not the whole adapter and nothing else, if values are not finite or
                 indices not in range, or if they were made for another base weight.
         """
-        layers = dict(cls._layers_with(model, adapter_name))
+        layers = dict(cls.layers_with(model, adapter_name))
         own = {
             f"{prefix}.{name}": tensor
             for prefix, layer in layers.items()
@@ -188,8 +188,8 @@ class CheckpointMixin(LoadableTuner):
 
     @classmethod
     def check_arrived(cls, model: nn.Module, adapter_name: str) -> None:
-        for _, layer in cls._layers_with(model, adapter_name):
-            layer._ready(adapter_name)
+        for _, layer in cls.layers_with(model, adapter_name):
+            layer.ready(adapter_name)
 
     @classmethod
     def replaced_by(cls, module: nn.Module) -> nn.Module | None:
@@ -199,7 +199,7 @@ class CheckpointMixin(LoadableTuner):
         return None if isinstance(original, Part) else original  # which goes with its owner
 
     @classmethod
-    def _layers_with(cls, model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseLayer]]:
+    def layers_with(cls, model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseLayer]]:
         """State-dict prefix of an adapter's tensors and the layer, for each layer that has the adapter."""
         container = cls.tuner_layer_cls.adapter_layer_names[0]
         for name, module in model.named_modules():

@@ -78,7 +78,7 @@ def hotswap_adapter(
         mapped = tuner_cls._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
     places = {
         f"{prefix}.{name}": (layer, name)
-        for prefix, layer in tuner_cls._layers_with(model, adapter_name)
+        for prefix, layer in tuner_cls.layers_with(model, adapter_name)
         for name in layer.deltas[adapter_name].state_dict()
     }
     embeddings = sorted(mapped.keys() & model.state_dict().keys() - places.keys())
@@ -86,7 +86,7 @@ def hotswap_adapter(
         raise ValueError(f"The new adapter has '{embeddings[0]}', which can't be swapped in place; use load_adapter.")
     for key, (layer, name) in places.items():
         getattr(layer.deltas[adapter_name], name).copy_(mapped[key])
-    for _, layer in tuner_cls._layers_with(model, adapter_name):
+    for _, layer in tuner_cls.layers_with(model, adapter_name):
         delta = layer.deltas[adapter_name]
         delta.refresh()
         delta.checked = True

@@ -84,7 +84,7 @@ class MergeMixin:
         except BaseException:  # of one layer, after others have merged
             for name, layer in layers.items():
                 if layer.merged_adapters != before[name] and not layer.follows:
-                    layer._restore(len(before[name]))
+                    layer.restore(len(before[name]))
             raise
         finally:
             for layer in layers.values():

@@ -67,7 +67,7 @@ class WeightedAdapterMixin:
             if not isinstance(layer, self.tuner_layer_cls):
                 continue
             present = [
-                (layer._ready(a), factor) for a, factor in zip(adapters, factors, strict=True) if a in layer.deltas
+                (layer.ready(a), factor) for a, factor in zip(adapters, factors, strict=True) if a in layer.deltas
             ]
             if present:
                 supports[name], positions = union([delta.support for delta, _ in present])

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..support import row_of_entry
+from .bags import accumulation_dtype
 from .derivatives import register_derivative
 from .geometry import ConvGeometry
 
@@ -43,10 +44,6 @@ def entries_by_tap(indices: Tensor, taps: int) -> tuple[Tensor, Tensor]:
     ends = torch.zeros(taps + 1, dtype=torch.int32)
     ends[1:] = torch.bincount(tap, minlength=taps).cumsum(0).cpu()
     return entries, ends
-
-
-def _accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 @dataclass(frozen=True)
@@ -126,7 +123,7 @@ def conv_add(
         tap_entries, tap_ends (`torch.Tensor`): from [`entries_by_tap`].
         geometry: a packed [`ConvGeometry`].
     """
-    dtype = _accumulation_dtype(result, x, values)
+    dtype = accumulation_dtype(result, x, values)
     shape = ConvGeometry.unpack(geometry)
     support = _Entries.of(indices, offsets, tap_entries, tap_ends, shape, result.shape[1], x.shape[1])
     out = result.clone(memory_format=torch.contiguous_format)
@@ -153,7 +150,7 @@ def conv_grad_values(
     geometry: Sequence[int],
 ) -> Tensor:  # fmt: skip
     """The gradient of the weight at the support only, fp32 (or fp64); see [`conv_add`]."""
-    dtype = _accumulation_dtype(grad, x)
+    dtype = accumulation_dtype(grad, x)
     shape = ConvGeometry.unpack(geometry)
     support = _Entries.of(indices, offsets, tap_entries, tap_ends, shape, grad.shape[1], x.shape[1])
     total = torch.zeros(indices.numel(), dtype=dtype, device=x.device)
@@ -169,7 +166,7 @@ def conv_grad_values(
 
 @conv_grad_values.register_fake
 def _(grad, x, indices, offsets, tap_entries, tap_ends, geometry):  # type: ignore[no-untyped-def]
-    return grad.new_empty(indices.shape, dtype=_accumulation_dtype(grad, x))
+    return grad.new_empty(indices.shape, dtype=accumulation_dtype(grad, x))
 
 
 @torch.library.custom_op("peft_ext::conv_grad_input", mutates_args=())
@@ -178,7 +175,7 @@ def conv_grad_input(
     tap_entries: Tensor, tap_ends: Tensor, geometry: Sequence[int],
 ) -> Tensor:  # fmt: skip
     """The gradient of an input of `size` and `dtype`; see [`conv_add`]."""
-    accumulate = _accumulation_dtype(grad, values)
+    accumulate = accumulation_dtype(grad, values)
     shape = ConvGeometry.unpack(geometry)
     support = _Entries.of(indices, offsets, tap_entries, tap_ends, shape, grad.shape[1], size[1])
     weights = values.reshape(-1).to(accumulate)[support.number].view(-1, *(1,) * len(shape.kernel))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .bypass import FEW_TOKENS
+from .bags import FEW_TOKENS
 
 
 # Below this share of trained weights, a dense copy of W and its gradient are not worth a few percent of time.

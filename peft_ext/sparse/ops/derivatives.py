@@ -37,6 +37,11 @@ def register_derivative(operator: Any, setup: Setup, backward: Backward) -> None
     operator.register_autograd(registered_backward, setup_context=registered_setup)
 
 
+def save_inputs(ctx: Any, needed: Sequence[bool], inputs: Sequence[Any]) -> None:
+    """A `setup` for operators of tensors alone, all of which `backward` needs."""
+    ctx.save_for_backward(*inputs)
+
+
 def call(operator: Any, *arguments: Any) -> Tensor:
     """An operator with its derivative, also inside transforms of `torch.func`, which do not enter the autograd of a
     registered operator."""

@@ -16,6 +16,15 @@ Backend = Literal["auto", "bypass", "folded", "dense", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
 
+def _settled_path(requested: str, x: Tensor, weight: Tensor | None, entries: int) -> str | None:
+    """The path where the frozen weight may not be read, or gains nothing; `None` where it may, and speed decides."""
+    if weight is not None and is_exporting_to_onnx():
+        return "reference"  # of standard operators, which ONNX knows
+    if requested == "bypass" or entries == 0 or weight is None:
+        return "bypass"
+    return "bypass" if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type) else None
+
+
 def choose_backend(
     requested: str, x: Tensor, weight: Tensor | None, entries: int, rows: int, is_even: bool = True
 ) -> str:
@@ -36,12 +45,9 @@ def choose_backend(
         is_even (`bool`):
             Whether each row has equally many entries.
     """
-    if weight is not None and is_exporting_to_onnx():
-        return "reference"  # of standard operators, which ONNX knows
-    if requested == "bypass" or entries == 0 or weight is None:
-        return "bypass"
-    if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
-        return "bypass"
+    path = _settled_path(requested, x, weight, entries)
+    if path is not None or weight is None:
+        return path or "bypass"
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return "reference" if requested == "reference" else "bypass"  # the one with rules for torch.func
     if requested != "auto":
@@ -70,12 +76,9 @@ def choose_conv_backend(requested: str, x: Tensor, weight: Tensor | None, entrie
     The path to take for one call of a convolution; see [`choose_backend`]. The folded path takes any support, and
     `"copied"` is one more that only `"auto"` takes: without gradients, where a copy of W is soon made.
     """
-    if weight is not None and is_exporting_to_onnx():
-        return "reference"
-    if requested == "bypass" or entries == 0 or weight is None:
-        return "bypass"
-    if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
-        return "bypass"
+    path = _settled_path(requested, x, weight, entries)
+    if path is not None or weight is None:
+        return path or "bypass"
     if requested != "auto":
         return requested
     wide = weight.dtype in (torch.float32, torch.float64)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..support import Support
-from .bypass import accumulation_dtype, add_into, input_gradient_into, values_gradient
+from .bags import accumulation_dtype, add_into, input_gradient_into, values_gradient
 from .derivatives import call, register_derivative
 
 

@@ -1,10 +1,9 @@
 """The bypass: chunks of tokens leave no trace, sums are taken in fp32, everything is rounded once."""
 
-import importlib
-
 import pytest
 import torch
 
+from peft_ext.sparse.ops import bags
 from peft_ext.sparse.ops import bypass as bypass_op
 from peft_ext.sparse.ops.bypass import sparse_add, sparse_grad_input, sparse_grad_values
 
@@ -13,8 +12,6 @@ from .._inputs import DTYPES, SHAPES, Shape, make_inputs, random_support
 from ._paths import PATHS
 
 
-# The package has a function of this name.
-MODULE = importlib.import_module("peft_ext.sparse.ops.bypass")
 CHUNKED = {"k1": 1, "k3": 3, "ragged": (0, 3, 1, 9, 0, 2)}
 
 
@@ -22,7 +19,7 @@ CHUNKED = {"k1": 1, "k3": 3, "ragged": (0, 3, 1, 9, 0, 2)}
 def small_chunks(request, monkeypatch):
     """Chunks of 1 or 4 tokens: then 9 tokens are several chunks, the last one not full."""
     for constant in ("GATHER_TOKENS", "BAG_TOKENS"):
-        monkeypatch.setattr(MODULE, constant, request.param)
+        monkeypatch.setattr(bags, constant, request.param)
 
 
 @pytest.mark.parametrize("tokens", [3, 4, 5, 9, 20])
@@ -37,7 +34,7 @@ def test_chunks_of_tokens_give_the_whole(dtype, values_dtype, entries, tokens):
 @pytest.mark.parametrize("few_tokens", [0, 100])
 @pytest.mark.parametrize("shape", ["k2", "k2 nine tokens", "k2 one token", "ragged", "k=fan_in"])
 def test_products_for_few_and_for_many_tokens_agree(monkeypatch, shape, few_tokens):
-    monkeypatch.setattr(MODULE, "FEW_TOKENS", few_tokens)
+    monkeypatch.setattr(bags, "FEW_TOKENS", few_tokens)
     assert_product_correct(PATHS["bypass"], make_inputs(SHAPES[shape]))
 
 
