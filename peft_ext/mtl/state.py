@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..io import replace
-from .aggregators import Aggregator
+from .aggregators import Aggregator, make_aggregator
 from .aggregators.base import Array
 from .conflicts.recorder import ConflictRecorder
 from .gradients.task_gradients import TaskGradients
@@ -46,6 +46,15 @@ class MTLState:
     def __post_init__(self) -> None:
         self.untrained = copy.deepcopy(self.aggregator.state_dict())
         self.loaded_gradients: dict[str, Any] | None = None  # until there are parameters
+
+    @classmethod
+    def new(cls, config: Any, tasks: list[str], aggregator: Aggregator | None = None) -> MTLState:
+        """That of an untrained method: the one that `config` ([`MTLArguments`]) asks for, or `aggregator`."""
+        options = {"reduction": config.gradient_reduction, "seed": config.seed, **(config.mtl_method_kwargs or {})}
+        path = os.path.join(config.output_dir, config.conflict_file) if config.conflict_file else None
+        recorder = ConflictRecorder(tasks, path if config.should_save else None)
+        method = method_of(config, aggregator)
+        return cls(method, tasks, aggregator or make_aggregator(method, len(tasks), **options), recorder)
 
     def restart(self, forget: bool) -> None:
         """Begin a training: with new records, of parameters that may be others, and `forget` the method's state."""
@@ -97,6 +106,12 @@ class MTLState:
         self.loaded_gradients = state["gradients"]
         self.logged_losses = [np.array(losses) for losses in state["logged_losses"]]
         self.skipped_steps = state["skipped_steps"]
+
+
+def method_of(config: Any, aggregator: Aggregator | None) -> str:
+    """The name of a method, as checkpoints have it."""
+    name: str = config.mtl_method if aggregator is None else type(aggregator).__name__
+    return name
 
 
 def write_state(folder: str, state: dict[str, Any]) -> None:

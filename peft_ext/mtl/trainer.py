@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
 from ..sparse.bases.sharded import is_sharded
-from .aggregators import Aggregator, Step, make_aggregator
-from .aggregators.base import Array
-from .aggregators.joint import Joint
+from .aggregators import Aggregator
 from .conflicts.recorder import ConflictRecorder
-from .data.collation import SOURCE, Source
-from .data.datasets import task_ids_of
+from .data.collation import SOURCE
 from .data.losses import StepLosses
 from .data.task_counts import TaskCounts
 from .data.task_data import TaskData, TaskDataHooks
 from .evaluation import TaskEvaluation
 from .gradients.feedback import Feedback
-from .gradients.probe import noise_floor
-from .gradients.task_gradients import TaskGradients
+from .gradients.step import GradientStep
 from .gradients.task_passes import LabelPasses, PartPasses, losses_and_outputs, names_of_losses
 from .parallel import refuse_unsupported
-from .state import MTLState, read_state, write_state
+from .state import MTLState, method_of, read_state, write_state
 
 
 logger = logging.getLogger(__name__)
@@ -44,9 +38,7 @@ class MTLTrainerMixin(TaskDataHooks):
     Args:
         *args, **kwargs:
             As for the trainer. Its `args` must be of a class with the options of [`MTLArguments`].
-        compute_task_losses_func (`Callable`, *optional*):
-            As for [`MTLTrainer`].
-        aggregator ([`Aggregator`], *optional*):
+        compute_task_losses_func, aggregator (*optional*):
             As for [`MTLTrainer`].
 
     Attributes:
@@ -58,6 +50,8 @@ class MTLTrainerMixin(TaskDataHooks):
             Forward and backward passes, task by task.
         step_losses ([`StepLosses`]):
             Losses of the current optimiser step.
+        gradient_step ([`GradientStep`]):
+            Collects, combines and writes back the gradients.
         mtl_state ([`MTLState`]):
             The part of a checkpoint that belongs to multi-task training: method, conflicts, gradients and records.
 
@@ -90,28 +84,18 @@ class MTLTrainerMixin(TaskDataHooks):
         self.mtl_state: Any = None  # until the tasks are known
         self._given_aggregator = aggregator
         self._evaluation = TaskEvaluation(self)
-        self._feedback = Feedback(self)
-        splits, train_dataset = compute_task_losses_func is None, given.get("train_dataset")
-        data = self.task_data.take_datasets(train_dataset, given.get("eval_dataset"), not splits)
-        if data is not train_dataset:
-            given["train_dataset"] = data
+        self.feedback = Feedback(self)
+        self.gradient_step = GradientStep(self)
+        has_function, data = compute_task_losses_func is not None, self.task_data
+        train_dataset, eval_dataset = map(given.get, ("train_dataset", "eval_dataset"))
+        given["train_dataset"] = data.take_datasets(train_dataset, eval_dataset, has_function)
         super().__init__(*bound.args, **bound.kwargs)
         refuse_unsupported(self)
-        has_ids = config.task_column in (self.label_names or ())
-        if isinstance(train_dataset, dict) and not splits and not has_ids:
-            raise ValueError(
-                "compute_task_losses_func cannot tell the samples of a dict of data sets apart: add "
-                f"{config.task_column!r} to label_names, so that its `labels` have every sample's task number, or "
-                "leave the function out, and batches are taken apart by task."
-            )
-        ids = task_ids_of(self.train_dataset, config.task_column) if splits or has_ids else None
-        if ids is not None:
-            self.task_data.take_samples(ids, self._train_batch_size, splits)
-        self.task_counts = TaskCounts(
-            self.task_data, self.label_names or (), shifts_labels=getattr(self, "_loss_shifts_labels", False)
-        )
-        self.passes = PartPasses(self) if self.task_data.splits else LabelPasses(self)
-        if self.task_data.known is not None:
+        label_names = self.label_names or ()
+        data.take_samples(self.train_dataset, label_names, self._train_batch_size, has_function)
+        self.task_counts = TaskCounts(data, label_names, getattr(self, "_loss_shifts_labels", False))
+        self.passes = PartPasses(self) if data.splits else LabelPasses(self)
+        if data.known is not None:
             self._make_state()
 
     @property
@@ -132,23 +116,10 @@ class MTLTrainerMixin(TaskDataHooks):
         return conflicts
 
     def _make_state(self) -> MTLState:
-        config, names = self.args, self.task_names
-        options = {"reduction": config.gradient_reduction, "seed": config.seed, **(config.mtl_method_kwargs or {})}
-        aggregator = self._given_aggregator or make_aggregator(config.mtl_method, len(names), **options)
-        path = os.path.join(config.output_dir, config.conflict_file) if config.conflict_file else None
-        recorder = ConflictRecorder(names, path if config.should_save else None)
-        self.mtl_state = MTLState(self._method_name(), names, aggregator, recorder)
-        if aggregator.needs_feedback:
-            self.add_callback(self._feedback)
+        self.mtl_state = MTLState.new(self.args, self.task_names, self._given_aggregator)
+        if self.aggregator.needs_feedback:
+            self.add_callback(self.feedback)
         return self.mtl_state
-
-    def _make_gradients(self, model: nn.Module) -> TaskGradients:
-        bare, config = self.accelerator.unwrap_model(model), self.args
-        dtype, by_layer = getattr(torch, config.jacobian_dtype), config.conflict_granularity == "layer"
-        return TaskGradients.of_model(bare, len(self.task_names), config.shared_parameters, dtype, by_layer)
-
-    def _method_name(self) -> str:
-        return type(self._given_aggregator).__name__ if self._given_aggregator else self.args.mtl_method
 
     # ------------------------------------------------------------------ one optimiser step
 
@@ -157,7 +128,7 @@ class MTLTrainerMixin(TaskDataHooks):
         Trainer's, with a record of its own for each training. What the method has learnt is treated like the
         optimiser's state: a second training goes on with it, one whose model comes anew from `model_init` does not.
         """
-        self._feedback.drop()
+        self.feedback.drop()
         if self.mtl_state is not None:
             self.mtl_state.restart(forget=self.model_init is not None)
         # A compiled graph otherwise gives its buffers away in the first task's backward pass.
@@ -174,8 +145,8 @@ class MTLTrainerMixin(TaskDataHooks):
             if self.mtl_state is not None and self.mtl_state.gradients is not None:
                 self.mtl_state.gradients.clear()
             sharded = any(is_sharded(parameter) for parameter in self.model.parameters())
-            window = self.task_counts.window(batches, device, self._get_num_items_in_batch, sharded)
-            self.step_losses = StepLosses(window)
+            count = self._get_num_items_in_batch
+            self.step_losses = StepLosses(self.task_counts.window(batches, device, count, sharded))
         return batches, num_items
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -183,72 +154,21 @@ class MTLTrainerMixin(TaskDataHooks):
         Collect the gradients of a micro-batch, task by task. With the step's last micro-batch, combine them, write
         them back into `.grad`, and record them.
         """
-        step, state = self.step_losses, self.mtl_state
-        assert step is not None and state is not None
-        step.begun += 1
+        losses = self.step_losses
+        assert losses is not None and self.mtl_state is not None
+        losses.begun += 1
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         inputs = self._prepare_inputs(inputs)
         source = inputs.pop(SOURCE, None)
-        gradients = state.gradients or state.attach(self._make_gradients(model))
-        if self.aggregator.needs_feedback:
-            self._feedback.keep(inputs, is_first=step.index == 0)
-        reduction, at_once = self.aggregator.reduction, self._may_sum()
         with getattr(self, "maybe_activation_offload_context", None) or nullcontext():
-            if at_once and isinstance(self.passes, LabelPasses):
-                step.add(self.passes.backward_sum(model, inputs, step.window, step.index, reduction))
-            else:
-                step.add(self.passes.backward(model, inputs, step.window, step.index, gradients))
+            self.gradient_step.collect(model, inputs)
         if self.accelerator.sync_gradients:
-            expected = int(step.window.present.sum())
-            losses = step.close(self.args.device)
-            state.logged_losses.append(losses)
-            if at_once:
-                present = int(step.window.present.sum())
-                gradients.average_sum(expected / present if reduction == "mean" and present else 1.0)
-                if self.accelerator.scaler is None and not gradients.sum_is_finite():  # a scaler sees to it by itself
-                    self._skip_step(gradients)
-            else:
-                self._combine(model, source, gradients, losses)
-        return torch.tensor(step.next_loss(reduction), device=self.args.device, dtype=torch.float32)
-
-    def _may_sum(self) -> bool:
-        """Whether one backward pass for all tasks does: nothing to combine, nothing to record."""
-        due = self._is_due(self.args.conflict_logging_steps) or self._is_due(self.args.noise_floor_steps)
-        return isinstance(self.passes, LabelPasses) and type(self.aggregator) is Joint and not due
-
-    def _is_due(self, every: int) -> bool:
-        return every > 0 and (self.state.global_step + 1) % every == 0
-
-    def _combine(self, model: nn.Module, source: Source | None, gradients: TaskGradients, losses: Array) -> None:
-        """Combine the step's gradients into `.grad`, and record what they were."""
-        assert self.step_losses is not None
-        present = self.step_losses.window.present.numpy()
-        scaler = self.accelerator.scaler
-        factor = float(scaler.get_scale()) if scaler is not None else 1.0
-        gradients.reduce(1.0 / factor)
-        gramian, layers = gradients.gramian()
-        finite = np.isfinite(gramian).all() and np.isfinite(losses[present]).all() and gradients.heads_are_finite()
-        if not finite:
-            self._skip_step(gradients)
-            return
-        floor = noise_floor(self, model, source) if self._is_due(self.args.noise_floor_steps) else None
-        weights = gradients.write(self.aggregator, Step(gramian, present, losses), factor)
-        gradients.clear()
-        if self._is_due(self.args.conflict_logging_steps) or floor is not None:
-            epoch = self.state.epoch or 0.0
-            self.conflicts.record(self.state.global_step + 1, epoch, gramian, losses, weights, layers, floor)
-
-    def _skip_step(self, gradients: TaskGradients) -> None:
-        """Leave parameters, optimiser and method as they are."""
-        gradients.clear()
-        self._feedback.drop()
-        self.mtl_state.skipped_steps += 1
-        if self.accelerator.scaler is not None:
-            gradients.put_infinity()  # the scaler then skips the step and lowers its scale
-        else:
-            logger.warning("Step %d has gradients that are not finite; it is skipped.", self.state.global_step + 1)
+            combined = self.gradient_step.combine(model, source)
+            if combined is not None:
+                self.gradient_step.write_back(combined)
+        return torch.tensor(losses.next_loss(self.aggregator.reduction), device=self.args.device, dtype=torch.float32)
 
     # ------------------------------------------------------------------ losses and evaluation
 
@@ -312,7 +232,7 @@ class MTLTrainerMixin(TaskDataHooks):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        saved = read_state(checkpoint, self._method_name(), self.task_data.known)
+        saved = read_state(checkpoint, method_of(self.args, self._given_aggregator), self.task_data.known)
         if saved is None:
             logger.warning("%s has no state of multi-task training; the method starts afresh.", checkpoint)
             return

@@ -104,17 +104,24 @@ def assert_same(found, layout, rows, evaluated=None, model=None, collate=collate
 class Watching:
     """Keeps every task's gradients of the last step."""
 
-    def _combine(self, *args, **kwargs):
-        store, compute = self.mtl_state.gradients, self.mtl_state.gradients.gramian
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        combine = self.gradient_step.combine
 
-        def gramian():
-            rows = [{store.names[i]: g.clone() for i, g in row.items()} for row in store.rows]
-            self.rows = {task: row for task, row in enumerate(rows) if row}
-            return compute()
+        def watched(*args):
+            store, compute = self.mtl_state.gradients, self.mtl_state.gradients.gramian
 
-        store.gramian = gramian
-        super()._combine(*args, **kwargs)
-        store.gramian = compute
+            def gramian():
+                rows = [{store.names[i]: g.clone() for i, g in row.items()} for row in store.rows]
+                self.rows = {task: row for task, row in enumerate(rows) if row}
+                return compute()
+
+            store.gramian = gramian
+            combined = combine(*args)
+            store.gramian = compute
+            return combined
+
+        self.gradient_step.combine = watched
 
 
 class Watched(Watching, MTLTrainer):

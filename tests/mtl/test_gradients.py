@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from peft_ext import NeuroAdaConfig
-from peft_ext.mtl.gradients.gramian import CHUNK, gramian_of
-from peft_ext.mtl.gradients.task_gradients import TaskGradients, layer_of
+from peft_ext.mtl.gradients.gramian import CHUNK, gramian_of, layer_of
+from peft_ext.mtl.gradients.task_gradients import TaskGradients
 from peft_ext.mtl.parallel import refuse_unsupported
 
 

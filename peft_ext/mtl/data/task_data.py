@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ class TaskData:
         self.known: list[str] | None = list(config.task_names) if config.task_names else None
         self.one_per_sample = False
         self.splits = False
+        self._from_dict = False
 
     @property
     def names(self) -> list[str]:
@@ -58,7 +59,8 @@ class TaskData:
         column = self.config.task_column
         if not has_function or column in (self.config.label_names or ()):
             self._refuse_packing(train_dataset, eval_dataset)
-        if not isinstance(train_dataset, dict):
+        self._from_dict = isinstance(train_dataset, dict)
+        if not self._from_dict:
             return train_dataset
         names = list(train_dataset)
         if self.known not in (None, names):
@@ -82,22 +84,43 @@ class TaskData:
                     f"set {option}=False. padding_free=True makes one row of each task's samples in a batch."
                 )
 
-    def take_samples(self, ids: Tensor, batch_size: int, splits: bool) -> None:
+    def take_samples(self, dataset: Any, label_names: Sequence[str], batch_size: int, has_function: bool) -> None:
         """
-        Take samples of one task each, with the numbers `ids` `[samples]`, in micro-batches of `batch_size` per
-        process. The tasks are named by their numbers if they have no names yet.
+        Find out whether samples of the training set have one task each, which is drawn and collated by task then. The
+        tasks are named by their numbers if they have no names yet.
+
+        Args:
+            dataset: the training set.
+            label_names: names of its labels.
+            batch_size (`int`): of the micro-batches of a process.
+            has_function (`bool`): whether `compute_task_losses_func` is given.
 
         Raises:
             `ValueError`: if a number is not one of a task, or the options cannot give a step every task.
         """
-        config, count = self.config, int(ids.max()) + 1
-        self.one_per_sample, self.splits = True, splits
+        column = self.config.task_column
+        has_ids = column in label_names
+        if self._from_dict and has_function and not has_ids:
+            raise ValueError(
+                "compute_task_losses_func cannot tell the samples of a dict of data sets apart: add "
+                f"{column!r} to label_names, so that its `labels` have every sample's task number, or "
+                "leave the function out, and batches are taken apart by task."
+            )
+        ids = task_ids_of(dataset, column) if has_ids or not has_function else None
+        if ids is None:
+            return
+        count = int(ids.max()) + 1
+        self.one_per_sample, self.splits = True, not has_function
         self.known = names = self.known or [str(task) for task in range(count)]
         if count > len(names) or int(ids.min()) < 0:
             raise ValueError(
-                f"Column {config.task_column!r} holds numbers from {int(ids.min())} to {count - 1}, and there are "
+                f"Column {column!r} holds numbers from {int(ids.min())} to {count - 1}, and there are "
                 f"{len(names)} tasks: {names}."
             )
+        self._check_sampling(batch_size)
+
+    def _check_sampling(self, batch_size: int) -> None:
+        config, names = self.config, self.names
         strategy = getattr(config, "train_sampling_strategy", "random")
         if strategy != "random":
             raise ValueError(

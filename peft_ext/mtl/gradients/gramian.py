@@ -104,3 +104,12 @@ def _losses(losses: Tensor | Sequence[float], tasks: int) -> Array:
     if values.shape != (tasks,):
         raise ValueError(f"losses must have one entry for each of the {tasks} tasks, not shape {values.shape}.")
     return values
+
+
+def layer_of(name: str) -> str:
+    """The block that a parameter belongs to: its name up to the first number, or its module's name."""
+    parts = name.removeprefix("base_model.model.").split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: i + 1])
+    return ".".join(parts[:-1]) or name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,19 @@ from ...sparse.bases.sharded import is_sharded
 from ..aggregators import Aggregator, Step
 from ..aggregators.base import Array
 from ..parallel import any_process, average_gradients, local, mean_over_processes, sum_over_processes
-from .gramian import gramian_of
+from .gramian import gramian_of, layer_of
+
+
+@dataclass
+class Combined:
+    """
+    What a method makes of the tasks' gradients: their `weights` `[tasks]` for shared parameters, or, of methods
+    without, the `direction` of each shared parameter by its number; and their weights for `heads`, `[tasks]`.
+    """
+
+    weights: Array | None
+    heads: Array
+    direction: dict[int, Tensor]
 
 
 class TaskGradients:
@@ -63,11 +76,18 @@ class TaskGradients:
         self.clear()
 
     @classmethod
-    def of_model(cls, model: nn.Module, num_tasks: int, shared: str | None = None, *args: Any, **kwargs: Any) -> Any:
+    def of_model(
+        cls,
+        model: nn.Module,
+        num_tasks: int,
+        shared: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        by_layer: bool = False,
+    ) -> TaskGradients:
         """For the trainable parameters of a model, of which `modules_to_save` are never shared."""
         parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         heads = {name for name in parameters if ".modules_to_save." in name}
-        return cls(parameters, num_tasks, shared, heads, *args, **kwargs)
+        return cls(parameters, num_tasks, shared, heads, dtype, by_layer)
 
     def clear(self) -> None:
         """Forget the gradients, to begin an optimiser step."""
@@ -173,24 +193,21 @@ class TaskGradients:
                     bad |= ~gradient.isfinite().all().to(self.device)
         return not bool(any_process(bad))
 
-    def write(self, aggregator: Aggregator, step: Step, factor: float = 1.0) -> Array | None:
-        """
-        Combine the gradients and put `factor` times the result into `.grad`.
-
-        Returns:
-            The tasks' weights `[tasks]`, or `None` for methods without.
-        """
+    def combine(self, aggregator: Aggregator, step: Step) -> Combined:
+        """Let a method decide on the step's gradients. If it needs whole rows, these are used up."""
         weights = None if aggregator.needs_rows else aggregator.weights(step)
         heads = aggregator.head_weights(step, weights)
-        if weights is None:
-            self._write_direction(aggregator, step, factor)
-        for index in range(len(self.parameters)):
-            if self.shared[index]:
-                if weights is not None:
-                    self._put(index, self._combined(index, weights * factor))
-            else:
-                self._put(index, self._combined(index, heads * factor))
-        return weights
+        return Combined(weights, heads, self._direction(aggregator, step) if weights is None else {})
+
+    def write(self, combined: Combined, factor: float = 1.0) -> None:
+        """Put `factor` times the combined gradients into `.grad`, and forget those of the tasks."""
+        for index, part in combined.direction.items():
+            self._put(index, part * factor)
+        for index, shared in enumerate(self.shared):
+            weights = combined.weights if shared else combined.heads
+            if weights is not None:
+                self._put(index, self._combined(index, weights * factor))
+        self.clear()
 
     def _combined(self, index: int, weights: Array) -> Tensor | None:
         total: Tensor | None = None
@@ -204,7 +221,8 @@ class TaskGradients:
                 total.add_(gradient, alpha=float(weights[task]))
         return total
 
-    def _write_direction(self, aggregator: Aggregator, step: Step, factor: float) -> None:
+    def _direction(self, aggregator: Aggregator, step: Step) -> dict[int, Tensor]:
+        """The combined gradient of each shared parameter, by a method that works on whole rows."""
         indices = [i for i, shared in enumerate(self.shared) if shared and any(i in row for row in self.rows)]
         if any(is_sharded(self.parameters[i]) for i in indices):
             raise ValueError(
@@ -213,19 +231,17 @@ class TaskGradients:
             )
         active = step.active
         if not len(active):
-            return
+            return {}
         sizes = [self.parameters[i].numel() for i in indices]
-        rows = torch.zeros(len(active), sum(sizes), dtype=torch.promote_types(self.dtype, torch.float32)).to(
-            self.device
-        )
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        rows = torch.zeros(len(active), sum(sizes), dtype=dtype, device=self.device)
         for row, task in zip(rows, active, strict=True):
             for index, part in zip(indices, row.split(sizes), strict=True):
                 gradient = self.rows[task].pop(index, None)
                 if gradient is not None:
                     part.copy_(gradient.reshape(-1))
-        direction = aggregator.combine(rows, step) * factor
-        for index, part in zip(indices, direction.split(sizes), strict=True):
-            self._put(index, part.view_as(self.parameters[index]))
+        parts = aggregator.combine(rows, step).split(sizes)
+        return {i: part.view_as(self.parameters[i]) for i, part in zip(indices, parts, strict=True)}
 
     def _put(self, index: int, gradient: Tensor | None) -> None:
         parameter = self.parameters[index]
@@ -276,12 +292,3 @@ class TaskGradients:
         for index, name in enumerate(self.names):
             if name in position:
                 self.reached[:, index] = state["reached"][:, position[name]]
-
-
-def layer_of(name: str) -> str:
-    """The block that a parameter belongs to: its name up to the first number, or its module's name."""
-    parts = name.removeprefix("base_model.model.").split(".")
-    for i, part in enumerate(parts):
-        if part.isdigit():
-            return ".".join(parts[: i + 1])
-    return ".".join(parts[:-1]) or name
