@@ -9,11 +9,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-import peft
-import transformers
 from huggingface_hub import ModelCard, ModelCardData
-from transformers.integrations.peft import PeftAdapterMixin
 
 from ..io import write_atomically
 from .card_facts import CardFacts, hub_id
@@ -65,35 +61,23 @@ def complete_quietly(folder: str | os.PathLike[str]) -> None:
         warnings.warn(f"{Path(folder) / _README} was not completed: {error}", stacklevel=3)
 
 
-def keep_cards_complete() -> None:
-    """
-    Let cards that others write into an adapter's folder be completed: PEFT and TRL call `ModelCard.save`.
+def completing(save: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `ModelCard.save`, which PEFT and TRL write cards into an adapter's folder with: they are completed."""
 
-    Trainer rewrites the card and then asks the model to complete it, which transformers' own models can't.
-    """
-    save = huggingface_hub.ModelCard.save
-    if not hasattr(save, "completes"):
+    @wraps(save)
+    def saved(self: ModelCard, filepath: Path | str) -> None:
+        path = Path(filepath)
+        if path.name == _README and CardFacts.of(path.parent) is not None:
+            _keep_tags(self, path)
+        save(self, filepath)
+        if path.name == _README:
+            complete_quietly(path.parent)
 
-        @wraps(save)
-        def saved(self: ModelCard, filepath: Path | str) -> None:
-            path = Path(filepath)
-            if path.name == _README and CardFacts.of(path.parent) is not None:
-                _keep_tags(self, path)
-            save(self, filepath)
-            if path.name == _README:
-                complete_quietly(path.parent)
-
-        saved.completes = True  # type: ignore[attr-defined]
-        huggingface_hub.ModelCard.save = saved  # type: ignore[method-assign, assignment]
-    for owner in (peft.PeftModel, transformers.PreTrainedModel):
-        if not hasattr(owner.push_to_hub, "names"):
-            owner.push_to_hub = _naming(owner.push_to_hub)
-    if not hasattr(PeftAdapterMixin, "create_or_update_model_card"):
-        PeftAdapterMixin.create_or_update_model_card = lambda self, output_dir: complete_quietly(output_dir)
+    return saved
 
 
-def _naming(push_to_hub: Callable[..., Any]) -> Callable[..., Any]:
-    """Let the cards of what is pushed load it by its id on the Hub."""
+def naming_cards(push_to_hub: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a `push_to_hub`: the cards of what is pushed load it by its id on the Hub."""
 
     @wraps(push_to_hub)
     def push(self: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
@@ -103,7 +87,6 @@ def _naming(push_to_hub: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             hub_id.reset(token)
 
-    push.names = True  # type: ignore[attr-defined]
     return push
 
 

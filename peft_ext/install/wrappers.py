@@ -8,6 +8,7 @@ All that importing peft_ext changes in other packages, beside the methods that i
   writing of a file. The wrapper acts where one of our adapters is saved.
 - `ModelCard.save` of huggingface_hub and both libraries' `push_to_hub`, because PEFT, Trainer and TRL write an
   adapter's card anew without asking its method; see `hf/cards.py`. The wrapper acts in the folders of our adapters.
+  transformers' models get the `create_or_update_model_card` that Trainer calls after it has written a card.
 
 Adapters of other methods are saved and loaded by PEFT's and transformers' own code alone.
 """
@@ -17,11 +18,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.integrations.peft import PeftAdapterMixin
 
-from ..hf.cards import keep_cards_complete
+from ..hf.cards import complete_quietly, completing, naming_cards
 from .loading import all_or_nothing, whole_model
 from .saving import whole_files
 
@@ -33,7 +35,11 @@ def install() -> None:
     PeftAdapterMixin.load_adapter = _ours(all_or_nothing, PeftAdapterMixin.load_adapter, "peft_model_id")
     PeftModel.save_pretrained = _ours(whole_files, PeftModel.save_pretrained)
     PreTrainedModel.save_pretrained = _ours(whole_files, PreTrainedModel.save_pretrained)
-    keep_cards_complete()
+    ModelCard.save = _ours(completing, ModelCard.save)  # type: ignore[method-assign]
+    for owner in (PeftModel, PreTrainedModel):
+        owner.push_to_hub = _ours(naming_cards, owner.push_to_hub)
+    if not hasattr(PeftAdapterMixin, "create_or_update_model_card"):
+        PeftAdapterMixin.create_or_update_model_card = lambda self, output_dir: complete_quietly(output_dir)
 
 
 def _ours(wrap: Callable[..., Any], method: Any, *args: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -17,9 +16,10 @@ from ..model.masks import Span, allowed_edges, encode, open_one, repeat_rows, sp
 from ..model.position import PromptPosition
 from ..model.threads import own_thread
 from .edges import check_pairs
+from .scope import KnockoutScope
 
 
-class AttentionKnockout:
+class AttentionKnockout(KnockoutScope):
     """
     Context manager that blocks attention. Inside it, the target of each pair cannot attend to the source in the given
     layers.
@@ -78,37 +78,19 @@ class AttentionKnockout:
         self.attentions = {index: self.architecture.attention(index) for index in self.layers}
         self.edges = check_pairs(pairs, generated)
         self.position = PromptPosition(self.edges[0].length, self.architecture.virtual_tokens, answer_tokens)
-        self._stack: ExitStack | None = None
         self._implementation = ""
         self._emptied: dict[int, Tensor] = {}
         self._checked: set[int] = set()
 
-    def __enter__(self) -> AttentionKnockout:
-        if self._stack is not None:
-            raise RuntimeError("This AttentionKnockout is active already: make another one to nest it.")
-        self.position.reset()
-        self._checked = set()
-        with ExitStack() as stack:
-            self._implementation = stack.enter_context(editable_attention(self.architecture))
-            for index, attention in self.attentions.items():
-                before, after = own_thread(self._before(index)), own_thread(self._after(index))
-                stack.enter_context(attention.register_forward_pre_hook(before, with_kwargs=True))
-                stack.enter_context(attention.register_forward_hook(after, prepend=True))
-            self._stack = stack.pop_all()
-        return self
+    def _forget(self) -> None:
+        self._emptied, self._checked = {}, set()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None and not self.position.called:
-            warnings.warn(
-                f"{type(self).__name__} ended without a call to its layers: run the model inside, in the same thread, "
-                "and not as compiled code, which passes over knockouts.",
-                stacklevel=2,
-            )
-        stack, self._stack, self._emptied = self._stack, None, {}
-        if stack is not None:
-            stack.close()
+    def _put_hooks(self, stack: ExitStack) -> None:
+        self._implementation = stack.enter_context(editable_attention(self.architecture))
+        for index, attention in self.attentions.items():
+            before, after = own_thread(self._before(index)), own_thread(self._after(index))
+            stack.enter_context(attention.register_forward_pre_hook(before, with_kwargs=True))
+            stack.enter_context(attention.register_forward_hook(after, prepend=True))
 
     def _before(self, index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:

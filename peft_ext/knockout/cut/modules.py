@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,12 +14,13 @@ from ..model.position import PromptPosition
 from ..model.threads import own_thread
 from .attention import zero_output
 from .edges import GENERATED, check_mask, extend, is_last
+from .scope import KnockoutScope
 
 
 MODULES = ("attention", "mlp")
 
 
-class ModuleKnockout:
+class ModuleKnockout(KnockoutScope):
     """
     Context manager that removes the output of modules. Inside it, the attention or the MLP of the given layers adds
     nothing to the residual stream at the given positions.
@@ -79,34 +78,17 @@ class ModuleKnockout:
         self.positions = check_mask(positions, "positions")
         self.follows = generated == "follow" and is_last(positions)
         self.position = PromptPosition(positions.shape[1], self.architecture.virtual_tokens, answer_tokens)
-        self._stack: ExitStack | None = None
         self._rows: dict[int, Tensor] = {}
 
-    def __enter__(self) -> ModuleKnockout:
-        if self._stack is not None:
-            raise RuntimeError("This ModuleKnockout is active already: make another one to nest it.")
-        self.position.reset()
-        with ExitStack() as stack:
-            for index, target in self.targets.items():
-                layer = self.architecture.layers[index].module
-                stack.enter_context(layer.register_forward_pre_hook(own_thread(self._before(index)), with_kwargs=True))
-                # Before the hooks with which transformers collects attentions and states, so that they see the zeros.
-                stack.enter_context(target.register_forward_hook(own_thread(self._after(index)), prepend=True))
-            self._stack = stack.pop_all()
-        return self
+    def _forget(self) -> None:
+        self._rows = {}
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None and not self.position.called:
-            warnings.warn(
-                f"{type(self).__name__} ended without a call to its layers: run the model inside, in the same thread, "
-                "and not as compiled code, which passes over knockouts.",
-                stacklevel=2,
-            )
-        stack, self._stack, self._rows = self._stack, None, {}
-        if stack is not None:
-            stack.close()
+    def _put_hooks(self, stack: ExitStack) -> None:
+        for index, target in self.targets.items():
+            layer = self.architecture.layers[index].module
+            stack.enter_context(layer.register_forward_pre_hook(own_thread(self._before(index)), with_kwargs=True))
+            # Before the hooks with which transformers collects attentions and states, so that they see the zeros.
+            stack.enter_context(target.register_forward_hook(own_thread(self._after(index)), prepend=True))
 
     def _before(self, index: int) -> Any:
         """On the layer, since only its arguments tell where in the sequence a call stands."""
