@@ -7,8 +7,6 @@ NF4 base, and evaluated on held-out code there, on the original weights, and mer
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _common.arguments import out_file, positive
+from _common.runner import finish, parser_for
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
@@ -104,10 +104,10 @@ def shown(values: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300, help="per training (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser = parser_for(__doc__)
+    parser.add_argument("--steps", type=positive, default=300, help="per training (%(default)s)")
+    parser.add_argument("--seeds", type=positive, default=3, help="trainings per method (%(default)s)")
+    parser.add_argument("--out", type=out_file, help="write the losses to this JSON file")
     options = parser.parse_args()
     found: dict[str, dict[str, list[float]]] = {method: {} for method in METHODS}
     with tempfile.TemporaryDirectory() as name:
@@ -121,9 +121,7 @@ def main() -> None:
     for place in places:
         cells = [shown(found[method][place]) for method in METHODS]
         print(f"| {place} | {' | '.join(cells)} |")
-    if options.out:
-        settings = {"steps": options.steps, "seeds": options.seeds}
-        options.out.write_text(json.dumps({"options": settings, "losses": found}, indent=2) + "\n")
+    finish(options, {"options": {"steps": options.steps, "seeds": options.seeds}, "losses": found})
 
 
 if __name__ == "__main__":

@@ -12,17 +12,17 @@ differ, nothing is timed. Steps are interleaved in one process and ratios are me
 from __future__ import annotations
 
 import argparse
-import gc
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from _common.arguments import at_least, device_name, out_file, positive, refusing
+from _common.arguments import refusing
 from _common.memory import adapter_file_bytes, peak_bytes, saved_bytes
 from _common.methods import Method, adapt, share, trained_parameters
-from _common.models import LINEARS, Shape, llama, token_batch
-from _common.report import environment, mebibytes, table, write_report
+from _common.models import LINEARS, llama, token_batch
+from _common.report import mebibytes, table
+from _common.runner import add_llama_sizes, add_run, begin, finish, llama_shape, parser_for
 from _common.steps import Spread, Stepper, interleave, pair_ratio
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -42,33 +42,17 @@ class GateError(RuntimeError):
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=positive, default=1024, help="width of the residual stream (%(default)s)")
-    parser.add_argument("--intermediate", type=positive, default=2816, help="width of the MLP (%(default)s)")
-    parser.add_argument("--layers", type=positive, default=4, help="decoder blocks (%(default)s)")
-    parser.add_argument("--heads", type=positive, help="attention heads (hidden / 64)")
-    parser.add_argument("--vocab", type=positive, default=1024, help="vocabulary (%(default)s)")
-    parser.add_argument("--batch", type=positive, default=4, help="sequences of a batch (%(default)s)")
-    parser.add_argument("--tokens", type=at_least(3), default=256, help="tokens of a sequence (%(default)s)")
-    parser.add_argument("--dtype", choices=tuple(TOLERANCE), default="float32", help="of the base (%(default)s)")
-    parser.add_argument("--device", type=device_name, default="cpu", help="cpu, cuda or cuda:<n> (%(default)s)")
-    parser.add_argument("--threads", type=positive, default=2, help="CPU threads (%(default)s)")
-    parser.add_argument("--steps", type=positive, default=10, help="timed rounds, a step of each model (%(default)s)")
-    parser.add_argument("--warmup", type=positive, default=2, help="rounds before (%(default)s)")
+    parser = parser_for(__doc__)
+    add_llama_sizes(parser, least_tokens=3)
+    add_run(parser, dtypes=tuple(TOLERANCE), steps=10)
     parser.add_argument("--peers", nargs="+", default=PEERS, metavar="METHOD", help=f"({' '.join(PEERS)})")
-    parser.add_argument("--out", type=out_file, help="write everything, with the raw times, to this JSON file")
     args = parser.parse_args(argv)
-    args.heads = args.heads or max(1, args.hidden // 64)
     with refusing(parser):
-        shape_of(args)
+        llama_shape(args)
         for name in args.peers:
             if Method.parse(name).kind not in ("shira", "supertuning"):
                 raise ValueError(f"`peers` contains {name!r}: use shira-k<k> or supertuning-k<k>")
     return args
-
-
-def shape_of(args: argparse.Namespace) -> Shape:
-    return Shape(args.hidden, args.intermediate, args.layers, args.heads, args.vocab, args.batch, args.tokens)
 
 
 def with_values(model: nn.Module) -> nn.Module:
@@ -130,9 +114,7 @@ def measure(model: nn.Module, stepper: Stepper, device: torch.device) -> dict[st
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
-    shape = shape_of(args)
-    dtype, device = getattr(torch, args.dtype), torch.device(args.device)
-    torch.set_num_threads(args.threads)
+    shape, (dtype, device) = llama_shape(args), begin(args)
     base, batch = llama(shape, dtype, device), token_batch(shape, device)
 
     methods = {name: Method.parse(name) for name in dict.fromkeys([*args.peers, *REFERENCES])}
@@ -145,12 +127,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     models |= {name: adapt(base, methods[name], LINEARS) for name in REFERENCES}
 
     steppers = {name: Stepper(model, batch) for name, model in models.items()}
-    gc.collect()
-    gc.disable()  # a collection would fall on some model's step
-    try:
-        times = interleave(steppers, args.steps, args.warmup, device)
-    finally:
-        gc.enable()
+    times = interleave(steppers, args.steps, args.warmup, device)
     results: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
         origin = name.removesuffix(" converted")
@@ -177,17 +154,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             }
         )
     print(f"\n{table(rows)}")
-    report = {
-        "environment": environment(device),
-        "shape": asdict(shape),
-        "dtype": args.dtype,
-        "device": args.device,
-        "gate": checks,
-        "results": results,
-    }
-    if args.out is not None:
-        write_report(args.out, report)
-    return report
+    return finish(args, {"shape": asdict(shape), "gate": checks, "results": results})
 
 
 if __name__ == "__main__":

@@ -27,8 +27,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _common.arguments import device_name, out_file, positive, refusing
-from _common.report import environment, table, write_report
+from _common.arguments import positive, refusing
+from _common.report import table
+from _common.runner import add_run, begin, finish, parser_for
+from _common.steps import synchronise
 from torch import Tensor
 from tqdm import tqdm
 
@@ -114,11 +116,6 @@ class Layers:
         return time.perf_counter() - begin
 
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def measure(point: tuple[int, ...], args: argparse.Namespace) -> dict[str, Any]:
     """The shortest seconds of each path at one point."""
     layers = Layers(point, args.uneven, getattr(torch, args.dtype), torch.device(args.device))
@@ -193,18 +190,15 @@ def duration(text: str) -> float:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__)
     points = f"of the grid's {len(GRID)} points (all)"
     parser.add_argument("--points", type=part, default=slice(None), metavar="FROM:TO", help=points)
     parser.add_argument("--uneven", action="store_true", help="as many entries anywhere in the weight, not k per row")
     parser.add_argument("--passes", type=positive, default=4, help="times that the grid is gone through (%(default)s)")
     parser.add_argument("--rounds", type=positive, default=5, help="at least so many rounds at a point (%(default)s)")
     parser.add_argument("--seconds", type=duration, default=0.4, help="and at least so long (%(default)s)")
-    parser.add_argument("--threads", type=positive, default=2, help="CPU threads (%(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--device", type=device_name, default="cpu", help="cpu, cuda or cuda:<n> (%(default)s)")
+    add_run(parser)
     parser.add_argument("--report", action="store_true", help="measure nothing, print what --out holds")
-    parser.add_argument("--out", type=out_file, help="JSON file with the results; points in it are kept")
     args = parser.parse_args(argv)
     with refusing(parser):
         args.earlier = earlier(args)
@@ -246,8 +240,7 @@ def earlier(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     args = parse(argv)
-    torch.set_num_threads(args.threads)
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    dtype, device = begin(args)
     known = {tuple(r[name] for name in SIZES): r for r in args.earlier}
     todo = [
         point
@@ -259,8 +252,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         known[point] = joined(known.get(point), measure(point, args))
         if args.out is not None:
             results = [known[p] for p in GRID if p in known]
-            kind = {"dtype": args.dtype, "uneven": args.uneven}
-            write_report(args.out, {"environment": environment(device), **kind, "results": results})
+            finish(args, {"uneven": args.uneven, "results": results})
     results = [judged(known[point], args.uneven, dtype, device) for point in GRID if point in known]
     print_report(results)
     return results

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from _common.arguments import device_name, out_file, positive, refusing
+from _common.arguments import positive, refusing
 from _common.memory import peak_bytes
-from _common.report import environment, mebibytes, table, write_report
-from _common.steps import Spread, Stepper, interleave, pair_ratio
+from _common.report import mebibytes, table
+from _common.runner import add_run, begin, finish, parser_for, time_row, times_of
+from _common.steps import Stepper, interleave
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import MixtralConfig
@@ -58,7 +58,7 @@ class Block(nn.Module):
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__)
     parser.add_argument("--hidden", type=positive, default=512, help="width of the residual stream (%(default)s)")
     parser.add_argument("--intermediate", type=positive, default=1792, help="width of an expert (%(default)s)")
     parser.add_argument("--experts", type=positive, default=8, help="(%(default)s)")
@@ -67,12 +67,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--k", type=positive, nargs="+", default=[1, 20], help="NeuroAda's entries (1 20)")
     parser.add_argument("--rank", type=positive, default=8, help="LoRA's rank (%(default)s)")
     parser.add_argument("--implementation", choices=("grouped_mm", "eager", "batched_mm"), default="grouped_mm")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base (float32)")
-    parser.add_argument("--device", type=device_name, default="cpu", help="cpu, cuda or cuda:<n> (%(default)s)")
-    parser.add_argument("--threads", type=positive, default=2, help="CPU threads (%(default)s)")
-    parser.add_argument("--steps", type=positive, default=20, help="timed rounds, a step of each method (%(default)s)")
-    parser.add_argument("--warmup", type=positive, default=2, help="rounds before (%(default)s)")
-    parser.add_argument("--out", type=out_file, help="write everything, with the raw times, to this JSON file")
+    add_run(parser, steps=20)
     args = parser.parse_args(argv)
     with refusing(parser):
         if args.per_token > args.experts:
@@ -123,8 +118,7 @@ def errors(model: PeftModel, x: Tensor) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    torch.set_num_threads(args.threads)
+    dtype, device = begin(args)
     x = torch.randn(1, args.tokens, args.hidden, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     steppers, gate = {}, {}
     for name, config in configs(args).items():
@@ -138,21 +132,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     lora = next(name for name in times if name.startswith("lora"))
     results = {
         name: {
-            "trained_parameters": sum(p.numel() for p in stepper.model.parameters() if p.requires_grad),
-            "seconds": asdict(Spread.of(times[name])),
-            "over_lora": asdict(pair_ratio(times[name], times[lora])),
+            **times_of(name, times, [lora], sum(p.numel() for p in stepper.model.parameters() if p.requires_grad)),
             "peak_bytes": peak_bytes(stepper, device),
             "optimizer_bytes": stepper.optimizer_bytes(),
-            "times": times[name],
         }
         for name, stepper in steppers.items()
     }
     rows = [
         {
-            "step": name,
-            "trained": f"{result['trained_parameters']:,}",
-            "ms": f"{1000 * result['seconds']['median']:.1f}",
-            f"/ {lora} (quartiles)": "{median:.3f} ({lower:.3f}-{upper:.3f})".format(**result["over_lora"]),
+            **time_row(name, result),
             "peak of a step, MiB": mebibytes(result["peak_bytes"]),
             "optimiser, MiB": mebibytes(result["optimizer_bytes"]),
         }
@@ -160,11 +148,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     ]
     print(table(rows))
     shape = {name: vars(args)[name] for name in ("hidden", "intermediate", "experts", "per_token", "tokens")}
-    setting = {"dtype": args.dtype, "device": args.device, "implementation": args.implementation}
-    report = {"environment": environment(device), "shape": shape, **setting, "gate": gate, "results": results}
-    if args.out is not None:
-        write_report(args.out, report)
-    return report
+    setting = {"shape": shape, "implementation": args.implementation}
+    return finish(args, {**setting, "gate": gate, "results": results})
 
 
 if __name__ == "__main__":

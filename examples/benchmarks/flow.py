@@ -27,7 +27,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from _common.arguments import out_file, positive, refusing
 from _common.memory import peak_bytes
-from _common.report import environment, mebibytes, table, write_report
+from _common.report import mebibytes, table
+from _common.runner import finish, parser_for
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -46,7 +47,7 @@ TOLERANCE = 1e-4
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__)
     parser.add_argument("--layers", type=positive, default=16, help="of the decoder [%(default)s]")
     parser.add_argument("--width", type=positive, default=256, help="of the decoder [%(default)s]")
     parser.add_argument("--vision-layers", type=positive, default=2, help="of the vision tower [%(default)s]")
@@ -59,7 +60,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--parts", nargs="+", choices=("sweeps", "patches"), default=["sweeps", "patches"], help="[both]"
     )
     parser.add_argument("--threads", type=positive, default=1, help="[%(default)s]")
-    parser.add_argument("--json", type=out_file, help="file for the results")
+    parser.add_argument("--out", type=out_file, help="write everything to this JSON file")
     options = parser.parse_args(argv)
     with refusing(parser):
         if options.width % (2 * HEADS):
@@ -207,10 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "patches" in options.parts:
         result["patch_effects"] = measure_patches(options, model, sample)
         print_patches(result["patch_effects"])
-    if options.json:
-        content = {"settings": {k: v for k, v in vars(options).items() if k != "json"}, **result}
-        content["environment"] = environment(torch.device("cpu"))
-        write_report(options.json, content)
+    finish(options, {"settings": {k: v for k, v in vars(options).items() if k != "out"}, **result})
     return 0
 
 

@@ -15,10 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -27,7 +24,7 @@ from typing import Any
 import torch
 from _common.arguments import at_least, out_file, positive
 from _common.memory import peak_bytes
-from _common.report import environment, write_report
+from _common.runner import finish, parser_for, run_apart
 from torch import nn
 from tqdm import tqdm
 
@@ -161,18 +158,8 @@ def measure(method: str, density: float | None, record: bool, tasks: int, batch:
     }
 
 
-def run_alone(job: list[Any]) -> dict[str, float]:
-    """`measure` in a new process."""
-    command = [sys.executable, __file__, "--one", json.dumps(job)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise SystemExit(f"{job}: {result.stderr[-2000:]}")
-    return json.loads(result.stdout.splitlines()[-1])
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__)
     parser.add_argument("--tasks", type=at_least(2), nargs="+", default=[2, 3, 10], help="numbers of tasks")
     parser.add_argument("--batch", type=positive, default=16, help="images per step")
     parser.add_argument("--steps", type=at_least(2), default=5, help="steps per configuration")
@@ -185,7 +172,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     jobs = [(tasks, *configuration) for tasks in args.tasks for configuration in CONFIGURATIONS]
     for tasks, name, method, density, record in tqdm(jobs, desc="configurations"):
-        measured = run_alone([method, density, record, tasks, args.batch, args.steps])
+        job = json.dumps([method, density, record, tasks, args.batch, args.steps])
+        measured = run_apart(__file__, ["--one", job], threads=1)
         rows.append({"tasks": tasks, "name": name, **measured})
         base = name.replace("per task", "sum of losses")
         rows[-1]["of_a_sum"] = measured["ms"] / next(r["ms"] for r in rows if (r["tasks"], r["name"]) == (tasks, base))
@@ -195,14 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{row['tasks']:>3} {row['name']:28}{row['ms']:>8.0f}{row['of_a_sum']:>10.2f}{row['resident_mib']:>10.0f}"
             f"{row['tensors_mib']:>9.0f}{row['trained']:>12,}"
         )
-    if args.out:
-        found = {
-            "environment": environment(torch.device("cpu")),
-            "batch": args.batch,
-            "steps": args.steps,
-            "rows": rows,
-        }
-        write_report(args.out, found)
+    finish(args, {"batch": args.batch, "steps": args.steps, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from _common.arguments import device_name, out_file, positive
-from _common.report import environment, table, write_report
+from _common.arguments import positive
+from _common.report import table
+from _common.runner import add_run, begin, finish, parser_for
 from torch import Tensor
 from tqdm import tqdm
 
@@ -47,18 +48,16 @@ def shape(text: str) -> tuple[int, int]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__)
     shapes = list(map(shape, SHAPES))
     help = f"({' '.join(SHAPES)})"
     parser.add_argument("--shapes", nargs="+", type=shape, default=shapes, metavar="ROWSxFAN_IN", help=help)
     parser.add_argument("--tokens", nargs="+", type=positive, default=[1024, 8192], help="(%(default)s)")
     parser.add_argument("--k", nargs="+", type=positive, default=[1, 4, 20], help="entries per neuron (%(default)s)")
-    parser.add_argument("--dtype", choices=tuple(str(dtype)[6:] for dtype in TOLERANCE), default="bfloat16")
-    parser.add_argument("--device", type=device_name, default="cpu", help="cpu, cuda or cuda:<n> (%(default)s)")
-    parser.add_argument("--threads", type=positive, default=2, help="CPU threads (%(default)s)")
+    add_run(parser, dtypes=("float32", "bfloat16", "float16"))
+    parser.set_defaults(dtype="bfloat16")
     parser.add_argument("--rounds", type=positive, default=20, help="timed rounds over all input sets (%(default)s)")
     parser.add_argument("--working-set", type=positive, default=512, help="MiB that the input sets fill (%(default)s)")
-    parser.add_argument("--out", type=out_file, help="write the results to this JSON file")
     args = parser.parse_args(argv)
     for rows, fan_in in args.shapes:
         if max(args.k) > fan_in:
@@ -205,8 +204,7 @@ def measured(layer: Layer, copy: float, rounds: int, mebibytes: int) -> list[dic
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
-    torch.set_num_threads(args.threads)
-    dtype, device = getattr(torch, args.dtype), torch.device(args.device)
+    dtype, device = begin(args)
     copy = copy_bandwidth(device, args.rounds, args.working_set)
     results: list[dict[str, Any]] = []
     cases = [(*sizes, k, tokens) for sizes in args.shapes for k in args.k for tokens in args.tokens]
@@ -225,17 +223,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for row in results
     ]
     print(f"copy: {copy / 1e9:.1f} GB/s\n{table(lines)}")
-    report = {
-        "environment": environment(device),
-        "dtype": args.dtype,
-        "kernels": "triton" if device.type == "cuda" and gpu.triton_supports(device) else "torch",
-        "copy_bytes_per_second": copy,
-        "results": results,
-        "configurations": chosen(),
-    }
-    if args.out is not None:
-        write_report(args.out, report)
-    return report
+    kernels = "triton" if device.type == "cuda" and gpu.triton_supports(device) else "torch"
+    found = {"kernels": kernels, "copy_bytes_per_second": copy, "results": results, "configurations": chosen()}
+    return finish(args, found)
 
 
 if __name__ == "__main__":

@@ -17,18 +17,18 @@ import gc
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from _common.arguments import at_least, device_name, out_file, positive, refusing
+from _common.arguments import at_least, positive, refusing
 from _common.memory import peak_bytes
 from _common.methods import share
-from _common.report import environment, mebibytes, table, write_report
-from _common.steps import Stepper
+from _common.report import mebibytes, table
+from _common.runner import add_run, begin, finish, parser_for
+from _common.steps import Stepper, timed
 from peft import get_peft_model
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -170,16 +170,6 @@ def offload_target(device: torch.device) -> Iterator[bool | str]:
             yield folder
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    begin = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
-
-
 def fresh(base: nn.Module) -> nn.Module:
     """A copy that shares the weights, none of which has a gradient."""
     base.zero_grad(set_to_none=True)
@@ -193,16 +183,14 @@ def measured_peak(work: Callable[[nn.Module], object], base: nn.Module, device: 
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = parser_for(__doc__)
     options.add_argument("--layers", type=positive, default=14, help="blocks [%(default)s]")
     options.add_argument("--hidden", type=positive, default=768, help="width [%(default)s]")
     options.add_argument("--image", type=positive, default=96, help="pixels a side [%(default)s]")
     options.add_argument("--batch", type=at_least(4), default=4, help="images per batch [%(default)s]")
     options.add_argument("--batches", type=positive, default=2, help="batches to score by [%(default)s]")
     options.add_argument("--rounds", type=positive, default=3, help="timed rounds [%(default)s]")
-    options.add_argument("--threads", type=positive, default=2, help="CPU threads [%(default)s]")
-    options.add_argument("--device", type=device_name, default="cpu", help="cpu or cuda [%(default)s]")
-    options.add_argument("--out", type=out_file, help="JSON file [results/selection_<device>.json beside this script]")
+    add_run(options, dtypes=())
     args = options.parse_args(argv)
     with refusing(options):
         if args.hidden % 64:
@@ -216,8 +204,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
-    torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    _, device = begin(args)
     base = build(args.layers, args.hidden, args.image, device)
     batches = random_batches(args.batches, args.batch, args.image, device)
     anchor = random_batches(args.batches, args.batch, args.image, device)
@@ -237,10 +224,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         times: dict[str, list[float]] = {name: [] for name in [*found, "ordinary backward"]}
         for _ in tqdm(range(args.rounds), desc="time", unit="round"):
             for name, selector in found.items():
-                times[name].append(seconds(lambda selector=selector: choose(base, selector), device))
+                times[name].append(timed(lambda selector=selector: choose(base, selector), device)[1])
             model = fresh(base)
             times["ordinary backward"].append(
-                seconds(lambda model=model: ordinary_backward(model, batches), device)  # type: ignore[misc]
+                timed(lambda model=model: ordinary_backward(model, batches), device)[1]  # type: ignore[misc]
             )
             del model
         adapted = choose(base, found["gradient, offloaded"])
@@ -268,7 +255,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         }
     )
     content = {
-        "environment": environment(device),
         "shape": {name: getattr(args, name) for name in ("layers", "hidden", "image", "batch", "batches")},
         "parameters": sum(p.numel() for p in base.parameters()),
         "score_errors": errors,
@@ -280,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "offloaded_peak_over_bound": scoring["gradient, offloaded"] / bound,
         "optimiser_bytes": optimisers,
     }
-    write_report(args.out, content)
+    finish(args, content)
     print(f"\n{table(rows)}\n")
     print(
         f"{content['parameters']:,} parameters; activations {mebibytes(peaks['forward'])} MiB, largest gradient",

@@ -19,8 +19,6 @@ import gc
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +31,7 @@ from _common.memory import peak_bytes
 from _common.methods import share, targeted
 from _common.models import LINEARS, Shape
 from _common.report import environment, mebibytes, table, write_report
+from _common.runner import parser_for, run_apart
 from peft import LoraConfig, PeftConfig, PeftModel, ShiraConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -168,12 +167,9 @@ def run(method: str, size: str, threads: int) -> dict[str, Any]:
     }
 
 
-def run_apart(method: str, size: str, threads: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--worker", method, "--sizes", size, "--threads", str(threads)]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if result.returncode:
-        raise SystemExit(f"{' '.join(command)} failed, see above; nothing is written")
-    return json.loads(result.stdout.splitlines()[-1])
+def run_alone(method: str, size: str, threads: int) -> dict[str, Any]:
+    """[`run`] in a process of its own."""
+    return run_apart(__file__, ["--worker", method, "--sizes", size, "--threads", str(threads)], threads)
 
 
 def ratios(runs: Runs, clock: str) -> dict[str, dict[str, float]]:
@@ -208,7 +204,7 @@ def rows(runs: Runs, clock: str) -> list[dict[str, str]]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = parser_for(__doc__)
     options.add_argument("--sizes", nargs="+", choices=SIZES, default=["1b", "3b"], help="models [1b 3b]")
     options.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="methods [all]")
     options.add_argument("--rounds", type=positive, default=3, help="runs of each method [%(default)s]")
@@ -237,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         runs: Runs = {method: [] for method in args.methods}
         for _ in tqdm(range(args.rounds), desc=size, unit="round"):
             for method in args.methods:
-                runs[method].append(run_apart(method, size, args.threads))
+                runs[method].append(run_alone(method, size, args.threads))
         every = [run for mine in runs.values() for run in mine]
         content["sizes"][size] = {"shape": vars(SIZES[size]), "runs": runs}
         content["sizes"][size] |= {f"{name}_ratios": ratios(runs, name) for name in ("wall", "cpu")}

@@ -14,19 +14,18 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import re
 import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from _common.arguments import at_least, device_name, out_file, positive, refusing
+from _common.arguments import at_least, positive, refusing
 from _common.llava import LlavaShape, check_steering, llava, llava_batch
 from _common.methods import require_input_gradients, share
 from _common.models import LINEARS
-from _common.report import environment, table, write_report
-from _common.steps import Spread, Stepper, interleave, pair_ratio
+from _common.report import table
+from _common.runner import add_run, begin, finish, parser_for, time_row, times_of
+from _common.steps import Stepper, interleave
 from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
@@ -73,7 +72,7 @@ def peft_config(name: str) -> PeftConfig:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__)
     sizes = parser.add_argument_group("sizes")
     sizes.add_argument("--hidden", type=positive, default=512, help="width of the residual stream (%(default)s)")
     sizes.add_argument("--intermediate", type=positive, default=1408, help="width of the MLP (%(default)s)")
@@ -83,16 +82,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     sizes.add_argument("--batch", type=positive, default=1, help="sequences of a batch (%(default)s)")
     sizes.add_argument("--side", type=positive, default=20, help="an image has this many tokens squared (%(default)s)")
     sizes.add_argument("--text-tokens", type=at_least(2), default=64, help="text tokens of a sequence (%(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base (float32)")
-    parser.add_argument("--device", type=device_name, default="cpu", help="cpu, cuda or cuda:<n> (%(default)s)")
-    parser.add_argument("--threads", type=positive, default=1, help="CPU threads (%(default)s)")
+    add_run(parser, threads=1, steps=20)
     parser.add_argument(
         "--cpu-time", action="store_true", help="the process's CPU time instead of wall time: for a machine in use"
     )
-    parser.add_argument("--steps", type=positive, default=20, help="timed rounds, a step of each method (%(default)s)")
-    parser.add_argument("--warmup", type=positive, default=2, help="rounds before (%(default)s)")
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD", help=f"({' '.join(METHODS)})")
-    parser.add_argument("--out", type=out_file, help="write everything, with the raw times, to this JSON file")
     args = parser.parse_args(argv)
     with refusing(parser):
         shape_of(args)
@@ -110,8 +104,7 @@ def shape_of(args: argparse.Namespace) -> LlavaShape:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
-    dtype, device = getattr(torch, args.dtype), torch.device(args.device)
-    torch.set_num_threads(args.threads)
+    dtype, device = begin(args)
     checked = check_steering(dtype, device)
     print(
         "MoReS against its formula:", ", ".join(f"{name} {value:.1e}" for name, value in checked.items()), flush=True
@@ -119,30 +112,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     shape = shape_of(args)
     base, batch = llava(shape, dtype, device), llava_batch(shape, dtype, device)
     steppers = {name: Stepper(adapt(base, name), batch) for name in dict.fromkeys(args.methods)}
-    gc.collect()
-    gc.disable()  # a collection would fall on some method's step
     clock = time.process_time if args.cpu_time else time.perf_counter
     times = interleave(steppers, args.steps, args.warmup, device, clock=clock)
-    gc.enable()
-    references = [name for name in ("frozen", "lora-r8") if name in times]
-    rows, results = [], {}
-    for name, sample in times.items():
-        trained = sum(p.numel() for p in steppers[name].model.parameters() if p.requires_grad)
-        ratios = {other: pair_ratio(sample, times[other]) for other in references}
-        rows.append(
-            {"step": name, "trained": f"{trained:,}", "ms": f"{1000 * Spread.of(sample).median:.1f}"}
-            | {f"/ {o} (quartiles)": f"{r.median:.3f} ({r.lower:.3f}-{r.upper:.3f})" for o, r in ratios.items()}
-        )
-        results[name] = {
-            "trained_parameters": trained,
-            "times": sample,
-            "ratios": {other: vars(ratio) for other, ratio in ratios.items()},
-        }
-    print(table(rows))
-    report = {"environment": environment(device), "shape": vars(shape), "gate": checked, "results": results}
-    if args.out:
-        write_report(args.out, report)
-    return report
+    results = {}
+    for name, stepper in steppers.items():
+        trained = sum(p.numel() for p in stepper.model.parameters() if p.requires_grad)
+        results[name] = times_of(name, times, ("frozen", "lora-r8"), trained)
+    print(table([time_row(*item) for item in results.items()]))
+    return finish(args, {"shape": vars(shape), "gate": checked, "results": results})
 
 
 if __name__ == "__main__":

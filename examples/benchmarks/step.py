@@ -24,13 +24,14 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from _common.arguments import at_least, device_name, out_file, positive, refusing
+from _common.arguments import at_least, refusing
 from _common.gate import Check, gate, require
 from _common.memory import adapter_file_bytes, allocations, peak_bytes, resident_bytes, saved_bytes
 from _common.methods import Method, adapt, trained_parameters
-from _common.models import LINEARS, PRESETS, Shape, SingleLinear, llama, token_batch
-from _common.report import environment, mebibytes, table, write_report
-from _common.steps import Spread, Stepper, interleave, pair_ratio
+from _common.models import LINEARS, PRESETS, SingleLinear, llama, token_batch
+from _common.report import mebibytes, table
+from _common.runner import add_llama_sizes, add_run, begin, finish, llama_shape, parser_for, time_row, times_of
+from _common.steps import Stepper, interleave
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -51,46 +52,27 @@ REFERENCES = ("lora", "frozen", "shira", "supertuning")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__)
     sizes = parser.add_argument_group("sizes")
     sizes.add_argument("--preset", choices=PRESETS, help="the sizes of a published model; what you pass yourself wins")
-    sizes.add_argument("--hidden", type=positive, default=1024, help="width of the residual stream (%(default)s)")
-    sizes.add_argument("--intermediate", type=positive, default=2816, help="width of the MLP (%(default)s)")
-    sizes.add_argument("--layers", type=positive, default=4, help="decoder blocks (%(default)s)")
-    sizes.add_argument("--heads", type=positive, help="attention heads (hidden / 64)")
-    sizes.add_argument("--kv-heads", type=positive, help="heads of keys and values (as many as --heads)")
-    sizes.add_argument("--vocab", type=positive, default=1024, help="vocabulary, alike for all methods (%(default)s)")
-    sizes.add_argument("--batch", type=positive, default=4, help="sequences of a batch (%(default)s)")
-    sizes.add_argument("--tokens", type=at_least(2), default=256, help="tokens of a sequence (%(default)s)")
+    add_llama_sizes(sizes)
     sizes.add_argument("--layer", type=at_least(4), default=2048, help="width of the one square layer (%(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base (float32)")
-    parser.add_argument("--device", type=device_name, default="cpu", help="cpu, cuda or cuda:<n> (%(default)s)")
-    parser.add_argument("--threads", type=positive, default=2, help="CPU threads (%(default)s)")
-    parser.add_argument("--steps", type=positive, default=30, help="timed rounds, a step of each method (%(default)s)")
-    parser.add_argument("--warmup", type=positive, default=3, help="rounds before (%(default)s)")
+    add_run(parser, steps=30, warmup=3)
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD", help=f"({' '.join(METHODS)})")
     parser.add_argument("--solo", nargs="*", metavar="METHOD", help="timed alone, last (on CUDA: masked and full)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute each block's activations in backward")
     parser.add_argument("--profile", action="store_true", help="also print where the time of each method's step goes")
-    parser.add_argument("--out", type=out_file, help="write everything, with the raw times, to this JSON file")
     preset = parser.parse_known_args(argv)[0].preset
     parser.set_defaults(**PRESETS.get(preset, {}))
     args = parser.parse_args(argv)
-    args.heads = args.heads or max(1, args.hidden // 64)
     with refusing(parser):
-        shape_of(args)
+        llama_shape(args)
         for name in (*args.methods, *(args.solo or ())):
             Method.parse(name)
     if args.solo is None:
         dense = ("masked", "full")
         args.solo = [name for name in args.methods if name.startswith(dense) and args.device.startswith("cuda")]
     return args
-
-
-def shape_of(args: argparse.Namespace) -> Shape:
-    return Shape(
-        args.hidden, args.intermediate, args.layers, args.heads, args.vocab, args.batch, args.tokens, args.kv_heads
-    )
 
 
 def layer_memory(method: Method, width: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
@@ -164,26 +146,6 @@ def gate_table(checks: Sequence[Check]) -> str:
     )
 
 
-def ratios(times: dict[str, list[float]], methods: Sequence[Method]) -> dict[str, dict[str, Spread]]:
-    """For each method, its time over that of every reference that takes part."""
-    references = [next((m.name for m in methods if m.kind == kind), None) for kind in REFERENCES]
-    return {
-        method.name: {other: pair_ratio(times[method.name], times[other]) for other in references if other}
-        for method in methods
-    }
-
-
-def time_table(results: dict[str, dict[str, Any]]) -> str:
-    rows = []
-    for name, result in results.items():
-        row = {"step": name, "trained": f"{result['trained_parameters']:,}"}
-        row["ms"] = f"{1000 * result['seconds']['median']:.1f}"
-        for other, ratio in result["ratios"].items():
-            row[f"/ {other} (quartiles)"] = f"{ratio['median']:.3f} ({ratio['lower']:.3f}-{ratio['upper']:.3f})"
-        rows.append(row)
-    return table(rows)
-
-
 def memory_table(results: dict[str, dict[str, Any]], layer: int) -> str:
     return table(
         [
@@ -230,20 +192,12 @@ def measure(
             torch.cuda.empty_cache()
             continue
         models[method.name], steppers[method.name] = model, stepper
-    gc.collect()
-    gc.disable()  # a collection would fall on some method's step
-    try:
-        times = interleave(steppers, args.steps, args.warmup, device)
-    finally:
-        gc.enable()
+    times = interleave(steppers, args.steps, args.warmup, device)
     results: dict[str, dict[str, Any]] = {}
     for method in tqdm([m for m in methods if m.name in models], desc="memory", unit="model"):
         name = method.name
         results[name] = {
-            "trained_parameters": trained_parameters(models[name], method),
-            "seconds": asdict(Spread.of(times[name])),
-            "ratios": {},
-            "times": times[name],
+            **times_of(name, times, (), trained_parameters(models[name], method)),
             **model_memory(models[name], steppers[name], device),
             **layer_memory(method, args.layer, dtype, device),
         }
@@ -256,10 +210,7 @@ def measure(
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     methods = [Method.parse(name) for name in dict.fromkeys(args.methods)]
-    shape = shape_of(args)
-    dtype, device = getattr(torch, args.dtype), torch.device(args.device)
-    torch.set_num_threads(args.threads)
-
+    shape, (dtype, device) = llama_shape(args), begin(args)
     checks: list[Check] = []
     if any(method.kind == "neuroada" for method in methods):
         checks = gate(shape, dtype, device)
@@ -274,30 +225,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for group in groups:
         measured |= measure(base, group, batch, args) if group else {}
     results = {method.name: measured[method.name] for method in methods if method.name in measured}
-    spreads = ratios(
-        {name: result["times"] for name, result in results.items()}, [m for m in methods if m.name in results]
-    )
+    times = {name: result["times"] for name, result in results.items()}
+    references = [next((name for name in results if Method.parse(name).kind == kind), "") for kind in REFERENCES]
     for name, result in results.items():
-        result["ratios"] = {other: asdict(spread) for other, spread in spreads[name].items()}
-    print(f"\n{time_table(results)}\n\n{memory_table(results, args.layer)}")
+        result |= times_of(name, times, references, result["trained_parameters"])
+    print(f"\n{table([time_row(*item) for item in results.items()])}\n\n{memory_table(results, args.layer)}")
     print("Peaks are above what is allocated when a step begins; on CPU from the profiler's allocator records.")
     missing = [method.name for method in methods if method.name not in results]
     if missing:
         print(f"Out of memory: {', '.join(missing)}.")
 
-    report = {
-        "environment": environment(device),
-        "shape": asdict(shape),
-        "dtype": args.dtype,
-        "device": args.device,
-        "checkpointing": args.checkpointing,
-        "out_of_memory": missing,
-        "gate": [asdict(entry) for entry in checks],
-        "results": results,
-    }
-    if args.out is not None:
-        write_report(args.out, report)
-    return report
+    content = {"shape": asdict(shape), "checkpointing": args.checkpointing, "out_of_memory": missing}
+    return finish(args, {**content, "gate": [asdict(entry) for entry in checks], "results": results})
 
 
 if __name__ == "__main__":

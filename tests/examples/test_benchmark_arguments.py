@@ -15,7 +15,7 @@ SCRIPTS = {
     "convert": "llama",
     "steering": "check_steering",
     "selection": "build",
-    "mtl": "run_alone",
+    "mtl": "run_apart",
     "flow": "measure",
     "crossover": "measure",
     "ops": "seconds",
@@ -63,8 +63,7 @@ def test_counts(refused, script, value):
 def test_files_that_cannot_be_written(refused, tmp_path, script, where):
     (tmp_path / "file").write_text("mine")
     path = tmp_path if where == "a folder" else tmp_path / "file" / "deeper" / "out.json"
-    option = "--json" if script == "flow" else "--out"
-    assert f"argument {option}: '{path}'" in refused(script, option, str(path))
+    assert f"argument --out: '{path}'" in refused(script, "--out", str(path))
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 

@@ -20,7 +20,7 @@ import startup  # noqa: E402
 def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("benchmark") / "startup.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(startup, "run_apart", startup.run)  # not in processes of their own, which import for seconds
+        patch.setattr(startup, "run_alone", startup.run)  # not in processes of their own, which import for seconds
         startup.main(["--quick", "--threads", "1", "--out", str(out)])
     return json.loads(out.read_text())
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+
+Result = TypeVar("Result")
 
 
 class Stepper:
@@ -57,6 +62,21 @@ def seconds(stepper: Stepper, device: torch.device, clock: Callable[[], float] =
     return clock() - begin
 
 
+def synchronise(device: torch.device) -> None:
+    """Wait for what runs on a device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(work: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
+    """What some work returns, and its seconds on the wall."""
+    synchronise(device)
+    begin = time.perf_counter()
+    result = work()
+    synchronise(device)
+    return result, time.perf_counter() - begin
+
+
 def interleave(
     steppers: Mapping[str, Stepper],
     rounds: int,
@@ -69,16 +89,21 @@ def interleave(
     Times of every method's steps, one of each per round, so that a slow spell of the machine hits all of them.
 
     The order is drawn anew in each round: a rotation would keep every method behind the same predecessor and its
-    cache contents.
+    cache contents. Nothing is garbage-collected meanwhile: that would fall on some method's step.
     """
     order, times = list(steppers), {name: list[float]() for name in steppers}
     shuffle = random.Random(seed).shuffle
-    for turn in tqdm(range(warmup + rounds), desc="timing", unit="round"):
-        shuffle(order)
-        for name in order:
-            elapsed = seconds(steppers[name], device, clock)
-            if turn >= warmup:
-                times[name].append(elapsed)
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in tqdm(range(warmup + rounds), desc="timing", unit="round"):
+            shuffle(order)
+            for name in order:
+                elapsed = seconds(steppers[name], device, clock)
+                if turn >= warmup:
+                    times[name].append(elapsed)
+    finally:
+        gc.enable()
     return times
 
 

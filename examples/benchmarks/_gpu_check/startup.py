@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 import gc
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from _common.methods import Method, peft_config, share, targeted
 from _common.models import LINEARS, llama
+from _common.steps import timed
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
@@ -24,16 +23,6 @@ from .steps import BLOCKS, TINY
 
 
 METHODS = ("neuroada-k1", "lora-r8", "neuroada-k20")
-
-
-def timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    begin = time.perf_counter()
-    result = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return result, time.perf_counter() - begin
 
 
 @contextmanager
