@@ -19,31 +19,23 @@ import argparse
 import os
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 
 
 # As in the quick start: spinning threads of OpenMP slow each other down. Read once, when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import transformers
 from _gps_images.models import ARCHITECTURES
 from _quickstart import report
+from _quickstart.command import begin, check_counts, parser_for
 
 from peft_ext import GPS_PRESETS
 from peft_ext.sparse.selection import SELECTIONS
 
 
 def parser() -> argparse.ArgumentParser:
-    description, _, usage = (__doc__ or "").strip().partition("\n\n")
-    options = argparse.ArgumentParser(
-        description=description, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options.add_argument(
-        "--out", type=Path, default=Path("gps_images_output"), help="folder for results [%(default)s]"
-    )
+    options = parser_for(__doc__, "gps_images_output")
     options.add_argument("--k", type=int, help="entries per neuron [1, or the preset's]")
     options.add_argument(
         "--seed", type=int, default=0, help="of the selection and of training on --data [%(default)s]"
@@ -81,22 +73,14 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     missing = [name for name in ("datasets", "PIL", "matplotlib") if find_spec(name) is None]
     if chosen.model and missing:
         options.error(f"--data needs packages that are not installed: {', '.join(missing)}")
-    for name in ("k", "seeds", "trials", "batch_size", "epochs"):
-        value = getattr(chosen, name)
-        if value is not None and value < 1:
-            options.error(f"--{name.replace('_', '-')} is {value}: must be at least 1")
+    check_counts(options, chosen, ("k", "seeds", "trials", "batch_size", "epochs"))
     return chosen
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
-    begin, begin_cpu = time.perf_counter(), time.process_time()
-    # from inside transformers and PEFT, about nothing that is done here
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    warnings.filterwarnings("ignore", message="Sparse invariant checks")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    options.out.mkdir(parents=True, exist_ok=True)
+    start, start_cpu = time.perf_counter(), time.process_time()
+    begin(options.out)
     if options.model:
         from _gps_images import images  # needs datasets, which the digits do without
 
@@ -107,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = [ARCHITECTURES[name] for name in options.models]
         text, content = digits.run(chosen, options.smoke, options.k or 1, options.seeds, options.trials, options.out)
     content["environment"] = report.environment()
-    content["wall_seconds"] = time.perf_counter() - begin
-    content["cpu_seconds"] = time.process_time() - begin_cpu
+    content["wall_seconds"] = time.perf_counter() - start
+    content["cpu_seconds"] = time.process_time() - start_cpu
     report.write_json(options.out / "gps_images.json", content)
     print(f"\n{text}\n\n{content['wall_seconds']:.0f} s. Results and selection reports: {options.out}/")
     return 0

@@ -17,11 +17,9 @@ import argparse
 import os
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 
@@ -29,19 +27,13 @@ from typing import Any
 # Read once, when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import transformers
 from _quickstart import checks, comparison, data, methods, report
+from _quickstart.command import begin, check_counts, parser_for
 from _quickstart.search import SPACING
 
 
 def parser() -> argparse.ArgumentParser:
-    description, _, usage = (__doc__ or "").strip().partition("\n\n")
-    options = argparse.ArgumentParser(
-        description=description, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options.add_argument(
-        "--out", type=Path, default=Path("quickstart_output"), help="folder for results and adapters [%(default)s]"
-    )
+    options = parser_for(__doc__, "quickstart_output")
     options.add_argument("--k", type=int, default=1, help="NeuroAda's bypasses per neuron [%(default)s]")
     options.add_argument(
         "--seeds", type=int, help="runs per method that the result is averaged over [3; with --model 1]"
@@ -79,10 +71,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         options.error("--model and --dataset go together: give both, or none for the offline digits")
     if chosen.model and find_spec("trl") is None:
         options.error("--model trains with TRL, which is not installed: pip install 'peft-ext[trl]'")
-    for name in ("k", "seeds", "trials", "max_steps", "max_length", "batch_size", "max_examples"):
-        value = getattr(chosen, name)
-        if value is not None and value < 1:
-            options.error(f"--{name.replace('_', '-')} is {value}: must be at least 1")
+    check_counts(options, chosen, ("k", "seeds", "trials", "max_steps", "max_length", "batch_size", "max_examples"))
     if chosen.lr is not None and chosen.trials not in (None, 1):
         options.error(f"--lr fixes the learning rate, --trials {chosen.trials} searches it: give one of the two")
     return chosen
@@ -129,13 +118,8 @@ def run_digits(options: argparse.Namespace) -> tuple[str, list[checks.Check], di
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
-    begin = time.perf_counter()
-    # from inside transformers and PEFT, about nothing that is done here
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    warnings.filterwarnings("ignore", message="Sparse invariant checks")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    options.out.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    begin(options.out)
     if options.model:
         from _quickstart import causal_lm, texts  # need TRL, which the offline comparison does without
 
@@ -146,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         text, checked, content = run_digits(options)
     content |= {"checks": [asdict(check) for check in checked], "environment": report.environment()}
-    content["wall_seconds"] = time.perf_counter() - begin
+    content["wall_seconds"] = time.perf_counter() - start
     report.write_json(options.out / "quickstart.json", content)
     print(f"\n{text}\n\nNeuroAda adapter saved, reloaded on a fresh base model, merged:")
     print("\n".join(f"  {check}" for check in checked))
