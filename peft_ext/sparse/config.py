@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Self
 
 from ..hf.config import SavedConfig
 from ..hf.internals import get_pattern_key
@@ -254,29 +255,27 @@ class SparseConfig(SavedConfig):
     def _within_budget(self, entries: int) -> int:
         return entries if self.column_budget is None else min(entries, self.column_budget)
 
-    def for_supports(self, supports: Mapping[str, Support], **changes: Any) -> Any:
+    def for_supports(self, supports: Mapping[str, Support], **changes: Any) -> Self:
         """
         A copy that gives an adapter these entries, per module, and leads to their shapes again when it is loaded:
         through `k` where all are tables of one width, else with all of them made ragged and their sizes listed.
         """
         k = max((s.indices.shape[1] for s in supports.values() if s.is_table), default=0)
         if k and all(s.is_table and s.indices.shape[1] == min(k, s.fan_in) for s in supports.values()):
-            config = replace(self.as_table(k), support_sizes=None, peft_ext_version=None, **changes)
-            config.supports = supports
-            return config
+            copy = replace(self.as_table(k), support_sizes=None, peft_ext_version=None, **changes)
+            copy.supports = supports
+            return copy
         ragged = {name: support.ragged() for name, support in supports.items()}
         sizes = {name: support.entries for name, support in ragged.items()}
-        config = replace(
-            self, support_sizes=sizes, column_budget=None, k_pattern=None, peft_ext_version=None, **changes
-        )
-        config.supports = ragged
-        return config
+        copy = replace(self, support_sizes=sizes, column_budget=None, k_pattern=None, peft_ext_version=None, **changes)
+        copy.supports = ragged
+        return copy
 
-    def as_table(self, k: int) -> Any:
+    def as_table(self, k: int) -> Self:
         """A copy that leads to tables of exactly `k` entries per neuron."""
         return replace(self, k=k, selection="magnitude", neuron_ratio=1.0, column_budget=None, k_pattern=None)
 
-    def with_scores(self, scores: Mapping[str, Tensor]) -> Any:
+    def with_scores(self, scores: Mapping[str, Tensor]) -> Self:
         """
         Pass the scores for `selection="gradient"` and `selection="activation"`.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -92,7 +92,7 @@ class AttentionKnockout(KnockoutScope):
             stack.enter_context(attention.register_forward_pre_hook(before, with_kwargs=True))
             stack.enter_context(attention.register_forward_hook(after, prepend=True))
 
-    def _before(self, index: int) -> Any:
+    def _before(self, index: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
             arguments = bind(module, args, kwargs)
             arguments["attention_mask"] = self._edit(index, module, arguments)
@@ -136,7 +136,7 @@ class AttentionKnockout(KnockoutScope):
         assert blocked is not None
         return blocked
 
-    def _after(self, index: int) -> Any:
+    def _after(self, index: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             emptied = self._emptied.pop(index, None)
             return output if emptied is None else zero_output(output, emptied)

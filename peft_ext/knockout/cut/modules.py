@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -90,7 +90,7 @@ class ModuleKnockout(KnockoutScope):
             # Before the hooks with which transformers collects attentions and states, so that they see the zeros.
             stack.enter_context(target.register_forward_hook(own_thread(self._after(index)), prepend=True))
 
-    def _before(self, index: int) -> Any:
+    def _before(self, index: int) -> Callable[..., Any]:
         """On the layer, since only its arguments tell where in the sequence a call stands."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -103,7 +103,7 @@ class ModuleKnockout(KnockoutScope):
 
         return hook
 
-    def _after(self, index: int) -> Any:
+    def _after(self, index: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             return zero_output(output, self._rows[index])
 

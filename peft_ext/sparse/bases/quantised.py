@@ -117,6 +117,6 @@ def forget_quantisation(model: Any, dense_modules: list[str]) -> None:
             return
 
 
-def backend_of(model: nn.Module, base_layer: nn.Module) -> Any:
+def backend_of(model: nn.Module, base_layer: nn.Module) -> QuantizationBackend | None:
     """PEFT's access to a layer's quantised weight, or `None`."""
     return resolve_quantization_backend(base_layer, **get_quantization_kwargs(model))

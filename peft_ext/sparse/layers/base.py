@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ class SparseLayer(BaseAttributes, MergingMixin, ScalingMixin, nn.Module, BaseTun
         setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
 
     @property
-    def deltas(self) -> Any:
+    def deltas(self) -> MutableMapping[str, SparseDelta]:  # type: ignore[override]
         """The adapters on this layer: an `nn.ModuleDict` of [`SparseDelta`]."""
         return getattr(self, self.adapter_layer_names[0])
 
@@ -228,7 +228,7 @@ class SparseLayer(BaseAttributes, MergingMixin, ScalingMixin, nn.Module, BaseTun
     def ready(self, adapter_name: str, x: Tensor | None = None) -> SparseDelta:
         """The adapter, after making sure that its entries are known, belong to this base weight and are where `x` is,
         for who moves a module's parameters one by one, such as accelerate and FSDP, does not see them."""
-        delta: SparseDelta = self.deltas[adapter_name]
+        delta = self.deltas[adapter_name]
         if x is not None and x.device != delta.indices.device and not x.is_meta:
             delta.place(x.device)
         if delta.pending:

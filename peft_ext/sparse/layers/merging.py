@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,11 +57,12 @@ class MergingMixin:
     """
 
     base_layer: nn.Module
-    deltas: Any
+    deltas: MutableMapping[str, SparseDelta]
     merged: bool
     quantization_backend: QuantizationBackend | None
     base_matrix: Callable[[], Tensor]
     get_base_layer: Callable[[], Any]
+    active_adapters: list[str]
     ready: Callable[[str], SparseDelta]
 
     def __init__(self) -> None:
@@ -134,7 +135,7 @@ class MergingMixin:
             `TypeError`: if the base weight is quantised by a method that can't give it back.
         """
         if self.follows and self.merged:
-            wanted = self.active_adapters if adapter_names is None else adapter_names  # type: ignore[attr-defined]
+            wanted = self.active_adapters if adapter_names is None else adapter_names
             if set(wanted) <= set(self.merged_adapters):
                 return
         with self._base_in_place():

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
+from ..delta import SparseDelta
+
 
 class ScalingMixin:
     """`set_scale`, `scale_layer` and `unscale_layer` of a sparse layer. Scales are not saved."""
 
-    deltas: Any
+    deltas: MutableMapping[str, SparseDelta]
     active_adapters: list[str]
     merged_adapters: list[str]
     get_base_layer: Callable[[], Any]
@@ -46,14 +48,14 @@ class ScalingMixin:
     def _active_here(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.deltas]
 
-    def _delta(self, adapter_name: str) -> Any:
+    def _delta(self, adapter_name: str) -> SparseDelta:
         delta = self.deltas[adapter_name]
         return getattr(delta, "_fsdp_wrapped_module", delta)
 
 
-def _distinct(model: nn.Module, adapter_name: str | None) -> list[tuple[Any, str, Any]]:
+def _distinct(model: nn.Module, adapter_name: str | None) -> list[tuple[ScalingMixin, str, SparseDelta]]:
     """Layers, adapters and deltas; those that share a weight once."""
-    seen: dict[int, tuple[Any, str, Any]] = {}
+    seen: dict[int, tuple[ScalingMixin, str, SparseDelta]] = {}
     for layer in model.modules():
         if isinstance(layer, ScalingMixin):
             for name in layer.deltas if adapter_name is None else [adapter_name]:

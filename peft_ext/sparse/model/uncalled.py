@@ -22,7 +22,7 @@ def warn_of_untrained(model: nn.Module, layer_cls: type[SparseLayer], adapter_na
     layers = {
         name: layer
         for name, layer in _uncalled(model, layer_cls, adapter_names)
-        if layer not in _NAMED and any(p.requires_grad for p in layer.deltas.parameters())
+        if layer not in _NAMED and any(p.requires_grad for delta in layer.deltas.values() for p in delta.parameters())
     }
     _NAMED.update(layers.values())
     if layers:
