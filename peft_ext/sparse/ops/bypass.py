@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ def sparse_add(result: Tensor, x: Tensor, values: Tensor, indices: Tensor, offse
 
 
 @sparse_add.register_fake
-def _(result: Tensor, x: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None) -> Tensor:
+def _like_result(result: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(result, memory_format=torch.contiguous_format)
 
 
@@ -59,15 +61,8 @@ def sparse_grad_input(
 
 
 @sparse_grad_input.register_fake
-def _(
-    grad: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    transposed_entries: Tensor,
-    transposed_offsets: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
+def _(grad: Tensor, *rest: Any) -> Tensor:
+    *_, transposed_offsets, dtype = rest
     return grad.new_empty(grad.shape[0], transposed_offsets.shape[0] - 1, dtype=dtype)
 
 
@@ -85,17 +80,7 @@ def bypass_linear(
     return sparse_add(result, x, values, indices, offsets)
 
 
-@bypass_linear.register_fake
-def _(
-    result: Tensor,
-    x: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    transposed_entries: Tensor,
-    transposed_offsets: Tensor,
-) -> Tensor:
-    return torch.empty_like(result, memory_format=torch.contiguous_format)
+bypass_linear.register_fake(_like_result)
 
 
 # ---------------------------------------------------------------------- derivatives
