@@ -1,5 +1,6 @@
 """
-All that a GPU has to show, in one command without network: kernels, bandwidth, steps, start-up, crossovers, tests.
+All that a GPU has to show, in one command without network: kernels, bandwidth, steps, experts, start-up, crossovers,
+tests.
 
     python3 examples/benchmarks/gpu_check.py --out results --minutes 5
     python3 examples/benchmarks/gpu_check.py --out results --minutes 4 --stages steps,startup
@@ -11,6 +12,7 @@ goes on after a failed case, and keeps what it found in OUT/<stage>.json after e
 - `kernels`: every Triton kernel in every configuration that can be chosen, against dense matrices in fp64;
 - `bandwidth`: the products of `ops.py`, beside copies of as many bytes;
 - `steps`: a training step at Llama-3-8B's blocks, method by method, without and with checkpointing;
+- `experts`: a training step at one mixture of Mixtral and one of Qwen3-MoE, beside LoRA;
 - `startup`: choosing, saving, merging and loading at all 32 layers of these shapes;
 - `crossovers`: the paths of `crossover.py` at larger layers, fp32;
 - `suite`: a sample of `pytest -m gpu`.
@@ -34,7 +36,7 @@ from pathlib import Path
 
 
 # Most informative first, with its share of the time; what a stage does not need goes to those after it.
-STAGES = {"kernels": 6, "bandwidth": 5, "steps": 7, "startup": 5, "crossovers": 3, "suite": 4}
+STAGES = {"kernels": 6, "bandwidth": 5, "steps": 7, "experts": 2, "startup": 5, "crossovers": 3, "suite": 4}
 ROOT = Path(__file__).resolve().parents[2]
 PEFT = (0, 21)
 ENVIRONMENT = {

@@ -27,14 +27,14 @@ def check(monkeypatch: pytest.MonkeyPatch) -> Iterator[Namespace]:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     names = ("record", "processes", "summary", "bandwidth", "kernels")
     yield Namespace(**{name: importlib.import_module(f"_gpu_check.{name}") for name in names})
-    ours = ("ops", "crossover", "gpu_check", "_common", "_gpu_check")
+    ours = ("ops", "experts", "crossover", "gpu_check", "_common", "_gpu_check")
     for name in [name for name in sys.modules if name.partition(".")[0] in ours]:
         del sys.modules[name]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_a_rehearsal_runs_every_stage_but_the_suite(tmp_path: Path) -> None:
-    stages = ["kernels", "bandwidth", "steps", "startup", "crossovers"]
+    stages = ["kernels", "bandwidth", "steps", "experts", "startup", "crossovers"]
     command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "--device", "cpu", "--tiny", "--minutes", "5"]
     command += ["--out", str(tmp_path), "--stages", ",".join(stages)]
     environ = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -45,6 +45,8 @@ def test_a_rehearsal_runs_every_stage_but_the_suite(tmp_path: Path) -> None:
         assert report["finished"] and report["results"] and f"== {name} ended" in done.stdout
         assert not any("failed" in row for row in report["results"]), name
     assert {row["status"] for row in reports["kernels"]["results"]} == {"ok"}
+    assert {row["experts"] for row in reports["kernels"]["results"]} == {0, 3}
+    assert {row["method"] for row in reports["experts"]["results"]} == {"neuroada-k1", "lora-r8", "frozen"}
     families = {"staged" if "block_tokens=0" in row["config"] else "direct" for row in reports["kernels"]["results"]}
     assert families == {"direct", "staged"}
     assert {row["method"] for row in reports["steps"]["results"]} >= {"frozen", "neuroada-k1", "lora-r8", "masked-k20"}

@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,21 @@ GROUPS = [
     *((*shape, dtype) for shape in (*OTHERS, *LLAMA) for dtype in ("bfloat16", "float32")),
     *((*shape, "float16") for shape in (*OTHERS, *LLAMA[1:6:2])),
 ]
-TINY = [(6, 9, 1, (5,), "float32"), (6, 9, 7, (1,), "float16"), (7, 33, "uneven", (1,), "float32")]
+# The same, and the number of experts that the tokens go to: layers of Qwen3-MoE, gpt-oss and Mixtral.
+EXPERTS = [
+    (2048, 768, 1, (8000, 8), "bfloat16", 128),
+    (2048, 768, 20, (8000, 8), "bfloat16", 128),
+    (5760, 2880, 20, (4000,), "bfloat16", 8),
+    (4096, 14336, 4, (2000,), "float32", 4),
+    (333, 1001, "uneven", (777,), "float16", 5),
+]
+GROUPS = [*GROUPS[:2], *EXPERTS, *GROUPS[2:]]
+TINY = [
+    (6, 9, 1, (5,), "float32"), (6, 9, 7, (1,), "float16"), (7, 33, "uneven", (1,), "float32"),
+    (6, 9, 2, (9,), "float32", 3),
+]  # fmt: skip
 GROUP_SECONDS = 90
-NAMES = ("rows", "fan_in", "k", "tokens", "dtype")
+NAMES = ("rows", "fan_in", "k", "tokens", "dtype", "experts")
 
 
 def support(rows: int, fan_in: int, k: int | str, device: torch.device) -> Support:
@@ -54,20 +66,33 @@ def support(rows: int, fan_in: int, k: int | str, device: torch.device) -> Suppo
     return support_of((scores > 0.99).view(-1).nonzero().view(-1), rows, fan_in)
 
 
+def loads(tokens: int, experts: int, generator: torch.Generator, device: torch.device) -> list[int]:
+    """How many tokens each expert has: none, very many, and a few left over for none of them."""
+    chances = torch.rand(experts + 1, generator=generator, device=device) ** 4
+    chances[experts // 2] = 0
+    drawn = torch.multinomial(chances, tokens, replacement=True, generator=generator)
+    counts: list[int] = drawn.bincount(minlength=experts + 1)[:experts].tolist()
+    return counts
+
+
 class Group:
     """The three products at one shape and number of tokens, and what they should give."""
 
-    def __init__(self, rows: int, fan_in: int, k: int | str, tokens: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, rows: int, fan_in: int, k: int | str, tokens: int, dtype: torch.dtype, experts: int, device: torch.device
+    ):
         generator = torch.Generator(device).manual_seed(1)
 
         def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
-        self.support = support(rows, fan_in, k, device)
+        self.support = support(max(1, experts) * rows, fan_in, k, device)
+        self.loads = loads(tokens, experts, generator, device) if experts else [tokens]
+        of_experts = torch.tensor(self.loads, device=device).cumsum(0).to(torch.int32) if experts else None
         self.values = draw(*self.support.indices.shape, dtype=torch.float32)
         self.x, self.y = draw(tokens, fan_in), draw(tokens, rows)
         indices, offsets = self.support.indices, self.support.offsets
-        entries, ends = self.support.transposed()
+        entries, ends = self.support.transposed(max(1, experts))
         launch = kernels()
         numbers = None if offsets is None else launch.rows_of(indices, offsets)
 
@@ -75,12 +100,14 @@ class Group:
             return torch.full_like(like, torch.nan)
 
         self.products: dict[str, Callable[[], Tensor]] = {
-            "forward": lambda: launch.add(self.y, self.x, self.values, indices, offsets, poisoned(self.y)),
-            "forward in place": lambda: launch.add(y := self.y.clone(), self.x, self.values, indices, offsets, y),
-            "grad input": lambda: launch.grad_input(
-                self.y, self.values, indices, numbers, entries, ends, poisoned(self.x)
+            "forward": lambda: launch.add(self.y, self.x, self.values, indices, offsets, poisoned(self.y), of_experts),
+            "forward in place": lambda: launch.add(
+                y := self.y.clone(), self.x, self.values, indices, offsets, y, of_experts
             ),
-            "grad values": lambda: launch.grad_values(self.y, self.x, indices, numbers),
+            "grad input": lambda: launch.grad_input(
+                self.y, self.values, indices, numbers, entries, ends, poisoned(self.x), of_experts
+            ),
+            "grad values": lambda: launch.grad_values(self.y, self.x, indices, numbers, of_experts),
         }
 
     def exact(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -89,8 +116,15 @@ class Group:
         for sign in (lambda t: t, torch.abs):
             x, y, values = (sign(t.double()) for t in (self.x, self.y, self.values))
             update = dense_delta(values, self.support.indices, self.support.fan_in, self.support.offsets)
-            forward = y + x @ update.t()
-            gradients = {"grad input": y @ update, "grad values": self.support.gather(y.t() @ x)}
+            forward, grad_input, grad_weight = y.clone(), torch.zeros_like(x), torch.zeros_like(update)
+            start, rows = 0, y.shape[1]
+            for expert, load in enumerate(self.loads):
+                tokens, own = slice(start, start + load), slice(expert * rows, (expert + 1) * rows)
+                forward[tokens] += x[tokens] @ update[own].t()
+                grad_input[tokens] = y[tokens] @ update[own]
+                grad_weight[own] = y[tokens].t() @ x[tokens]
+                start += load
+            gradients = {"grad input": grad_input, "grad values": self.support.gather(grad_weight)}
             both.append({"forward": forward, "forward in place": forward, **gradients})
         return {name: (value, both[1][name]) for name, value in both[0].items()}
 
@@ -107,7 +141,7 @@ def bound(dtype: torch.dtype) -> float:
 
 
 @contextmanager
-def only(number: int) -> Iterator[list[Any]]:
+def only(number: int, experts: int) -> Iterator[list[Any]]:
     """Let launches run with the `number`th of their candidates; yields all of them, once a launch was made."""
     launch, every = kernels(), []
 
@@ -118,10 +152,9 @@ def only(number: int) -> Iterator[list[Any]]:
 
         return some
 
-    with (
-        mock.patch.object(launch, "sum_configs", restricted(launch.sum_configs)),
-        mock.patch.object(launch, "value_configs", restricted(launch.value_configs)),
-    ):
+    with ExitStack() as stack:
+        for name in ("unstaged",) if experts else ("sum_configs", "value_configs"):
+            stack.enter_context(mock.patch.object(launch, name, restricted(getattr(launch, name))))
         yield every
 
 
@@ -143,18 +176,19 @@ def outcome(product: Callable[[], Tensor], expected: tuple[Tensor, Tensor]) -> R
 
 
 def run_group(
-    rows: int, fan_in: int, k: int | str, all_tokens: Sequence[int], dtype: str, device: str, out: Path
-) -> None:
+    device: str, out: Path, rows: int, fan_in: int, k: int | str, all_tokens: Sequence[int], dtype: str,
+    experts: int = 0,
+) -> None:  # fmt: skip
     """Append every case of a group to a file, a line of JSON each."""
     for tokens in all_tokens:
-        group = Group(rows, fan_in, k, tokens, getattr(torch, dtype), torch.device(device))
+        group = Group(rows, fan_in, k, tokens, getattr(torch, dtype), experts, torch.device(device))
         exact = group.exact()
         for name, product in group.products.items():
             number, configs = 0, [None]
             while number < len(configs):
-                with only(number) as configs:
+                with only(number, experts) as configs:
                     found = outcome(product, exact[name])
-                sizes = dict(zip(NAMES, (rows, fan_in, k, tokens, dtype), strict=True))
+                sizes = dict(zip(NAMES, (rows, fan_in, k, tokens, dtype, experts), strict=True))
                 config = str(configs[number]) if configs else "?"
                 with out.open("a") as file:
                     file.write(json.dumps({**sizes, "product": name, "config": config, **found}) + "\n")
@@ -168,7 +202,7 @@ def run(record: Record, args: argparse.Namespace) -> None:
     workers = max(1, min(len(groups), (os.cpu_count() or 1) - 1))
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{number}" for number in range(len(groups))]
-        works = [partial(run_group, *group, args.device, file) for group, file in zip(groups, files, strict=True)]
+        works = [partial(run_group, args.device, file, *group) for group, file in zip(groups, files, strict=True)]
         for number, how in each(works, workers, lambda: min(record.seconds_left - 3, GROUP_SECONDS)):
             keep(record, groups[number], files[number], how)
 
@@ -180,7 +214,7 @@ def keep(record: Record, group: tuple[Any, ...], file: Path, how: str) -> None:
         return
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     if not how.startswith("ended"):
-        rows.append(dict(zip(NAMES, group, strict=True)) | {"status": "error", "message": how})
+        rows.append(dict(zip(NAMES, group, strict=False)) | {"status": "error", "message": how})
     record.content["results"] += rows
     record.write()
     states = [row["status"] for row in rows]

@@ -21,6 +21,7 @@ def kernels(results: Sequence[Row]) -> list[str]:
     kinds: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
     for row in results:
         family = "?" if "config" not in row else "staged" if "block_tokens=0" in row["config"] else "direct"
+        family += " experts" * bool(row.get("experts"))
         kinds[row.get("product", "(process)"), family, row["dtype"]].append(row)
     lines = []
     for (product, family, dtype), rows in sorted(kinds.items()):
@@ -68,6 +69,21 @@ def steps(results: Sequence[Row]) -> list[str]:
     return [table(lines)] if lines else []
 
 
+def experts(results: Sequence[Row]) -> list[str]:
+    lines = [
+        {
+            "step on experts": f"{row['block']} {row['method']}",
+            "ms": f"{1000 * row['seconds']['median']:.1f}",
+            "/ LoRA": f"{row['over_lora']['median']:.3f}",
+            "peak, MiB": mebibytes(row["peak_bytes"]),
+            "optimiser": mebibytes(row["optimizer_bytes"]),
+        }
+        for row in results
+        if "seconds" in row
+    ]
+    return [table(lines)] if lines else []
+
+
 def startup(results: Sequence[Row]) -> list[str]:
     names = ("choosing", "saving", "merging", "unmerging", "loading")
     lines = [
@@ -106,8 +122,8 @@ def suite(results: Sequence[Row]) -> list[str]:
 
 
 TABLES = {
-    "kernels": kernels, "bandwidth": bandwidth, "steps": steps, "startup": startup, "crossovers": crossovers,
-    "suite": suite,
+    "kernels": kernels, "bandwidth": bandwidth, "steps": steps, "experts": experts, "startup": startup,
+    "crossovers": crossovers, "suite": suite,
 }  # fmt: skip
 
 

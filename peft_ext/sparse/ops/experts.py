@@ -1,7 +1,8 @@
 """The bypass for experts: of rows sorted by expert, each is multiplied by its own expert's update.
 
 An update of all experts is one support over their rows, the first expert's first. What an expert needs of it are
-slices, so that experts without tokens cost nothing.
+slices, so that experts without tokens cost nothing. On a GPU one launch of the Triton kernels in `gpu` serves all
+experts where they can, without waiting for the loads to be known on the CPU.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..support import Support
+from . import gpu
 from .bags import accumulation_dtype, add_into, input_gradient_into, values_gradient
 from .derivatives import call, register_derivative
 
@@ -66,6 +68,8 @@ def _expert_bypass(
     ends: Tensor,
 ) -> Tensor:
     out = torch.empty_like(result, memory_format=torch.contiguous_format)
+    if indices.numel() and gpu.usable(result, x, values):
+        return gpu.kernels().add(result, x, values, indices, offsets, out, ends.to(torch.int32))
     last = 0
     for expert in _experts(ends, indices, offsets):
         out[last : expert.tokens.start] = result[last : expert.tokens.start]
@@ -94,6 +98,9 @@ def _(
 
 @torch.library.custom_op("peft_ext::expert_grad_values", mutates_args=())
 def _expert_grad_values(grad: Tensor, x: Tensor, indices: Tensor, offsets: Tensor | None, ends: Tensor) -> Tensor:
+    if indices.numel() and len(x) and gpu.usable(grad, x):
+        kernels = gpu.kernels()
+        return kernels.grad_values(grad, x, indices, kernels.rows_of(indices, offsets), ends.to(torch.int32))
     gradient = torch.zeros(indices.shape, dtype=accumulation_dtype(grad, x), device=x.device)
     for expert in _experts(ends, indices, offsets):
         own = values_gradient(
@@ -121,6 +128,10 @@ def _expert_grad_input(
 ) -> Tensor:
     fan_in = (len(transposed_offsets) - 1) // len(ends)
     out = torch.empty(len(grad), fan_in, dtype=dtype, device=grad.device)
+    if indices.numel() and gpu.usable(grad, values, out):
+        kernels = gpu.kernels()
+        tables = (kernels.rows_of(indices, offsets), transposed_entries, transposed_offsets)
+        return kernels.grad_input(grad, values, indices, *tables, out, ends.to(torch.int32))
     last = 0
     for expert in _experts(ends, indices, offsets):
         out[last : expert.tokens.start] = 0

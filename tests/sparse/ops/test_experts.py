@@ -16,27 +16,29 @@ LOADS = {
     "one each": (1, 1, 1, 1),
     "all on the last": (0, 0, 0, 300),
     "all on the first": (9, 0, 0, 0),
+    "uneven": (21, 1, 0, 40),
     "no tokens": (0, 0, 0, 0),
 }
 
 
 def _dense(result, x, values, support, loads):
     updates = dense_update(values, support).view(EXPERTS, ROWS, FAN_IN)
-    expert = torch.tensor([number for number, load in enumerate(loads) for _ in range(load)], dtype=torch.int64)
+    expert = torch.tensor([number for number, load in enumerate(loads) for _ in range(load)], device=x.device).long()
     own = torch.einsum("trf,tf->tr", updates[expert], x[: len(expert)])
     return result + torch.cat([own, own.new_zeros(len(x) - len(expert), ROWS)])
 
 
-def make_case(entries, load, dtype=torch.float64, behind=2):
+def make_case(entries, load, dtype=torch.float64, behind=2, device="cpu"):
     generator = torch.Generator().manual_seed(0)
     support = random_support(EXPERTS * ROWS, FAN_IN, entries, generator)
     loads = LOADS[load]
     tokens = sum(loads) + behind
     leaves = [
-        torch.randn(shape, generator=generator, dtype=dtype).requires_grad_()
+        torch.randn(shape, generator=generator, dtype=dtype).to(device).requires_grad_()
         for shape in ((tokens, ROWS), (tokens, FAN_IN), support.indices.shape)
     ]
-    ends = torch.tensor(loads).cumsum(0).to(torch.int32)
+    ends = torch.tensor(loads, device=device).cumsum(0).to(torch.int32)
+    support = support.to(device)
     tables = (support.indices, support.offsets, *support.transposed(EXPERTS), ends)
     return leaves, lambda r, x, v: expert_bypass(r, x, v, *tables), lambda r, x, v: _dense(r, x, v, support, loads)
 

@@ -131,6 +131,16 @@ def splits_of(tokens: int, entries: int) -> tuple[int, int]:
     return -(-tokens // span), span
 
 
+def unstaged(configs: list[Config]) -> list[Config]:
+    """Those that can run over experts: a word of staged tokens may be several experts'."""
+    return [config for config in configs if not config.staged]
+
+
+def tiles_of(tokens: int, experts: int, block_tokens: int) -> int:
+    """Most tiles that the tokens of experts, and those of none, can fall into, whatever the loads."""
+    return min(tokens, tokens // block_tokens + experts + 1)
+
+
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
@@ -161,29 +171,33 @@ def _dtypes(*tensors: Tensor | None) -> tuple[Any, ...]:
 def gather_sum(
     base: Tensor | None, x: Tensor, values: Tensor, columns: Tensor | None, offsets: Tensor | None,
     entries: Tensor | None, owners: Callable[[], Tensor | None] | None, k: int, out: Tensor,
+    ends: Tensor | None = None,
 ) -> None:  # fmt: skip
     """
     `out = base + gathered sums of x`, see `direct.gather_sum`. `out` (`[tokens, neurons]`) may be `base` itself: each
     element is read and written once, by one program. Measuring writes elsewhere, since repeating would add again.
-    `owners`, with `offsets`: makes an int32 tensor of the neurons that entries belong to.
+    `owners`, with `offsets`: makes an int32 tensor of the neurons that entries belong to. `ends`, int32 `[experts]`:
+    where the tokens of each expert end.
     """
     (tokens, width), neurons = x.shape, out.shape[1]
     if out.numel() == 0:
         return
     base_strides = (0, 0) if base is None else base.stride()
-
-    mean = -(-values.numel() // neurons)
+    experts = 1 if ends is None else len(ends)
+    mean = -(-values.numel() // (neurons * experts))
 
     def launch(config: Config, out: Tensor) -> None:
         seen = columns_first(x) if config.columns_first else x
         strides = (*base_strides, *seen.stride(), *out.stride())
         block_tokens = 8 // x.element_size() if config.staged else config.block_tokens
-        grid = (-(-tokens // block_tokens) * -(-neurons // config.block_neurons),)
+        tiles = -(-tokens // block_tokens) if ends is None else tiles_of(tokens, experts, block_tokens)
+        grid = (tiles * -(-neurons // config.block_neurons),)
         sizes = {"BLOCK_NEURONS": config.block_neurons, "num_warps": config.num_warps}
         if not config.staged:
             direct.gather_sum[grid](
-                base, seen, values, columns, offsets, entries, out, tokens, neurons, k, *strides,
-                BLOCK_TOKENS=block_tokens, BLOCK_K=config.block_k, LIGHT=light_of(config, mean), ROUND=LIGHT, **sizes,
+                base, seen, values, columns, offsets, entries, ends, out, tokens, neurons, width, experts, k, *strides,
+                BLOCK_TOKENS=block_tokens, BLOCK_K=config.block_k, LIGHT=light_of(config, mean), ROUND=LIGHT,
+                EXPERTS=power_of_two(experts + 1), **sizes,
             )  # fmt: skip
             return
         sizes |= {"PACK": block_tokens, "WIDTH": power_of_two(width)}
@@ -199,62 +213,76 @@ def gather_sum(
             )  # fmt: skip
 
     kind = (base is None, columns is None, offsets is None, entries is None, *_dtypes(base, x, values, out))
-    key = ("sum", x.device, tuning.bucket(tokens), neurons, width, mean, kind)
+    key = ("sum", x.device, tuning.bucket(tokens), neurons, width, mean, ends is not None and experts, kind)
+
+    def candidates() -> list[Config]:
+        sizes = (neurons, width, mean, x.element_size(), offsets is not None)
+        return sum_configs(tokens, *sizes) if ends is None else unstaged(sum_configs(-(-tokens // experts), *sizes))
+
     with _on(x.device):
-        config = tuning.choice(
-            key,
-            lambda: sum_configs(tokens, neurons, width, mean, x.element_size(), offsets is not None),
-            x.device,
-            lambda: partial(launch, out=torch.empty_like(out)),
-        )
-        launch(config, out)
+        launch(tuning.choice(key, candidates, x.device, lambda: partial(launch, out=torch.empty_like(out))), out)
 
 
-def add(result: Tensor, x: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, out: Tensor) -> Tensor:
-    """`out = result + S x`; arguments as of `sparse_add`, `out` may be `result`."""
+def add(
+    result: Tensor, x: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, out: Tensor,
+    of_experts: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`out = result + S x`; arguments as of `sparse_add`, `out` may be `result`. `of_experts` int32: where the tokens
+    of each expert end, see `expert_bypass`."""
     k = indices.shape[1] if offsets is None else 0
     owners = None if offsets is None else partial(rows_of, indices, offsets)
-    gather_sum(result, x, _flat(values), _flat(indices), offsets, None, owners, k, out)
+    gather_sum(result, x, _flat(values), _flat(indices), offsets, None, owners, k, out, of_experts)
     return out
 
 
 def grad_input(
-    grad: Tensor, values: Tensor, indices: Tensor, rows: Tensor | None, entries: Tensor, ends: Tensor, out: Tensor
-) -> Tensor:
-    """`out = S^T grad`; `rows` int32 `[entries]` of a ragged support, `None` for a table; see `sparse_grad_input`."""
+    grad: Tensor, values: Tensor, indices: Tensor, rows: Tensor | None, entries: Tensor, ends: Tensor, out: Tensor,
+    of_experts: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`out = S^T grad`; `rows` int32 `[entries]` of a ragged support, `None` for a table; see `sparse_grad_input`.
+    `of_experts` as above."""
     k = indices.shape[1] if rows is None else 0
-    gather_sum(None, grad, _flat(values), rows, ends, entries, partial(_flat, indices), k, out)
+    gather_sum(None, grad, _flat(values), rows, ends, entries, partial(_flat, indices), k, out, of_experts)
     return out
 
 
-def grad_values(grad: Tensor, x: Tensor, indices: Tensor, rows: Tensor | None) -> Tensor:
-    """`grad^T x` at the support, fp32 in the shape of `indices`; see `sparse_grad_values`, `rows` as above."""
+def grad_values(
+    grad: Tensor, x: Tensor, indices: Tensor, rows: Tensor | None, of_experts: Tensor | None = None
+) -> Tensor:
+    """`grad^T x` at the support, fp32 in the shape of `indices`; see `sparse_grad_values`, the others as above."""
     (tokens, width), entries = x.shape, indices.numel()
-    parts, span = splits_of(tokens, entries)
+    experts = 1 if of_experts is None else len(of_experts)
+    mean = -(-tokens // experts)  # tokens that an entry sees
+    parts, span = splits_of(mean, entries)
     k = indices.shape[1] if rows is None else 0
     sums = torch.empty(parts, entries, dtype=torch.float32, device=x.device)
     columns = _flat(indices)
 
     def launch(config: Config) -> None:
-        tensors = (grad, x, columns, rows, sums)
         strides = (*grad.stride(), *x.stride())
         grid = (parts * -(-entries // config.block_neurons),)
         sizes = {"BLOCK_ENTRIES": config.block_neurons, "num_warps": config.num_warps}
         if config.staged:
             words = power_of_two(width)
             staged.grad_values_staged[grid](
-                *tensors, tokens, span, entries, width, k, *strides,
+                grad, x, columns, rows, sums, tokens, span, entries, width, k, *strides,
                 PACK=8 // x.element_size(), WIDTH=words, GROUP=math.gcd(k, 4) if rows is None else 1,
                 AHEAD=words <= WORDS_AHEAD * 32 * config.num_warps, **sizes,
             )  # fmt: skip
         else:
             direct.grad_values[grid](
-                *tensors, tokens, span, entries, k, *strides, BLOCK_TOKENS=config.block_tokens, **sizes
-            )
+                grad, x, columns, rows, of_experts, sums, tokens, span, entries, grad.shape[1], parts, k, *strides,
+                BLOCK_TOKENS=config.block_tokens, **sizes,
+            )  # fmt: skip
 
-    key = ("values", x.device, tuning.bucket(tokens), entries, width, k, rows is None, *_dtypes(grad, x))
+    kind = (of_experts is not None and experts, rows is None, *_dtypes(grad, x))
+    key = ("values", x.device, tuning.bucket(tokens), entries, width, k, kind)
+
+    def candidates() -> list[Config]:
+        configs = value_configs(mean, entries, width, x.element_size())
+        return configs if of_experts is None else unstaged(configs)
+
     with _on(x.device):
-        configs = partial(value_configs, tokens, entries, width, x.element_size())
-        launch(tuning.choice(key, configs, x.device, lambda: launch))
+        launch(tuning.choice(key, candidates, x.device, lambda: launch))
     # Always in the order of the parts.
     return (sums[0] if parts == 1 else sums.sum(0)).view(indices.shape)

@@ -5,7 +5,7 @@ import pytest
 
 if importlib.util.find_spec("triton") is None:  # not to be had on this platform
     collect_ignore = [
-        "test_expert_slices.py",
+        "test_expert_kernels.py",
         "test_kernels.py",
         "test_layers.py",
         "test_targets.py",

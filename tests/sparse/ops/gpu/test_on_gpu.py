@@ -6,6 +6,7 @@ import torch
 from peft_ext.sparse.ops import add_in_place, bypass, may_add_in_place
 
 from ..._inputs import Shape
+from ..test_experts import make_case
 from ._cases import DTYPES, LAYOUTS, SHAPES, Case, assert_case_correct
 
 
@@ -74,3 +75,19 @@ def test_equal_inputs_give_equal_bits():
 
     for first, again in zip(results(), results(), strict=True):
         assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("entries", [1, 5, (0, 2, 1, 0, 4, 1) * 4], ids=["k1", "k5", "uneven"])
+@pytest.mark.usefixtures("family")
+def test_experts_are_right_and_give_equal_bits(entries):
+    leaves, ours, dense = make_case(entries, "uneven", torch.float32, device="cuda")
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+
+    def results(compute, leaves):
+        out = compute(*leaves)
+        return out, *torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    expected = results(dense, wide)
+    for first, again, exact in zip(results(ours, leaves), results(ours, leaves), expected, strict=True):
+        assert torch.equal(first, again)
+        torch.testing.assert_close(first.double(), exact, atol=1e-5, rtol=1e-5)

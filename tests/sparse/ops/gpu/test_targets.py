@@ -115,3 +115,52 @@ def test_the_copy_with_columns_first_compiles_without_spilling(dtype, tmp_path, 
     )
     code = compiled(kernel, args, options, 90)
     assert kernel.__name__ == "transposed" and code.local_bytes == 0 and code.registers <= MAX_REGISTERS
+
+
+def _work_of_experts(product, config, k, width, rows, dtype, ragged):
+    """As `_work`, of 128 experts."""
+    tokens, experts = 8192, 128
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    indices, values = empty(experts * rows, k, dtype=torch.int32), empty(experts * rows, k, dtype=torch.float32)
+    x, grad = empty(tokens, width), empty(tokens, rows)
+    entries, ends, of_experts = (empty(n, dtype=torch.int32) for n in (indices.numel(), experts * width + 1, experts))
+    offsets = numbers = None
+    if ragged:
+        indices, values = indices.view(-1), values.view(-1)
+        offsets, numbers = empty(experts * rows + 1, dtype=torch.int32), entries
+    with pytest.MonkeyPatch.context() as patch:
+        every = launch.unstaged
+        patch.setattr(launch, "unstaged", lambda configs: [every(configs)[config]])
+        if product == "add":
+            launch.add(grad, x, values, indices, offsets, grad, of_experts)
+        elif product == "grad_input":
+            launch.grad_input(grad, values, indices, numbers, entries, ends, x, of_experts)
+        else:
+            launch.grad_values(grad, x, indices, numbers, of_experts)
+
+
+@pytest.mark.parametrize(
+    ("product", "config", "k", "width", "rows", "dtype", "capability", "ragged"),
+    [
+        ("add", 0, 1, 2048, 1536, torch.bfloat16, 90, False),
+        ("add", 1, 20, 2048, 1536, torch.float32, 80, False),
+        ("add", -1, 20, 4096, 28672, torch.bfloat16, 90, True),
+        ("grad_input", 0, 20, 768, 2048, torch.bfloat16, 80, False),
+        ("grad_input", 1, 20, 2048, 1536, torch.bfloat16, 90, True),
+        ("grad_input", -1, 20, 4096, 28672, torch.bfloat16, 90, False),
+        ("grad_values", 0, 1, 2048, 1536, torch.bfloat16, 90, False),
+        ("grad_values", 1, 20, 4096, 28672, torch.float32, 80, True),
+    ],
+    ids=str,
+)
+def test_a_launch_for_experts_compiles_without_spilling(
+    product, config, k, width, rows, dtype, capability, ragged, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    *_, (kernel, args, options) = launches(lambda: _work_of_experts(product, config, k, width, rows, dtype, ragged))
+    code = compiled(kernel, args, options, capability)
+    assert code.local_bytes <= 16 and code.local_in_loops == 0  # a number or two that are kept while a tile is found
+    assert code.registers <= MAX_REGISTERS and code.shared_bytes <= MAX_SHARED_BYTES[capability]
