@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .experts import ExpertBank, bank_names
+from .experts import ExpertBank, bank_names, scale_of
 
 
 # Takes what a bank computed of its tokens, the tokens (both sorted by expert) and where those of each expert end.
@@ -127,6 +127,13 @@ class ExpertsView:
         method = getattr(type(self.experts), name, None)
         return partial(method, self) if isinstance(method, FunctionType) else getattr(self.experts, name)
 
+    def linear(self, x: Tensor, weight: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The product of experts in 8-bit floats with one expert's weight, in a method of theirs."""
+        kind: Any = type(self.experts)
+        if not isinstance(weight, BankProduct):
+            return kind.linear(self, x, weight, *args, **kwargs)
+        return weight.add_to(kind.linear(self, x, weight.weight, *args, **kwargs), x, None)
+
 
 class WatchedForward:
     """
@@ -166,6 +173,11 @@ def run_with(experts: nn.Module, added: Mapping[str, tuple[ExpertBank, Added]], 
         args, kwargs: of the forward.
     """
     implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
+    if implementation not in (None, "eager") and any(scale_of(bank) is not None for bank, _ in added.values()):
+        raise NotImplementedError(
+            f"experts_implementation={implementation!r} multiplies by 8-bit weights in kernels that adapters can't "
+            "see into. Call model.set_experts_implementation('eager')."
+        )
     if implementation not in (None, *IMPLEMENTATIONS):
         raise NotImplementedError(
             f"experts_implementation={implementation!r} may compute in kernels that adapters can't see into. "

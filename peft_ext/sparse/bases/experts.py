@@ -19,19 +19,35 @@ _BANKS = ("gate_up_proj", "up_proj", "down_proj")
 def bank_names(module: nn.Module) -> tuple[str, ...]:
     """
     The parameters of a module of experts that hold the weights of one layer of each expert; none if the module is no
-    such one, or if we don't know how it computes: weights that are packed, in 8 bits or of an unknown layout.
+    such one, or if we don't know how it computes: weights that are packed, in 8 bits without scales or of an unknown
+    layout.
     """
     if getattr(module, "is_transposed", _TRANSPOSED.get(type(module).__name__)) is None:
         return ()
     number = getattr(module, "num_experts", None)
-    fused = [name for name, parameter in module._parameters.items() if is_fused(parameter)]
+    fused = [name for name, p in module._parameters.items() if is_fused(p) and not name.endswith("_scale_inv")]
     named = tuple(name for name in fused if name in _BANKS and shape_of(getattr(module, name))[0] == number)
-    return named if len(named) == len(fused) and all(map(_is_real, (getattr(module, n) for n in named))) else ()
+    readable = all(_is_real(getattr(module, name)) or _scale(module, name) is not None for name in named)
+    return named if len(named) == len(fused) and readable else ()
 
 
 def is_fused(parameter: Tensor | None) -> bool:
     """Whether a parameter holds a matrix for each of several experts."""
     return parameter is not None and len(shape_of(parameter)) == 3
+
+
+def scale_of(base_layer: Any) -> Tensor | None:
+    """What a layer's weight in 8-bit floats is multiplied by, as transformers' `FineGrainedFP8Config` leaves it."""
+    if isinstance(base_layer, ExpertBank):
+        return _scale(base_layer.owner, base_layer.name)
+    return _scale(base_layer, "weight")
+
+
+def _scale(module: nn.Module, name: str) -> Tensor | None:
+    parameter, scale = (module._parameters.get(key) for key in (name, f"{name}_scale_inv"))
+    if parameter is None or not parameter.is_floating_point() or parameter.element_size() > 1:
+        return None
+    return scale
 
 
 def _is_real(parameter: Any) -> bool:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ...hf.internals import QuantizationBackend, get_quantization_kwargs, resolve_quantization_backend
-from .neurons import stored_weight
+from .fp8 import fp8_backend
+from .neurons import stored_weight, weights_of
 from .offloaded import is_offloaded, onloaded
 from .part import Part
 from .sharded import whole
@@ -102,7 +103,8 @@ def forget_quantisation(model: Any, dense_modules: list[str]) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None or not dense_modules:
         return
-    if not any(backend_of(model, module) is not None for module in model.modules()):
+    weights = (base for module in model.modules() for base in weights_of("", module).values())
+    if not any(backend_of(model, base) is not None for base in weights):
         quantizer.remove_quantization_config(model)
         for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
             if hasattr(model, flag):
@@ -118,5 +120,5 @@ def forget_quantisation(model: Any, dense_modules: list[str]) -> None:
 
 
 def backend_of(model: nn.Module, base_layer: nn.Module) -> QuantizationBackend | None:
-    """PEFT's access to a layer's quantised weight, or `None`."""
-    return resolve_quantization_backend(base_layer, **get_quantization_kwargs(model))
+    """PEFT's access to a layer's quantised weight, or ours; `None` if it isn't quantised."""
+    return resolve_quantization_backend(base_layer, **get_quantization_kwargs(model)) or fp8_backend(base_layer)

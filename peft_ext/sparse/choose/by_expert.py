@@ -32,7 +32,8 @@ class ExpertMatrices:
     def split(self, views: Mapping[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:
         """Functions that return the matrices, from those that return the weights."""
         plain = {name: view for name, view in views.items() if name not in self.numbers}
-        return plain | {key: partial(_one, views[name], number) for key, (name, number) in self.origin.items()}
+        read = _Latest(views)
+        return plain | {key: partial(read.one, name, number) for key, (name, number) in self.origin.items()}
 
     def split_scores(self, scores: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
         """The scores of the matrices, from those of the weights."""
@@ -49,8 +50,20 @@ class ExpertMatrices:
         return joined
 
 
-def _one(view: Callable[[], Tensor], number: int) -> Tensor:
-    return view()[number]
+class _Latest:
+    """Weights of all experts, read one by one. The last one is kept, for each expert's matrix is asked for in turn and
+    reading may mean dequantising or gathering."""
+
+    def __init__(self, views: Mapping[str, Callable[[], Tensor]]) -> None:
+        self.views = views
+        self._last: tuple[str, Tensor] | None = None
+
+    def one(self, name: str, number: int) -> Tensor:
+        """The matrix of one expert."""
+        if self._last is None or self._last[0] != name:
+            self._last = None
+            self._last = name, self.views[name]()
+        return self._last[1][number]
 
 
 class _ScoresByExpert(Mapping[str, Tensor]):

@@ -97,18 +97,44 @@ def exclusions_noted(model: nn.Module, config: SparseConfig) -> Iterator[None]:
         yield
 
 
+# Formats whose products are computed in kernels, by the class of the experts, and how to load the base without them.
+_SEALED = {
+    "Mxfp4GptOssExperts": ("mxfp4", "quantization_config=Mxfp4Config(dequantize=True)"),
+    "FbgemmFp8Llama4TextExperts": (
+        "fbgemm's fp8",
+        "quantization_config=FbgemmFp8Config(modules_to_not_convert=[...])",
+    ),
+    "FP8Experts": ("packed fp4", "quantization_config=FineGrainedFP8Config(dequantize=True)"),
+}
+
+
+def why_not_adapted(module: nn.Module) -> str | None:
+    """The reason why a module of fused experts can't be adapted, with the remedy; `None` if it can, or has none."""
+    kind = type(module).__name__
+    if bank_names(module):
+        return None
+    if kind in _SEALED:
+        format, remedy = _SEALED[kind]
+        return (
+            f"its weights are in {format}, which kernels multiply by that adapters can't see into. Load the base with "
+            f"{remedy}"
+        )
+    packs = any(parameter is not None and parameter.dim() >= 3 for parameter in module._parameters.values())
+    if not packs or "expert" not in kind.lower():
+        return None
+    return (
+        "it fuses the weights of several experts in a way that can't be adapted (packed or quantised weights, or a "
+        "class that does not use transformers' use_experts_implementation)"
+    )
+
+
 def warn_of_others(model: nn.Module) -> None:
-    """Name the modules of fused experts that are left out, since it isn't known how they compute."""
-    others: dict[str, str] = {}
+    """Name the modules of fused experts that are left out, and why."""
+    others: dict[str, tuple[str, str]] = {}
     for name, module in model.named_modules():
         base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        packs = any(parameter is not None and parameter.dim() >= 3 for parameter in base._parameters.values())
-        if packs and "expert" in type(base).__name__.lower() and not bank_names(base):
-            others.setdefault(type(base).__name__, name)
-    for kind, name in others.items():
-        warnings.warn(
-            f"{kind} ('{name}') is left out of the targets: it fuses the weights of several experts in a way that "
-            "can't be adapted (packed or quantised weights, or a class that does not use transformers' "
-            "use_experts_implementation).",
-            stacklevel=2,
-        )
+        reason = why_not_adapted(base)
+        if reason is not None:
+            others.setdefault(type(base).__name__, (name, reason))
+    for kind, (name, reason) in others.items():
+        warnings.warn(f"{kind} ('{name}') is left out of the targets: {reason}.", stacklevel=2)

@@ -12,6 +12,7 @@ from ...hf.internals import QuantizationBackend
 from ..bases.experts import bank_names
 from ..bases.neurons import SUPPORTED, base_of, has_writable_weight, is_supported, weights_of
 from ..bases.offloaded import is_offloaded
+from .experts import why_not_adapted
 from .weight_reads import layers_read
 
 
@@ -112,6 +113,9 @@ def check_supported(name: str, module: nn.Module, backend: QuantizationBackend |
         fused = [key for key, parameter in base.named_parameters(recurse=False) if parameter.dim() == 3]
         size = " with an empty weight" if isinstance(base, nn.Linear) else ""
         hint = f" Its '{fused[0]}' fuses the weights of several layers into one." if fused else ""
+        reason = why_not_adapted(base)
+        if reason is not None:
+            hint = f" {reason[0].upper()}{reason[1:]}."
         if isinstance(base, nn.Embedding):
             hint = " To train the embeddings of some tokens, name these in `trainable_token_indices`."
         raise TypeError(

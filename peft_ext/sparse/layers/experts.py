@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...hf.internals import QuantizationBackend
 from ..bases.bank_product import run_with
 from ..bases.experts import ExpertBank, bank_names
 from .base import BASE_ADAPTER, SparseLayer
@@ -45,10 +46,17 @@ class SparseExperts(SparseComposite):
     Args:
         base_layer (`nn.Module`): the module to adapt.
         bank (`type`): the method's class for a layer of experts.
+        backend_of (`Callable`): gives PEFT's access to a quantised layer of experts, or `None`.
     """
 
-    def __init__(self, base_layer: nn.Module, bank: type[SparseExpertBank]) -> None:
-        super().__init__(base_layer, {name: bank(ExpertBank(base_layer, name)) for name in bank_names(base_layer)})
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        bank: type[SparseExpertBank],
+        backend_of: Callable[[nn.Module], QuantizationBackend | None],
+    ) -> None:
+        banks = {name: ExpertBank(base_layer, name) for name in bank_names(base_layer)}
+        super().__init__(base_layer, {name: bank(layer, backend_of(layer)) for name, layer in banks.items()})
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """As the experts' own forward, with the same arguments and results."""

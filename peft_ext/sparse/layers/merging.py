@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from ...hf.internals import QuantizationBackend, check_adapters_to_merge, onload_layer
 from ..bases.experts import ExpertBank
-from ..bases.neurons import has_writable_weight, neuron_view, parameter_of
+from ..bases.neurons import neuron_view
 from ..bases.offloaded import is_offloaded
-from ..bases.projection import Projection
 from ..bases.quantised import dense_layer, float_weight, requantised_layer
-from ..bases.sharded import is_sharded
 from ..delta import SparseDelta
 from ..support import Support
+from .mergeable import check_mergeable
 
 
 @dataclass
@@ -34,8 +33,8 @@ class Merged:
 
 @dataclass
 class SetAside:
-    """What is no longer in its place while adapters are merged: a quantised base layer with its backend, and the
-    parameters that others use too, by name."""
+    """What is no longer in its place while adapters are merged: a quantised base layer, or a quantised parameter of
+    experts, with its backend, and the parameters that others use too, by name."""
 
     base_layer: nn.Module | None = None
     backend: QuantizationBackend | None = None
@@ -94,13 +93,13 @@ class MergingMixin:
     def is_dequantised(self) -> bool:
         """Whether a dense layer stands in the place of a quantised one."""
         aside = self._set_aside
-        return aside is not None and aside.base_layer is not None and self.requantization_error is None
+        return aside is not None and aside.backend is not None and self.requantization_error is None
 
     @property
     def original_backend(self) -> QuantizationBackend | None:
         """That of the base layer without what is merged into it."""
         aside = self._set_aside
-        return self.quantization_backend if aside is None or aside.base_layer is None else aside.backend
+        return self.quantization_backend if aside is None or aside.backend is None else aside.backend
 
     @torch.no_grad()
     def original_matrix(self) -> Tensor:
@@ -108,7 +107,7 @@ class MergingMixin:
         aside = self._set_aside or SetAside()
         if aside.base_layer is not None:
             return neuron_view(aside.base_layer, float_weight(aside.base_layer, aside.backend))
-        if "weight" in aside.parameters:
+        if "weight" in aside.parameters and aside.backend is None:
             return neuron_view(self.get_base_layer(), aside.parameters["weight"].detach())
         if not self._merged:
             return self.base_matrix()
@@ -121,7 +120,8 @@ class MergingMixin:
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """
         Add adapters to the base weight at their entries and keep the weights they replace, so that `unmerge` restores
-        every bit. A quantised base layer gives way to a dense `nn.Linear` with its dequantised weight.
+        every bit. A quantised base layer gives way to a dense `nn.Linear` with its dequantised weight, a quantised
+        parameter of experts to a dense one.
 
         Args:
             safe_merge (`bool`, *optional*, defaults to `False`):
@@ -132,7 +132,8 @@ class MergingMixin:
         Raises:
             `ValueError`: with `safe_merge`, if a merged weight would not be finite; or if the base weight is sharded,
                 stored in 8 bits or computed by a parametrization.
-            `TypeError`: if the base weight is quantised by a method that can't give it back.
+            `TypeError`: if the base weight is quantised by a method that can't give it back, or is one of experts that
+                should be quantised again.
         """
         if self.follows and self.merged:
             wanted = self.active_adapters if adapter_names is None else adapter_names
@@ -145,7 +146,8 @@ class MergingMixin:
         names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.deltas]
         if not names:
             return
-        self._check_mergeable()
+        backend, experts_again = self.quantization_backend, self.requantize and self.original_backend is not None
+        check_mergeable(self.get_base_layer(), backend, experts_again, bool(self.copied_to_merge))
         for name in names:
             self.ready(name)
         if self.requantization_error is not None:  # start again from the original, not from the rounded weight
@@ -194,47 +196,28 @@ class MergingMixin:
         base_layer = self.get_base_layer()
         return onload_layer(self) if is_offloaded(base_layer) and base_layer.weight.is_meta else nullcontext()
 
-    def _check_mergeable(self) -> None:
-        backend = self.quantization_backend
-        if backend is not None and not backend.supports_merge:
-            raise TypeError(
-                f"{backend.backend_name} can't give its weights back, so nothing can be merged into them. Keep the "
-                "adapter unmerged, or load it onto the unquantised base model and merge there."
-            )
-        base_layer: Any = self.get_base_layer()
-        if backend is None and is_sharded(parameter_of(base_layer)):
-            raise ValueError(
-                "The base weight is sharded over several processes, so nothing can be merged into it. Save the "
-                "adapter, load it onto the base model in one process, and merge there."
-            )
-        if backend is None and parameter_of(base_layer).element_size() == 1:
-            raise ValueError(
-                f"The base weight is stored as {parameter_of(base_layer).dtype}, too coarse to hold an update. Load "
-                "the adapter onto the model before its layers are cast, merge there, and cast afterwards."
-            )
-        if not has_writable_weight(base_layer):
-            raise ValueError(
-                "The base layer's weight is computed by a parametrization, so nothing can be written into it. Remove "
-                "the parametrization (torch.nn.utils.parametrize.remove_parametrizations) before merging."
-            )
-        if self.copied_to_merge and isinstance(base_layer, Projection):
-            raise ValueError(
-                "The nn.MultiheadAttention shares its weights with another module or process, so merging would change "
-                "both. Give each of them parameters of its own before adapting."
-            )
-
     def _take_copy(self) -> None:
         """Before the first merge: put something in the place of what must not be changed."""
         base_layer, backend = self.get_base_layer(), self.quantization_backend
-        copied = [name for name in self.copied_to_merge if backend is None or name != "weight"]
+        copied = {name for name in self.copied_to_merge if backend is None or name != "weight"}
         if backend is None and not copied:
             return
-        self._set_aside = SetAside(base_layer if backend is not None else None, backend)
+        is_bank = isinstance(base_layer, ExpertBank)
+        self._set_aside = SetAside(None if backend is None or is_bank else base_layer, backend)
+        if backend is not None and is_bank:
+            copied.add("weight")
         for name in copied:
             holder, key = _holder(base_layer, name)
             original = self._set_aside.parameters[name] = getattr(holder, key)
-            setattr(holder, key, nn.Parameter(original.detach().clone(), original.requires_grad))
-        if backend is not None:
+            if backend is not None and name == "weight":
+                copy = self.get_base_weight()
+                copy = copy.to(self.dense_dtype or copy.dtype)
+            else:
+                copy = original.detach().clone()
+            setattr(holder, key, nn.Parameter(copy, original.requires_grad))
+        if is_bank:
+            self.quantization_backend = None
+        elif backend is not None:
             weight = self.get_base_weight()
             self._replace_base(dense_layer(base_layer, weight, self.dense_dtype or weight.dtype), None)
 
@@ -267,6 +250,8 @@ class MergingMixin:
             self._write_bias(bias)  # a dense layer in its place had the same bias, a requantised one a copy
         for name, parameter in aside.parameters.items():
             setattr(*_holder(self.get_base_layer(), name), parameter)
+        if aside.backend is not None:
+            self.quantization_backend = aside.backend
         if length == 0:
             self._set_aside = self.requantization_error = None
 

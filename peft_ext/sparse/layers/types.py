@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,14 +45,17 @@ class LayerTypes:
         """What adapters of this method are around targets."""
         return self.layer, self.attention, self.experts
 
-    def around(self, target: nn.Module, backend: QuantizationBackend | None) -> SparseLayer | SparseComposite:
-        """A layer of the right class around a target, which may be another tuner's layer."""
+    def around(
+        self, target: nn.Module, backend_of: Callable[[nn.Module], QuantizationBackend | None]
+    ) -> SparseLayer | SparseComposite:
+        """A layer of the right class around a target, which may be another tuner's layer. `backend_of` gives PEFT's
+        access to a quantised base layer."""
         base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if isinstance(base, nn.MultiheadAttention):
             return self.attention(base, self.linear)
         if bank_names(base):
-            return self.experts(base, self.bank)
-        return (self.conv if is_convolution(base) else self.linear)(target, backend)
+            return self.experts(base, self.bank, backend_of)
+        return (self.conv if is_convolution(base) else self.linear)(target, backend_of(base))
 
 
 def weights_of_layer(name: str, layer: SparseLayer | SparseComposite) -> dict[str, SparseLayer]:

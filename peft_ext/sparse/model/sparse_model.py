@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -211,7 +212,7 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         self._replace_module(parent, target_name, layer, target)
 
     def _create_new_module(self, target: nn.Module, adapter_name: str) -> SparseLayer | SparseComposite:
-        layer = self.layer_types.around(target, backend_of(self, base_of(target)))
+        layer = self.layer_types.around(target, partial(backend_of, self))
         for part in weights_of_layer("", layer).values():
             part._active_adapter = adapter_name
             part.dense_dtype = self._injection.dense_dtype

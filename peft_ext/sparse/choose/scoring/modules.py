@@ -69,11 +69,10 @@ def scored_modules(model: nn.Module, config: SparseConfig | None) -> dict[str, A
         if base.weight.is_complex():
             raise TypeError(f"The weight of '{name}' is complex, so it can't be scored; add it to `exclude_modules`.")
         packed = not base.weight.is_floating_point() or base.weight.element_size() == 1
-        if packed or backend_of(model, base) is not None:  # torchao's say the dtype that they give back
-            kind = base.weight.dtype if packed else type(base.weight).__name__
+        if packed or backend_of(model, base) is not None:
             raise TypeError(
-                f"The weight of '{name}' is quantised ({kind}), so it can't be scored. Score the "
-                "unquantised model; the scores then serve the quantised one too."
+                f"The weight of '{name}' is quantised ({type(base.weight).__name__}, {base.weight.dtype}), so it "
+                "can't be scored. Score the unquantised model; the scores then serve the quantised one too."
             )
     return found
 
