@@ -121,7 +121,7 @@ class WeightedAdapterMixin:
             raise ValueError(f"majority_sign_method={sign_method!r} must be 'total' or 'frequency'.")
         configs = [self.peft_config[name] for name in adapters]
         self._check_whole_modules(adapters, configs)
-        if len({isinstance(config.target_modules, str) for config in configs}) > 1:
+        if len({isinstance(config.target_modules, str) for config in configs if config.target_modules}) > 1:
             raise ValueError("target_modules of the adapters must be all regular expressions or all lists.")
         return configs
 
@@ -162,14 +162,17 @@ def _aligned(values: Tensor, position: Tensor, entries: int, combination: str, d
 
 def _combined_config(configs: list[SparseConfig], supports: dict[str, Support]) -> SparseConfig:
     """Options of the union."""
-    targets: Any = [config.target_modules for config in configs]
-    merged: Any = (
-        "|".join(f"({t})" for t in dict.fromkeys(targets))
-        if isinstance(targets[0], str)
-        else set().union(*(target or () for target in targets))
+    targets: Any = [config.target_modules for config in configs if config.target_modules]
+    merged: Any = None  # where all are given by `target_parameters`
+    if targets:
+        is_pattern = isinstance(targets[0], str)
+        merged = "|".join(f"({t})" for t in dict.fromkeys(targets)) if is_pattern else set().union(*targets)
+    return configs[0].for_supports(
+        supports,
+        target_modules=merged,
+        target_parameters=sorted({name for config in configs for name in config.target_parameters or ()}) or None,
+        train_bias=any(config.train_bias for config in configs),
     )
-    train_bias = any(config.train_bias for config in configs)
-    return configs[0].for_supports(supports, target_modules=merged, train_bias=train_bias)
 
 
 def _widest(layer: SparseLayer, adapters: list[str]) -> torch.dtype:

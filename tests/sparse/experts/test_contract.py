@@ -93,6 +93,21 @@ def test_two_adapters_at_once_merge_and_combine(name):
     torch.testing.assert_close(logits(model), both, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("other", [{"target_parameters": ["gate_up_proj"]}, {"target_modules": ["o_proj"]}], ids=str)
+def test_adapters_that_target_parameters_name_combine(other, tmp_path):
+    model = get_peft_model(tiny(), NeuroAdaConfig(target_parameters=["experts.down_proj"])).eval()
+    model.add_adapter("other", NeuroAdaConfig(**other))
+    fill(model)
+    fill(model, "other", seed=5)
+    model.base_model.set_adapter(["default", "other"])
+    both = logits(model)
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
+    model.set_adapter("sum")
+    torch.testing.assert_close(logits(model), both, atol=1e-5, rtol=1e-5)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny(), tmp_path / "sum")), logits(model))
+
+
 def _experts(model):
     return next(name for name, m in model.base_model.model.named_modules() if isinstance(m, SparseExperts))
 
