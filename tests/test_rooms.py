@@ -30,6 +30,7 @@ ORDER = {
         "another_base memory checks",
         "support",
         "ops",
+        "transposed",
         "bases",
         "selection",
         "config delta",

@@ -14,6 +14,7 @@ from .._version import __version__
 from ..io import write_atomically
 from .cards import complete_quietly
 from .files import REQUIRES, check_weights
+from .injection import is_wrapped
 
 
 @dataclass
@@ -65,6 +66,6 @@ class SavedConfig(PeftConfig):
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        if os.path.isdir(folder):
+        if os.path.isdir(folder) and not is_wrapped():  # where the weights are checked once
             check_weights(folder)
         return config

@@ -33,7 +33,12 @@ def loading(begin: Begin) -> Iterator[None]:
 
 def is_loading() -> bool:
     """Whether a checkpoint brings the tensors of the adapter that is being added, so that nothing need be chosen."""
-    return _begin.get() is not None or _began_before_us()
+    return is_wrapped() or _began_before_us()
+
+
+def is_wrapped() -> bool:
+    """Whether a call that loads has our wrapper around it."""
+    return _begin.get() is not None
 
 
 def _began_before_us() -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +12,19 @@ from torch import Tensor, nn
 from .another_base import accepts_another_base
 from .bases.sharded import is_first_of, make_equal
 from .ops import ConvGeometry, add_in_place, bypass, bypass_conv, expert_bypass, may_add_in_place
-from .ops.conv import entries_by_tap
 from .ops.standard import is_exporting_to_onnx, standard_update
 from .support import FINGERPRINT_LENGTH, Support
+from .transposed import WithTransposedTable
 
 
 # Relative: what averaging equal numbers in fp32 may move them by; 0.17 * 2^-10 in 3000 steps of a decay of 0.9999.
 AVERAGING_TOLERANCE = 2.0**-10
+# Of an adapter, the tensors that are about to be loaded and known to fit.
+_fitting: WeakKeyDictionary[SparseDelta, dict[str, ref[Tensor]]] = WeakKeyDictionary()
 _INTEGERS = (torch.uint8, torch.uint16, torch.uint32, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-class SparseDelta(nn.Module):
+class SparseDelta(WithTransposedTable):
     """
     Values and support of one adapter on one weight, and what it adds to the layer's bias. A leaf module with a
     `weight`, which is what FSDP's wrapping policy in PEFT looks for.
@@ -50,18 +53,12 @@ class SparseDelta(nn.Module):
         fingerprint (`torch.Tensor`): int64 on the CPU, see [`Support.fingerprint`]; zeros if unknown.
         transposed_entries, transposed_offsets: the entries grouped for backward, see [`Support.transposed`]; those of
             a convolution by kernel position, see [`entries_by_tap`], whose offsets stay on the CPU; those of experts
-            for each expert.
+            for each expert. Made at the first use.
     """
 
     weight: Tensor
     bias: Tensor | None
-    indices: Tensor
-    offsets: Tensor | None
     fingerprint: Tensor
-    transposed_entries: Tensor
-    transposed_offsets: Tensor
-    taps: int | None
-    experts: int | None
 
     def __init__(
         self,
@@ -81,13 +78,11 @@ class SparseDelta(nn.Module):
             indices=support.indices,
             offsets=support.offsets,
             fingerprint=torch.zeros(FINGERPRINT_LENGTH, dtype=torch.int64),
-            transposed_entries=None,
-            transposed_offsets=None,
         )
         self.pending = pending
         self.scale = 1.0  # what the values are multiplied by, at inference
         self.checked = True  # whether the support was compared with the base weight since it was last set
-        self.stale = True  # whether the transposed table is that of another support
+        self.stale = True  # whether the indices changed since they were last checked
         self.refresh()
 
     def add_bias(self) -> None:
@@ -115,34 +110,6 @@ class SparseDelta(nn.Module):
         """Of its tensors in a state dict, which takes all processes to make where FSDP has wrapped the module."""
         return ["weight", *([] if self.bias is None else ["bias"]), *self.identity]
 
-    @property
-    def support(self) -> Support:
-        return Support(self.indices, self.fan_in, self.offsets)
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """
-        Rebuild the transposed table after `indices` changed. Equal shapes keep their storage, so that a compiled
-        model stays valid.
-
-        Raises:
-            `ValueError`: if the indices do not fit the weight.
-        """
-        if self.indices.is_meta or self.pending:
-            return
-        self.support.check()
-        self.stale = False
-        if self.taps is None:
-            tables = self.support.transposed(self.experts or 1)
-        else:
-            tables = entries_by_tap(self.indices, self.taps)
-        for name, new in zip(("transposed_entries", "transposed_offsets"), tables, strict=True):
-            old = getattr(self, name)
-            if old is not None and old.shape == new.shape and old.device == new.device:
-                old.copy_(new)
-            else:
-                setattr(self, name, new)
-
     # ------------------------------------------------------------------ devices
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseDelta:
@@ -154,9 +121,9 @@ class SparseDelta(nn.Module):
         """Bring the support to a device. One that comes from the meta device is a placeholder again."""
         if device == self.indices.device:
             return
-        for name in ("indices", "offsets", "transposed_entries", "transposed_offsets"):
+        for name in ("indices", "offsets", "_transposed_entries", "_transposed_offsets"):
             tensor = getattr(self, name)
-            if tensor is not None and (self.taps is None or name != "transposed_offsets"):
+            if tensor is not None and (self.taps is None or name != "_transposed_offsets"):
                 here = tensor.to(device) if not tensor.is_meta else torch.zeros_like(tensor, device=device)
                 self.pending |= tensor.is_meta
                 self.__dict__[name] = here
@@ -176,8 +143,11 @@ class SparseDelta(nn.Module):
         unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
         taken: dict[str, Tensor] = {}
+        fitting = _fitting.pop(self, {})
         for name, here in self.identity.items():
             given = state_dict.pop(f"{prefix}{name}", None)
+            if given is None or name not in fitting or fitting[name]() is not given:
+                fitting = {}
             if given is None:
                 # torch hands other processes than the first the parameters alone (set_model_state_dict).
                 missing_keys += [f"{prefix}{name}"] if is_first_of(self.weight) else []
@@ -197,9 +167,19 @@ class SparseDelta(nn.Module):
             self.place(self.weight.device)
         for name, given in taken.items():
             getattr(self, name).copy_(given)
-        if make_equal(self.identity.values(), self.weight) or "indices" in taken:
+        is_changed = make_equal(self.identity.values(), self.weight)
+        if is_changed or "indices" in taken:
             self._support_was_set()
-            self.refresh()
+            if is_changed or not fitting:
+                self.refresh()
+            elif not self.indices.is_meta:
+                self.checked = True
+                self.follow_indices()
+
+    def expect(self, fitting: Mapping[str, Tensor]) -> None:
+        """Told of the tensors of `identity` that are about to be loaded, after they were compared with the base
+        weight: that takes as long as reading them, so it is done once."""
+        _fitting[self] = {name: ref(fitting[name]) for name in self.identity}
 
     def is_own_average(self, name: str, given: Tensor) -> bool:
         """Whether floating-point numbers are those of this adapter's `identity`, but for what an average or a cast has
@@ -229,7 +209,8 @@ class SparseDelta(nn.Module):
                 "('weight', 'bias') only, or load the average over an adapter with the same entries."
             )
         whole = given.detach().to(here.dtype)
-        if not given.is_meta and not torch.equal(whole.long(), given.detach().long()):
+        is_wider = torch.iinfo(given.dtype).max > torch.iinfo(here.dtype).max
+        if is_wider and not given.is_meta and not torch.equal(whole.long(), given.detach().long()):
             raise ValueError(f"these {given.dtype} numbers do not fit into {here.dtype}, which is needed.")
         return whole
 

@@ -62,8 +62,10 @@ class Support:
         Raises:
             `ValueError`: see `check`.
         """
-        cls(indices.long(), fan_in, None if offsets is None else offsets.long()).check()
-        return cls(indices.to(torch.int32), fan_in, None if offsets is None else offsets.to(torch.int32))
+        fits = indices.element_size() < 4 or indices.dtype == torch.int32
+        whole = indices.to(torch.int32) if fits else indices.long()
+        cls(whole, fan_in, None if offsets is None else offsets.long()).check()
+        return cls(whole.to(torch.int32), fan_in, None if offsets is None else offsets.to(torch.int32))
 
     @property
     def is_table(self) -> bool:
@@ -141,12 +143,15 @@ class Support:
                 raise ValueError("offsets do not divide the entries into rows")
         if columns.numel() == 0:
             return
-        low, high = int(columns.min()), int(columns.max())
+        low, high = (int(bound) for bound in torch.aminmax(columns))
         if low < 0 or high >= self.fan_in:
             raise ValueError(f"indices span {low}..{high}, but the weight has {self.fan_in} inputs per neuron")
-        row = self.row_of_entry()
-        same_row = row[1:] == row[:-1]
-        if bool((same_row & (columns[1:] <= columns[:-1])).any()):
+        if self.offsets is None:
+            falling = self.indices[:, 1:] <= self.indices[:, :-1]
+        else:
+            row = self.row_of_entry()
+            falling = (row[1:] == row[:-1]) & (columns[1:] <= columns[:-1])
+        if bool(falling.any()):
             raise ValueError("indices are not strictly increasing within a row")
 
     def fingerprint(self, matrix: Tensor, quantised: bool = False) -> Tensor:
@@ -244,8 +249,8 @@ def is_unknown(fingerprint: Tensor) -> bool:
 
 def _checksum(values: Tensor) -> int:
     """Of the bits. Odd multipliers make it depend on the order; int64 wraps, so it is exact on every device."""
-    bits = values.view(_BITS[values.element_size()]).long()
-    return int((bits * (2 * torch.arange(values.numel(), device=values.device) + 1)).sum())
+    bits = values.view(_BITS[values.element_size()])
+    return int(torch.arange(1, 2 * bits.numel() + 1, 2, device=bits.device).mul_(bits).sum())
 
 
 def _sums(values: Tensor) -> Tensor:

@@ -79,13 +79,13 @@ def _storage(tensor: Tensor) -> int:
 
 @contextmanager
 def saved_for_backward(module: nn.Module) -> Iterator[dict[int, int]]:
-    """Bytes of each storage that the graph keeps, by its address, apart from the tensors that the module holds."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(module).values()}
+    """Bytes of each storage that the graph keeps, by its address, apart from the tensors that the module holds, those
+    that it makes meanwhile too."""
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if all(storage.data_ptr() != own.untyped_storage().data_ptr() for own in tensors_of(module).values()):
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 

@@ -136,6 +136,63 @@ def test_refresh_follows_indices_that_changed_in_place():
     assert torch.equal(delta.transposed_offsets, other.transposed_offsets)
 
 
+def _without_tables(delta):
+    return delta._transposed_entries is None and delta._transposed_offsets is None
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_transposed_table_is_made_at_its_first_use(form):
+    source, target = _delta(form, seed=1), _delta(form, seed=2)
+    target.load_state_dict(source.state_dict())
+    copied = copy.deepcopy(target)
+    assert _without_tables(target) and _without_tables(copied)
+    with torch.inference_mode():  # whose tensors training can't save
+        target(torch.zeros(3, 6), torch.ones(3, FAN_IN))
+    x = torch.ones(3, FAN_IN, requires_grad=True)
+    target(torch.zeros(3, 6), x).sum().backward()
+    for delta in (target, copied):
+        assert torch.equal(delta.transposed_entries, source.support.transposed()[0])
+        assert torch.equal(delta.transposed_offsets, source.support.transposed()[1])
+
+
+def test_tables_that_a_compiler_needs_are_made_for_all():
+    """Code compiled for one adapter fits the others, a copy too: neither is compiled again."""
+    first = _delta(seed=1)
+    second = copy.deepcopy(first)
+    second.indices.copy_(_delta(seed=2).indices)
+    torch.compiler.reset()
+    x = torch.randn(30, FAN_IN, requires_grad=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for delta in (first, second):
+            nn.init.normal_(delta.weight)
+            delta.compile(fullgraph=True, backend="aot_eager")
+            delta(torch.zeros(30, 6), x).square().sum().backward()
+    found, x.grad = x.grad, None
+    for delta in (first, second):
+        SparseDelta.forward(delta, torch.zeros(30, 6), x).square().sum().backward()
+        assert torch.equal(delta.transposed_entries, delta.support.transposed()[0])
+    torch.testing.assert_close(found, x.grad)
+
+
+def test_entries_that_were_compared_before_they_are_loaded_are_not_compared_again():
+    state, target = _delta(seed=1).state_dict(), _delta(seed=2)
+    target.expect(state)
+    target.load_state_dict(state)
+    assert target.checked and torch.equal(target.indices, state["indices"])
+
+
+@pytest.mark.parametrize("name", ["indices", "fingerprint", "nothing"])
+def test_entries_that_others_took_the_place_of_are_compared(name):
+    state, target = _delta(seed=1).state_dict(), _delta(seed=2)
+    target.expect(state)
+    if name == "nothing":  # loaded before
+        target.load_state_dict(state)
+    target.load_state_dict(
+        {key: tensor.clone() if key in (name, "weight") else tensor for key, tensor in state.items()}
+    )
+    assert not target.checked
+
+
 CONVERSIONS = {
     "half": nn.Module.half,
     "double": nn.Module.double,

@@ -115,6 +115,10 @@ class CheckpointMixin(LoadableTuner):
                     mapped[key] = here.clone()
         # PEFT copies what fits before it refuses the rest; only a new adapter is taken out again then.
         cls.check_state(model, config, adapter_name, mapped, whole_may_differ=config.awaits_weights)
+        for prefix, layer in cls._layers_with(model, adapter_name):
+            layer.deltas[adapter_name].expect(
+                {name: mapped[f"{prefix}.{name}"] for name in layer.deltas[adapter_name].identity}
+            )
         return mapped
 
     @classmethod
@@ -142,12 +146,13 @@ class CheckpointMixin(LoadableTuner):
         """
         layers = dict(cls.layers_with(model, adapter_name))
         own = {
-            f"{prefix}.{name}": tensor
+            f"{prefix}.{name}": getattr(layer.deltas[adapter_name], name)
             for prefix, layer in layers.items()
-            for name, tensor in layer.deltas[adapter_name].state_dict().items()
+            for name in layer.deltas[adapter_name].names
         }
         container = cls.tuner_layer_cls.adapter_layer_names[0]
-        biases = cls._get_learnable_bias_state_dict(model, model.state_dict(), config)
+        state = model.state_dict()
+        biases = cls._get_learnable_bias_state_dict(model, state, config)
         check_state(
             model,
             adapter_name,
@@ -156,6 +161,7 @@ class CheckpointMixin(LoadableTuner):
             container,
             biases=[key for key in biases if f".{container}." not in key],
             whole_may_differ=whole_may_differ,
+            state=state,
         )
         first: dict[int, str] = {}
         of_unknown_base = []

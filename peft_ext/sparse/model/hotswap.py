@@ -88,5 +88,5 @@ def hotswap_adapter(
         getattr(layer.deltas[adapter_name], name).copy_(mapped[key])
     for _, layer in tuner_cls.layers_with(model, adapter_name):
         delta = layer.deltas[adapter_name]
-        delta.refresh()
+        delta.follow_indices()  # which were checked above, as was the base
         delta.checked = True

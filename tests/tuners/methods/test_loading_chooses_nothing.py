@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import peft_ext.sparse.choose.planning
 import peft_ext.sparse.selection.plan
 from peft_ext import hotswap_adapter
+from peft_ext.sparse.support import Support
 from tests.tuners.methods._common import METHODS, adapted, assert_equal_bits, fill, layers_of
 
 
@@ -173,6 +174,19 @@ def test_entries_that_do_not_fit_are_refused(tiny, change, message):
 
 def _state(model):
     return {key.removeprefix("base_model.model."): t for key, t in get_peft_model_state_dict(model).items()}
+
+
+def test_a_checkpoint_is_compared_with_the_base_once(tiny, ids, tmp_path, monkeypatch):
+    """And the table that only products need is not made; a forward makes it, and compares nothing again."""
+    model = adapted(tiny("llama"), "neuroada")
+    model.save_pretrained(tmp_path)
+    compared, mismatch = [], Support.mismatch
+    monkeypatch.setattr(Support, "mismatch", lambda *args, **kw: compared.append(args) or mismatch(*args, **kw))
+    loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path, is_trainable=True)
+    deltas = [layer.deltas["default"] for layer in layers_of(loaded).values()]
+    assert all(delta.checked and delta._transposed_entries is None for delta in deltas)
+    loaded(ids, labels=ids).loss.backward()
+    assert len(compared) == len(deltas) and all(delta.weight.grad.any() for delta in deltas)
 
 
 def test_what_waits_for_a_file_has_no_number_of_its_own(tiny):
