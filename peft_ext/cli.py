@@ -15,6 +15,7 @@ from ._version import __version__
 # By name, where a job is and what it does. Its file is imported when it is asked for: torch takes seconds to import.
 JOBS = {
     "train": ("train.cli", "train any PEFT method with a trainer of TRL, from a YAML file"),
+    "eval": ("evaluation.cli", "evaluate adapters with lm_eval, classifiers on GLUE with evaluate"),
     "inspect": (
         "export.cli_inspect",
         "show what adapters train: entries, norms, and what they share",

@@ -21,7 +21,7 @@ ORDER = {
         "tuners",
         "knockout mtl",
         "install export",
-        "conversion factory train",
+        "conversion evaluation factory train",
         "api",
         "__init__",
         "autoload cli install.autoload_hook",

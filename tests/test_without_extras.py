@@ -6,6 +6,7 @@ import sys
 
 EXTRAS = (
     "trl", "datasets", "bitsandbytes", "torchao", "torchjd", "matplotlib", "PIL", "diffusers", "sklearn", "evaluate",
+    "lm_eval",
 )  # fmt: skip
 CODE = """
 import sys
@@ -27,6 +28,7 @@ assert cli.main(["inspect", folder + "/adapter"]) == 0
 assert cli.main(["merge", base, folder + "/adapter", folder + "/merged"]) == 0
 assert cli.main(["export", folder + "/adapter", folder + "/lora", "--to", "lora", "--rank", "4"]) == 0
 assert cli.main(["train", "--config", "run.yaml"]) == 1
+assert cli.main(["eval", folder + "/adapter", "--tasks", "hellaswag"]) == 1
 """
 
 
@@ -35,4 +37,4 @@ def test_what_needs_no_extra_works_and_the_rest_names_it(model_dir, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "rank 4, exact" in done.stdout and "replaced" in done.stdout
-    assert "pip install 'peft-ext[trl]'" in done.stderr
+    assert "pip install 'peft-ext[trl]'" in done.stderr and "pip install 'peft-ext[eval]'" in done.stderr

@@ -1,0 +1,33 @@
+"""A tiny language model whose tokens are words, saved with its tokenizer."""
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+
+
+def save_tokenizer(folder, words, chat_template=None):
+    """Save a tokenizer that splits at blanks; returns the size of its vocabulary."""
+    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *words])}
+    tokens = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokens, pad_token="<pad>", eos_token="</s>", bos_token="<s>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)
+    return len(vocabulary)
+
+
+def save_language_model(folder, words, chat_template=None, **options):
+    """Save a Llama of two layers and its tokenizer."""
+    size = save_tokenizer(folder, words, chat_template)
+    config = LlamaConfig(
+        vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, **options,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
