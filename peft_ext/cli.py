@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ._version import __version__
+from .extras import MissingExtra
 
 
 # By name, where a job is and what it does. Its file is imported when it is asked for: torch takes seconds to import.
@@ -31,11 +32,19 @@ JOBS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    wanted = next((argument for argument in arguments if argument != "--"), None)
+    try:
+        return _run(arguments, wanted)
+    except (MissingExtra, TypeError, ValueError, OSError) as error:
+        print(f"peft-ext {wanted}: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(arguments: list[str], wanted: str | None) -> int:
     parser = argparse.ArgumentParser(prog="peft-ext", description=__doc__)
     parser.add_argument("--version", action="version", version=f"peft-ext {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     job: Any = None
-    wanted = next((argument for argument in arguments if argument != "--"), None)
     for name, (place, summary) in JOBS.items():
         command = commands.add_parser(name, help=summary)
         if name == wanted:
@@ -47,11 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.further = further
     if further and not hasattr(job, "TAKES_FURTHER_OPTIONS"):
         parser.error(f"unrecognized arguments: {' '.join(further)}")
-    try:
-        return job.run(options)
-    except (TypeError, ValueError, OSError) as error:
-        print(f"peft-ext {options.command}: {error}", file=sys.stderr)
-        return 1
+    return job.run(options)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent / "peft_ext"
 # From the ground floor up. Rooms of one line do not import each other. A package's `__init__` may import all of it.
 ORDER = {
     "peft_ext": [
-        "_version io",
+        "_version extras io",
         "hf",
         "sparse",
         "tuners",

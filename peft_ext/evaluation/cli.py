@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from ..extras import needs
+
 
 DESCRIPTION = (
     "Evaluate adapters of any PEFT method. Language models answer tasks of lm_eval, its own (hellaswag, gsm8k, …) or "
@@ -38,15 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    try:
-        import evaluate  # noqa: F401
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"eval needs lm_eval and evaluate ({error}): pip install 'peft-ext[eval]'") from error
     import torch
 
-    from . import classifiers, language
     from .adapters import adapters_of
+
+    with needs("eval"):
+        from . import classifiers, language
 
     base, task_type = adapters_of(options.adapters, options.base)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")

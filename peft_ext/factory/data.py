@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..extras import needs
 from .masking import IGNORED, Messages, encode
 from .templates import IMAGE
 from .tower import grey
@@ -188,7 +189,8 @@ def load_source(
     Raises:
         `ValueError`: if a file is not in LLaVA's layout or an image is missing, naming the entry.
     """
-    from datasets import Dataset, load_dataset
+    with needs("trl"):
+        from datasets import Dataset, load_dataset
 
     if not path.endswith(".json"):
         data = load_dataset(path, split=split, streaming=streaming)

@@ -12,6 +12,7 @@ import torch
 import yaml
 from transformers import LlavaProcessor, Trainer, TrainingArguments, set_seed
 
+from ..extras import needs
 from .compose import Composed, load
 from .data import Collator, load_source
 from .masking import end_of_turn
@@ -137,7 +138,8 @@ def training_arguments(settings: Settings) -> TrainingArguments:
     arguments.update(output_dir=settings.output, remove_unused_columns=False)
     kind: Any = TrainingArguments
     if settings.library == "trl":
-        from trl import SFTConfig
+        with needs("trl"):
+            from trl import SFTConfig
 
         kind = SFTConfig
         arguments.update(max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
@@ -198,7 +200,8 @@ def _trainer(settings: Settings, composed: Composed, data: Any) -> Any:
     options: dict[str, Any] = {"model": composed.model, "args": arguments, "train_dataset": data}
     kind: Any = LlavaTrainer
     if settings.library == "trl":
-        from trl import SFTTrainer
+        with needs("trl"):
+            from trl import SFTTrainer
 
         class LlavaSFTTrainer(_ForImages, SFTTrainer):
             """TRL's trainer for a Llava."""
@@ -215,7 +218,8 @@ def load_data(settings: Settings, image_tokens: int) -> Any:
     Raises:
         `ValueError`: if they have different columns.
     """
-    from datasets import concatenate_datasets
+    with needs("trl"):
+        from datasets import concatenate_datasets
 
     parts = [
         load_source(**source, streaming=settings.streaming, image_tokens=image_tokens) for source in settings.data

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..extras import needs
 from ..io import write_atomically
 
 
@@ -250,10 +251,8 @@ def _write(path: str | os.PathLike[str], draw: Callable[[Any], None], rows: Sequ
     target = Path(path)
     if target.suffix != ".png":
         raise ValueError(f"path is {str(path)!r}: figures are PNG files, so it must end in .png.")
-    try:
+    with needs("plot"):
         from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("Figures need matplotlib: pip install 'peft-ext[plot]'.") from None
     target.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(6, 4), layout="constrained")
     draw(figure)

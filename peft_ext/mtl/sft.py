@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
-try:
-    from trl import SFTConfig, SFTTrainer
-except ImportError as error:
-    raise ImportError("MTLSFTTrainer needs TRL: run `pip install 'peft-ext[trl]'`.") from error
-
+from ..extras import needs
 from .config import MTLArguments
 from .trainer import MTLTrainerMixin
+
+
+with needs("trl"):
+    from trl import SFTConfig, SFTTrainer
 
 
 @dataclass

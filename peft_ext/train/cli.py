@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from ..extras import needs
+
 
 DESCRIPTION = (
     "Train as TRL's own commands do, with an adapter of any PEFT method. The file holds TRL's options (the trainer's, "
@@ -34,11 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    try:
-        import trl  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"train needs TRL ({error}): pip install 'peft-ext[trl]'") from error
-    from .training import train
+    with needs("trl"):
+        from .training import train
 
     train(options.config, options.further)
     return 0

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from ...extras import needs
+
 
 def open_image(image: Any) -> Any:
     """
@@ -25,7 +27,8 @@ def open_image(image: Any) -> Any:
     Raises:
         `ValueError`: naming the image and the reason. Files raise nothing else, however broken they are.
     """
-    from PIL import Image
+    with needs("vlm"):
+        from PIL import Image
 
     name, source = _source(image)
     try:

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ...extras import needs
 from .images import open_image
 
 
@@ -170,7 +171,8 @@ def read_dataset(path: str, split: str, limit: int | None = None) -> list[Questi
     Raises:
         `ValueError`: naming what is missing.
     """
-    import datasets
+    with needs("trl"):
+        import datasets
 
     loaded = datasets.load_from_disk(path) if os.path.isdir(path) and _saved(path) else datasets.load_dataset(path)
     if isinstance(loaded, Mapping):

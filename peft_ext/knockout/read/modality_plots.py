@@ -6,6 +6,7 @@ import csv
 import os
 from collections.abc import Mapping
 
+from ...extras import needs
 from .modality import ModalityAttention
 
 
@@ -37,8 +38,9 @@ def plot_modality(
     missing = [name for name in results if trained_parameters and name not in trained_parameters]
     if missing:
         raise ValueError(f"trained_parameters lacks {missing[0]!r}; give every method's number, or leave it out.")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with needs("plot"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     path = os.fspath(path)
     panels = 3 if trained_parameters else 2

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ...extras import needs
 from ...io import write_atomically
 from .recorder import conflict_incidence
 
@@ -135,7 +136,8 @@ def plot_layers(run: Mapping[str, Any], path: str, parts: int = 20) -> None:
 
 
 def _figure(width: float = 6.4, height: float = 4.0) -> Any:
-    import matplotlib
+    with needs("plot"):
+        import matplotlib
 
     matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure

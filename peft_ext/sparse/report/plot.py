@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...extras import needs
 from .selection_report import SelectionReport, short_names
 
 
@@ -24,10 +25,8 @@ def draw(report: SelectionReport) -> Figure:
     Raises:
         `ImportError`: if matplotlib is not installed.
     """
-    try:
+    with needs("plot"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'peft-ext[plot]'") from error
     adapters, blocks = report.adapters, report.blocks
     several = len(adapters) > 1
     width = max(5.0, 0.35 * len(blocks) + 2.5)
