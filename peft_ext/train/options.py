@@ -87,7 +87,10 @@ def read_run(path: str, options: Sequence[str] = ()) -> Run:
         return ConfigError(f"{path}:{lines.get(key, 1)}: {key}: {reason}")
 
     peft_block = content.pop("peft", None)
-    name = content.get("trainer", "sft")
+    given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    given.add_argument("--trainer", default=content.get("trainer", "sft"))
+    name = given.parse_known_args(list(options))[0].trainer
+    named = {option.partition("=")[0].removeprefix("--") for option in options if option.startswith("--")}
     if name not in TRAINERS:
         raise wrong("trainer", f"{name!r} is not known; choose one of {', '.join(TRAINERS)}.")
     if not hasattr(trl, f"{TRAINERS[name]}Trainer"):
@@ -103,9 +106,9 @@ def read_run(path: str, options: Sequence[str] = ()) -> Run:
         )
     peft_config = None if peft_block is None else _peft_config(peft_block, wrong)
     for key in ("model_name_or_path", "dataset_name", "output_dir"):
-        if not content.get(key) and f"--{key}" not in options:
+        if not content.get(key) and key not in named:
             raise wrong(key, "is missing.")
-    if content.get("use_peft") or "--use_peft" in options:
+    if content.get("use_peft") or "use_peft" in named:
         raise wrong("use_peft", "builds a LoRA in TRL's way; describe the adapter in `peft:` instead.")
     try:
         arguments, training, model = parser.parse_args_and_config(list(options))

@@ -65,6 +65,8 @@ def _trainer(run: Run, data: Any) -> Any:
         if not extra["reward_funcs"]:
             raise ConfigError(f"reward_funcs: trainer {arguments.trainer} needs at least one, as `module.function`.")
     if arguments.trainer == "distillation":
+        if not training.teacher_model_name_or_path:
+            raise ConfigError("teacher_model_name_or_path: trainer distillation needs one.")
         extra["teacher_model"] = training.teacher_model_name_or_path
     evaluates = training.eval_strategy != "no"
     make = getattr(trl, f"{TRAINERS[arguments.trainer]}Trainer")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -24,17 +25,32 @@ def model(tmp_path_factory):
     return save_language_model(tmp_path_factory.mktemp("model"), WORDS, TEMPLATE)
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A larger model with the same words."""
+    folder = tmp_path_factory.mktemp("teacher")
+    return save_language_model(folder, WORDS, TEMPLATE, num_key_value_heads=2, tie_word_embeddings=True)
+
+
 ROWS = {
     "instructions": {"instruction": "w1 w2 w3", "input": "", "output": "w4 w5", "answer": "w5"},
     "texts": {"text": "w1 w2 w3 w4 w5 w6"},
     "preferences": {"prompt": "w1 w2", "chosen": " w3 w4", "rejected": " w5 w6"},
     "labelled": {"prompt": "w1 w2", "completion": " w3 w4", "label": True},
     "prompts": {"prompt": "w1 w2 w3"},
+    "conversations": {"prompt": [{"role": "user", "content": "w1 w2 w3"}]},
 }
 DATA = {
     "sft": "texts", "dpo": "preferences", "reward": "preferences", "kto": "labelled", "grpo": "prompts",
-    "rloo": "prompts", "distillation": "messages",
+    "rloo": "conversations", "distillation": "conversations",
 }  # fmt: skip
+WRITES = ["--max_completion_length", "4"]
+REWARDS = "def by_length(completions, **kwargs):\n    return [float(len(str(c))) for c in completions]\n"
+# A tiny model never earns the recipe's reward, so there is one more.
+FURTHER = {
+    "rloo": [*WRITES, "--reward_funcs", "trl.rewards.think_format_reward", "my_rewards.by_length"],
+    "distillation": WRITES,
+}
 
 
 def data_file(folder, kind):
@@ -58,10 +74,14 @@ def adapter_of(folder):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe(recipe, model, tmp_path, capsys):
+def test_every_recipe(recipe, model, teacher, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
     text = recipe.read_text()
-    kind = "instructions" if "{instruction}" in text else "preferences" if "trainer: dpo" in text else "texts"
-    options = ["--model_name_or_path", model, "--dataset_name", data_file(tmp_path, kind)]
+    trainer = yaml.safe_load(text)["trainer"]
+    kind = "instructions" if "{instruction}" in text else DATA[trainer]
+    options = ["--model_name_or_path", model, "--dataset_name", data_file(tmp_path, kind), *FURTHER.get(trainer, [])]
+    options += ["--teacher_model_name_or_path", teacher] if trainer == "distillation" else []
     out = tmp_path / "out"
     assert run(recipe, *options, *CPU, "--output_dir", out, "--save_strategy", "no") == 0, capsys.readouterr().err
     config, tensors = adapter_of(out)
@@ -74,9 +94,7 @@ def test_every_recipe(recipe, model, tmp_path, capsys):
 @pytest.mark.parametrize("trainer", ["reward", "kto", "grpo"])
 def test_other_trainers_and_methods(trainer, model, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_rewards.py").write_text(
-        "def by_length(completions, **kwargs):\n    return [float(len(c)) for c in completions]\n"
-    )
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
     lines = [
         f"trainer: {trainer}",
         f"model_name_or_path: {model}",
@@ -124,6 +142,10 @@ def test_data_that_do_not_fit_are_named(model, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("\n".join(lines))
     assert run(tmp_path / "run.yaml", *CPU, "--prompt_template", "{question}") == 1
     assert "no column 'question'" in capsys.readouterr().err
+    assert run(tmp_path / "run.yaml", *CPU, "--trainer", "distillation") == 1
+    assert "teacher_model_name_or_path: trainer distillation needs one" in capsys.readouterr().err
+    assert run(tmp_path / "run.yaml", *CPU, "--trainer=grpo") == 1
+    assert "reward_funcs: trainer grpo needs at least one" in capsys.readouterr().err
     assert run(tmp_path / "run.yaml", *CPU, "--dataset_train_split", "other") == 1
     assert "dataset_train_split: there is no split 'other'" in capsys.readouterr().err
 
