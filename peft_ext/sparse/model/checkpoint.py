@@ -115,7 +115,7 @@ class CheckpointMixin(LoadableTuner):
                     mapped[key] = here.clone()
         # PEFT copies what fits before it refuses the rest; only a new adapter is taken out again then.
         cls.check_state(model, config, adapter_name, mapped, whole_may_differ=config.awaits_weights)
-        for prefix, layer in cls._layers_with(model, adapter_name):
+        for prefix, layer in cls.layers_with(model, adapter_name):
             layer.deltas[adapter_name].expect(
                 {name: mapped[f"{prefix}.{name}"] for name in layer.deltas[adapter_name].identity}
             )
