@@ -86,50 +86,51 @@ bypass_linear.register_fake(_like_result)
 # ---------------------------------------------------------------------- derivatives
 
 
-def _setup_context(ctx, needed, inputs) -> None:  # type: ignore[no-untyped-def]
-    _, x, values, *support = inputs
-    ctx.x_dtype = x.dtype
-    ctx.save_for_backward(x if needed[2] else None, values, *support)
+def register_derivatives(product: Any, grad_values: Any, grad_input: Any) -> None:
+    """
+    Tell autograd how three operators belong together: [`bypass_linear`], [`sparse_grad_values`] and
+    [`sparse_grad_input`], or those that take `ends` after the support, too; see [`expert_bypass`].
+    """
+
+    def setup(ctx, needed, inputs) -> None:  # type: ignore[no-untyped-def]
+        _, x, values, *support = inputs
+        ctx.x_dtype = x.dtype
+        ctx.save_for_backward(x if needed[2] else None, values, *support)
+
+    def setup_grad_input(ctx, needed, inputs) -> None:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(*inputs[:-1])
+
+    def of_values(grad: Tensor, x: Tensor, values: Tensor, support: list[Any]) -> Tensor:
+        return call(grad_values, grad, x, *support[:2], *support[4:]).to(values.dtype)
+
+    def backward(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
+        x, values, *support = ctx.saved_tensors
+        grad_x = call(grad_input, grad, values, *support, ctx.x_dtype) if needed[1] else None
+        return grad, grad_x, of_values(grad, x, values, support) if needed[2] else None, *(None for _ in support)
+
+    def backward_grad_values(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
+        outer, x, indices, offsets, *ends = ctx.saved_tensors
+        support = (indices, offsets, *Support(indices, x.shape[-1], offsets).transposed(*map(len, ends)), *ends)
+        grad_outer = call(product, torch.zeros_like(outer), x, grad, *support) if needed[0] else None
+        grad_x = call(grad_input, outer, grad, *support, x.dtype) if needed[1] else None
+        return grad_outer, grad_x, None, None, *(None for _ in ends)
+
+    def backward_grad_input(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
+        outer, values, *support = ctx.saved_tensors
+        grad_outer = call(product, torch.zeros_like(outer), grad, values, *support) if needed[0] else None
+        return (
+            grad_outer,
+            of_values(outer, grad, values, support) if needed[1] else None,
+            *(None for _ in support),
+            None,
+        )
+
+    register_derivative(product, setup, backward)
+    register_derivative(grad_values, save_inputs, backward_grad_values)
+    register_derivative(grad_input, setup_grad_input, backward_grad_input)
 
 
-def _backward(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
-    x, values, *support = ctx.saved_tensors
-    grad_x = grad_values = None
-    if needed[1]:
-        grad_x = call(sparse_grad_input, grad, values, *support, ctx.x_dtype)
-    if needed[2]:
-        grad_values = call(sparse_grad_values, grad, x, *support[:2]).to(values.dtype)
-    return grad, grad_x, grad_values, None, None, None, None
-
-
-def _backward_grad_values(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
-    outer, x, *support = ctx.saved_tensors
-    support += Support(support[0], x.shape[-1], support[1]).transposed()
-    grad_outer = grad_x = None
-    if needed[0]:
-        grad_outer = call(bypass_linear, torch.zeros_like(outer), x, grad, *support)
-    if needed[1]:
-        grad_x = call(sparse_grad_input, outer, grad, *support, x.dtype)
-    return grad_outer, grad_x, None, None
-
-
-def _setup_grad_input(ctx, needed, inputs) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs[:-1])
-
-
-def _backward_grad_input(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
-    outer, values, *support = ctx.saved_tensors
-    grad_outer = grad_values = None
-    if needed[0]:
-        grad_outer = call(bypass_linear, torch.zeros_like(outer), grad, values, *support)
-    if needed[1]:
-        grad_values = call(sparse_grad_values, outer, grad, *support[:2]).to(values.dtype)
-    return grad_outer, grad_values, *(None,) * 5
-
-
-register_derivative(bypass_linear, _setup_context, _backward)
-register_derivative(sparse_grad_values, save_inputs, _backward_grad_values)
-register_derivative(sparse_grad_input, _setup_grad_input, _backward_grad_input)
+register_derivatives(bypass_linear, sparse_grad_values, sparse_grad_input)
 
 for _op, _activations in ((sparse_add, 2), (bypass_linear, 2), (sparse_grad_input, 1), (sparse_grad_values, 0)):
     _op.register_vmap(vmap_rule(_op, _activations))

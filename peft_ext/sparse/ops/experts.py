@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..support import Support
 from . import gpu
 from .bags import accumulation_dtype, add_into, input_gradient_into, values_gradient
-from .derivatives import call, register_derivative
+from .bypass import register_derivatives
+from .derivatives import call
 
 
 @dataclass(frozen=True)
@@ -160,57 +160,7 @@ def _(
     return grad.new_empty(grad.shape[0], (transposed_offsets.shape[0] - 1) // ends.shape[0], dtype=dtype)
 
 
-# ---------------------------------------------------------------------- derivatives
-
-
-def _setup_context(ctx, needed, inputs) -> None:  # type: ignore[no-untyped-def]
-    _, x, values, *support = inputs
-    ctx.x_dtype = x.dtype
-    ctx.save_for_backward(x if needed[2] else None, values, *support)
-
-
-def _backward(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
-    x, values, *support = ctx.saved_tensors
-    grad_x = grad_values = None
-    if needed[1]:
-        grad_x = call(_expert_grad_input, grad, values, *support, ctx.x_dtype)
-    if needed[2]:
-        grad_values = call(_expert_grad_values, grad, x, *support[:2], support[-1]).to(values.dtype)
-    return grad, grad_x, grad_values, *(None,) * 5
-
-
-def _setup_grad_values(ctx, needed, inputs) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs)
-
-
-def _backward_grad_values(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
-    outer, x, indices, offsets, ends = ctx.saved_tensors
-    support = (indices, offsets, *Support(indices, x.shape[-1], offsets).transposed(len(ends)), ends)
-    grad_outer = grad_x = None
-    if needed[0]:
-        grad_outer = call(_expert_bypass, torch.zeros_like(outer), x, grad, *support)
-    if needed[1]:
-        grad_x = call(_expert_grad_input, outer, grad, *support, x.dtype)
-    return grad_outer, grad_x, None, None, None
-
-
-def _setup_grad_input(ctx, needed, inputs) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs[:-1])
-
-
-def _backward_grad_input(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
-    outer, values, *support = ctx.saved_tensors
-    grad_outer = grad_values = None
-    if needed[0]:
-        grad_outer = call(_expert_bypass, torch.zeros_like(outer), grad, values, *support)
-    if needed[1]:
-        grad_values = call(_expert_grad_values, outer, grad, *support[:2], support[-1]).to(values.dtype)
-    return grad_outer, grad_values, *(None,) * 6
-
-
-register_derivative(_expert_bypass, _setup_context, _backward)
-register_derivative(_expert_grad_values, _setup_grad_values, _backward_grad_values)
-register_derivative(_expert_grad_input, _setup_grad_input, _backward_grad_input)
+register_derivatives(_expert_bypass, _expert_grad_values, _expert_grad_input)
 
 
 def expert_bypass(
