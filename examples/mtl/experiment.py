@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from _benches import BENCHES
 from _benches.runs import MASKS, train
-from _experiment.plan import BUDGETS, METHODS, RATES, Ledger, Plan
+from _experiment.plan import BUDGETS, METHODS, RATES, Ledger, Plan, settings_of
 from _experiment.report import draw, markdown
 from _experiment.results import choose_rates, differences_of, rows_of, summaries_of
 from tqdm import tqdm
@@ -70,21 +70,6 @@ def hardware() -> str:
         models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
         name = models[0] if models else name
     return name
-
-
-def settings_of(plan: Plan, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the report says about a problem's trainings."""
-    return {
-        "tasks": plan.bench.tasks,
-        "images": plan.images,
-        "epochs": plan.epochs,
-        "search_epochs": plan.search_epochs,
-        "batch_size": plan.bench.batch_size,
-        "density": plan.density,
-        "rates": plan.rates,
-        "seeds": sorted({run["seed"] for run in runs} - {plan.search_seed}),
-        "search_seed": plan.search_seed,
-    }
 
 
 def report_of(out: Path, command: str) -> dict[str, Any]:

@@ -23,54 +23,17 @@ from typing import Any
 
 import torch
 from _benches.base import EncoderWithHeads
-from _benches.dense_metrics import METRICS, dense_losses
 from _benches.runs import MASKS, masked
-from _benches.scenes import Decoder, Encoder
+from _benches.scenes import Encoder
 from _layouts.arrays import CityScapes, NYUv2
 from _layouts.celeba import CelebA
 from _layouts.clevr import Clevr
+from _layouts.models import Pooled, VisionEncoder, make_heads
 from _layouts.presets import METHOD_OPTIONS, PRESETS
+from _layouts.scores import evaluate, losses
 from _layouts.smallnorb import SmallNORB
-from torch import Tensor, nn
 
 from peft_ext.mtl import METHODS, MTLConfig, MTLTrainer
-
-
-class VisionEncoder(nn.Module):
-    """A transformers vision model, down to one vector per image."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, folder: str) -> None:
-        super().__init__()
-        from transformers import AutoModel
-
-        self.model = AutoModel.from_pretrained(folder)
-        self.width = self.model.config.hidden_size
-        self.size = self.model.config.image_size
-        processor = Path(folder) / "preprocessor_config.json"
-        settings = json.loads(processor.read_text()) if processor.exists() else {}
-        for name in ("mean", "std"):
-            values = settings.get(f"image_{name}", [0.5, 0.5, 0.5])
-            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.model(pixel_values=(pixel_values - self.mean) / self.std).last_hidden_state.mean(1)
-
-
-class Pooled(nn.Module):
-    """The coarsest features of the convolutional encoder, averaged over the image."""
-
-    width = 64
-    size = 64
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = Encoder()
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.encoder(pixel_values)[-1].mean((2, 3))
 
 
 def load(args: argparse.Namespace, size: int) -> tuple[Any, Any]:
@@ -85,54 +48,6 @@ def load(args: argparse.Namespace, size: int) -> tuple[Any, Any]:
     if args.data == "clevr":
         return Clevr(root, "train", args.limit, size), Clevr(root, "val", args.limit, size)
     return SmallNORB(root, "train", args.limit, size), SmallNORB(root, "test", args.limit, size)
-
-
-def make_heads(data: Any, width: int) -> dict[str, nn.Module]:
-    """A decoder or a linear layer per task."""
-    if "segmentation" in data.tasks:
-        channels = {"segmentation": data.classes, "depth": 1, "normal": 3}
-        return {task: Decoder(channels[task]) for task in data.tasks}
-    classes = getattr(data, "classes", [1] * len(data.tasks))
-    return {task: nn.Linear(width, count) for task, count in zip(data.tasks, classes, strict=True)}
-
-
-def losses(outputs: dict[str, Tensor], labels: Any, num_items_in_batch: Any = None) -> dict[str, Tensor]:
-    """Dense losses, binary cross-entropy for one logit, cross-entropy for several."""
-    if "segmentation" in outputs:
-        return dense_losses(outputs, labels)
-    result = {}
-    for task, logits in outputs.items():
-        target = labels[f"labels_{task}"]
-        if logits.shape[1] == 1:
-            result[task] = nn.functional.binary_cross_entropy_with_logits(logits[:, 0], target)
-        else:
-            result[task] = nn.functional.cross_entropy(logits, target)
-    return result
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, data: Any, batch_size: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """Dense metrics; F1 for binary tasks; top-1 and top-5 accuracy for the others. In percent where that applies."""
-    model.eval()
-    outputs: dict[str, list[Tensor]] = {}
-    targets: dict[str, list[Tensor]] = {}
-    for batch in torch.utils.data.DataLoader(data, batch_size):
-        for task, value in model(pixel_values=batch["pixel_values"].to(device)).items():
-            outputs.setdefault(task, []).append(value.cpu())
-            targets.setdefault(task, []).append(batch[f"labels_{task}"])
-    metrics = {}
-    for task in outputs:
-        prediction, target = torch.cat(outputs[task]), torch.cat(targets[task])
-        if task in METRICS:
-            metrics[task] = METRICS[task](prediction, target)
-        elif prediction.shape[1] == 1:
-            positive, true = prediction[:, 0] > 0, target > 0
-            f1 = 2 * (positive & true).sum() / (positive.sum() + true.sum()).clamp(min=1)
-            metrics[task] = {"f1": 100.0 * float(f1)}
-        else:
-            ranked = prediction.argsort(1, descending=True)[:, :5] == target[:, None]
-            metrics[task] = {f"top{k}": 100.0 * float(ranked[:, :k].any(1).double().mean()) for k in (1, 5)}
-    return metrics
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import flow_shapes
 import pytest
+from _shapes.flow import changes, readouts, samples
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from peft_ext.knockout import patch_effects, read_records
@@ -94,7 +95,7 @@ def test_values_are_those_of_the_records(browser, page):
         browser.run(f"{CHOOSE}({layer})")
         means, own = texts(browser, ".pairs .mean"), texts(browser, ".pairs .own")
         for at, pair in enumerate(flow_shapes.PAIRS):
-            assert number(means[at]) == pytest.approx(flow_shapes.changes(records, pair)[layer], abs=0.051)
+            assert number(means[at]) == pytest.approx(changes(records, pair)[layer], abs=0.051)
             (record,) = (r for r in records if (r["sample"], r["pair"], r["layer"]) == (name, pair, layer))
             assert number(own[at]) == pytest.approx(record["change_percent"], abs=0.051)
     assert f"p = {record['base_probability']:.3f}" in texts(browser, ".answer")[0]
@@ -103,7 +104,7 @@ def test_values_are_those_of_the_records(browser, page):
 def test_patches_show_their_effects(browser, page):
     model = LlavaForConditionalGeneration.from_pretrained(flow_shapes.CHECKPOINT).eval()
     processor = AutoProcessor.from_pretrained(flow_shapes.CHECKPOINT)
-    sample, question, _ = flow_shapes.samples(processor, 2, 7)[0]
+    sample, question, _ = samples(processor, 2, 7)[0]
     expected = patch_effects(model, sample, "question", window=2)
     browser.open(page, "#sample=0&show=hidden:question")
     assert texts(browser, "#question") == [question.text]
@@ -129,6 +130,6 @@ def test_patches_show_their_effects(browser, page):
             seen += width > 0
     assert seen
     answers = [number(text) for text in texts(browser, ".words .answer")]
-    own, _ = flow_shapes.readouts(model, processor, [(sample, question, None)], 2)
+    own, _ = readouts(model, processor, [(sample, question, None)], 2)
     spelled = [record["probability"] for record in own if record["word"] == "capitalized"]
     assert answers == pytest.approx(spelled, abs=6e-4)

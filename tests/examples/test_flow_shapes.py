@@ -6,6 +6,7 @@ import random
 
 import flow_shapes
 import pytest
+from _shapes.flow import changes, samples
 from _shapes.world import CELL, ask, can_ask, draw_scene, render
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -28,17 +29,14 @@ def loaded():
 @pytest.fixture(scope="module")
 def records(loaded):
     model, processor = loaded
-    drawn = [own for own, _, _ in flow_shapes.samples(processor, 12, 3)]
+    drawn = [own for own, _, _ in samples(processor, 12, 3)]
     return layer_sweep(model, drawn, flow_shapes.PAIRS, window=3, progress=False)
 
 
 @pytest.mark.parametrize("task", flow_shapes.TASKS)
 def test_the_answer_goes_through_the_question(records, task):
-    deepest = {pair: min(flow_shapes.changes(records, pair, task).values()) for pair in flow_shapes.PAIRS}
-    largest = {
-        pair: max(abs(value) for value in flow_shapes.changes(records, pair, task).values())
-        for pair in flow_shapes.PAIRS
-    }
+    deepest = {pair: min(changes(records, pair, task).values()) for pair in flow_shapes.PAIRS}
+    largest = {pair: max(abs(value) for value in changes(records, pair, task).values()) for pair in flow_shapes.PAIRS}
     assert deepest["image:question"] < -20 and deepest["question:last"] < -20
     assert largest["image:last"] < 5 and largest["last:last"] < 5
     assert deepest["related_patches:question"] < -20 and largest["other_patches:question"] < 5

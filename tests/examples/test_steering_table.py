@@ -4,6 +4,8 @@ import json
 
 import pytest
 import steering_table
+from _shapes.steering import SHIFTED
+from _shapes.world import PALETTE
 
 
 TINY = ["--seeds", "1", "--steps", "1", "--images", "2", "--turns", "1", "--questions", "4", "--lmar-samples", "2"]
@@ -34,5 +36,5 @@ def test_results_of_other_settings_are_not_mixed(tmp_path):
 
 
 def test_the_shift_renames_every_color_and_nothing_else():
-    assert sorted(steering_table.SHIFTED.values()) == sorted(steering_table.PALETTE.values())
-    assert all(steering_table.SHIFTED[name] != value for name, value in steering_table.PALETTE.items())
+    assert sorted(SHIFTED.values()) == sorted(PALETTE.values())
+    assert all(SHIFTED[name] != value for name, value in PALETTE.items())

@@ -102,3 +102,18 @@ class Ledger:
             file.write(json.dumps(record) + "\n")
         self.records.append(record)
         self._found[self._key(record)] = record
+
+
+def settings_of(plan: Plan, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the report says about a problem's trainings."""
+    return {
+        "tasks": plan.bench.tasks,
+        "images": plan.images,
+        "epochs": plan.epochs,
+        "search_epochs": plan.search_epochs,
+        "batch_size": plan.bench.batch_size,
+        "density": plan.density,
+        "rates": plan.rates,
+        "seeds": sorted({run["seed"] for run in runs} - {plan.search_seed}),
+        "search_seed": plan.search_seed,
+    }
