@@ -13,19 +13,16 @@ from ._version import __version__
 from .extras import MissingExtra
 
 
-# By name, where a job is and what it does. Its file is imported when it is asked for: torch takes seconds to import.
+# A file of `commands` each, and what it does.
 JOBS = {
-    "train": ("train.cli", "train any PEFT method with a trainer of TRL, from a YAML file"),
-    "eval": ("evaluation.cli", "evaluate adapters with lm_eval, classifiers on GLUE with evaluate"),
-    "inspect": (
-        "export.cli_inspect",
-        "show what adapters train: entries, norms, and what they share",
-    ),
-    "merge": ("export.cli_merge", "merge an adapter into a checkpoint's files, without loading the model"),
-    "export": ("export.cli_export", "write an adapter as a LoRA or as a sparse patch of the checkpoint"),
-    "convert": ("conversion.cli", "turn a SHiRA or Super-Tuning adapter into a NeuroAda adapter"),
-    "llava": ("factory.cli", "compose a LLaVA, train it in two stages by any method, evaluate it"),
-    "flow": ("knockout.cli", "where information flows in a vision-language model"),
+    "train": "train any PEFT method with a trainer of TRL, from a YAML file",
+    "eval": "evaluate adapters with lm_eval, classifiers on GLUE with evaluate",
+    "inspect": "show what adapters train: entries, norms, and what they share",
+    "merge": "merge an adapter into a checkpoint's files, without loading the model",
+    "export": "write an adapter as a LoRA or as a sparse patch of the checkpoint",
+    "convert": "turn a SHiRA or Super-Tuning adapter into a NeuroAda adapter",
+    "llava": "compose a LLaVA, train it in two stages by any method, evaluate it",
+    "flow": "where information flows in a vision-language model",
 }
 
 
@@ -45,17 +42,17 @@ def _run(arguments: list[str], wanted: str | None) -> int:
     parser.add_argument("--version", action="version", version=f"peft-ext {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     job: Any = None
-    for name, (place, summary) in JOBS.items():
+    for name, summary in JOBS.items():
         command = commands.add_parser(name, help=summary)
         if name == wanted:
-            importlib.import_module(".api", __package__)  # a job needs our methods registered
-            job = importlib.import_module(f".{place}", __package__)
+            job = importlib.import_module(f".commands.{name}", __package__)
             command.description = textwrap.fill(job.DESCRIPTION, 79)
             job.add_arguments(command)
     options, further = parser.parse_known_args(arguments)
     options.further = further
     if further and not hasattr(job, "TAKES_FURTHER_OPTIONS"):
         parser.error(f"unrecognized arguments: {' '.join(further)}")
+    importlib.import_module(".api", __package__)  # a job needs our methods registered; torch takes seconds to import
     return job.run(options)
 
 

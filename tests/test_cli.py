@@ -1,11 +1,18 @@
 """The command `peft-ext` answers at once what needs no model: help, version, wrong commands."""
 
+import argparse
 import json
 import re
 import subprocess
 import sys
 
 import pytest
+
+from peft_ext.cli import JOBS
+from peft_ext.commands import flow
+from peft_ext.knockout.cli import _DTYPES
+from peft_ext.knockout.sweep.engines import ENGINES
+from peft_ext.knockout.sweep.windows import MODES
 
 
 SCRIPT = """
@@ -37,6 +44,22 @@ def run(folder, *arguments):
         ([], 2, "required: COMMAND"),
         (["convrt"], 2, "invalid choice: 'convrt'"),
         (["--verbose", "convert"], 2, "unrecognized arguments|invalid choice|required"),
+        *(([job, "--help"], 0, rf"usage: peft-ext {job} ") for job in JOBS),
+        (["flow"], 2, "required: --model"),
+        (["flow", "--model", "m", "--data", "d", "--out", "o", "--mode", "x"], 2, "--mode: invalid choice: 'x'"),
+        (["merge", "base"], 2, "required: adapter, out"),
+        (["export", "a", "b", "--to", "nothing"], 2, "--to: invalid choice: 'nothing'"),
+        (["convert", "a"], 2, "required: out"),
+        (["inspect"], 2, "required: adapter"),
+        (["inspect", "a", "--rank", "4"], 2, "unrecognized arguments: --rank 4"),
+        (["train"], 2, "required: --config"),
+        (["llava"], 2, "required: STEP"),
+        (
+            ["llava", "train", "tune", "--method", "lore-8"],
+            2,
+            "--method: method='lore-8' is not known: use full",
+        ),
+        (["llava", "methods", "--model", "m", "--methods", "adapter"], 2, "no bottleneck adapters"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -45,6 +68,14 @@ def test_answers_without_importing_torch(tmp_path, arguments, status, printed):
     assert re.search(printed, text), text
     assert end["status"] == status and not end["heavy"]
     assert end["seconds"] < 0.3  # CPU time, the interpreter's start included
+
+
+def test_options_know_the_names_that_the_work_knows():
+    parser = argparse.ArgumentParser()
+    flow.add_arguments(parser)
+    choices = {action.dest: action.choices for action in parser._actions}
+    assert choices["mode"] == MODES and choices["engine"] == ("auto", *ENGINES)
+    assert choices["dtype"] == tuple(_DTYPES)
 
 
 def test_job_has_our_methods(tmp_path):

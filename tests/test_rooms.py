@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent / "peft_ext"
 # From the ground floor up. Rooms of one line do not import each other. A package's `__init__` may import all of it.
 ORDER = {
     "peft_ext": [
-        "_version extras io",
+        "_version extras io commands.method_names",
         "hf",
         "sparse",
         "tuners",
@@ -24,6 +24,7 @@ ORDER = {
         "conversion evaluation factory train",
         "api",
         "__init__",
+        "commands",
         "autoload cli install.autoload_hook",
     ],
     "peft_ext.sparse": [

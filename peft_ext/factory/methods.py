@@ -12,24 +12,16 @@ from peft.utils import PeftType
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..commands.method_names import matched_name
 from ..tuners.mores import MoReSConfig
 from ..tuners.neuroada import NeuroAdaConfig
 from .connectors import Resampler
 
 
 PARTS = {"vision_tower": "vision_tower", "connector": "multi_modal_projector", "language_model": "language_model"}
-NAMES = (
-    "full, lora-<rank>, ia3, oft, oft-<block>, bitfit, loreft-<rank>, neuroada-<k>, mores-b, mores-l, mores-h, "
-    "mores-<rank>@<percent of visual tokens>, the same with a + (trains the connector too), connector-<rank> or "
-    "projector"
-)
 # Where the paper's recipe, LLaVA-1.5's, has a rate: 2e-5 for full training, 2e-4 for LoRA, here for all adapters.
 LEARNING_RATES = {"full": 2e-5, "adapter": 2e-4}
 _PAPER_RANKS = {"b": 1, "l": 2, "h": 4}
-_NAME = re.compile(
-    r"(?P<kind>full|ia3|projector|bitfit)|(?P<sized>lora|oft|connector|neuroada|loreft)(-(?P<size>[1-9]\d*))?"
-    r"|mores-(?P<letter>[blh])|mores(-(?P<rank>[1-9]\d*))?(@(?P<percent>[1-9]\d?|100))?(\+)?"
-)
 
 
 @dataclass(frozen=True)
@@ -66,14 +58,7 @@ class Method:
             if kind not in {key.value for key in PEFT_TYPE_TO_CONFIG_MAPPING}:
                 raise ValueError(f"method={name!r} names no `peft_type` that PEFT knows.")
             return cls(kind.lower(), "peft", 0, options=dict(name))
-        if name.split("-")[0] == "adapter":
-            raise ValueError(
-                f"method={name!r}: PEFT has no bottleneck adapters (Houlsby et al.), so this row of the paper's table "
-                f"is left out. Use {NAMES}"
-            )
-        match = _NAME.fullmatch(name)
-        if match is None:
-            raise ValueError(f"method={name!r} is not known: use {NAMES}")
+        match = matched_name(name)
         kind = match["kind"] or match["sized"] or "mores"
         defaults = {"lora": 128, "loreft": 8, "oft": 0}
         size = match["size"] or match["rank"] or _PAPER_RANKS.get(match["letter"]) or defaults.get(kind, 1)

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    from .inspecting import inspect_adapters
+    from ..export.inspecting import inspect_adapters
 
     found = inspect_adapters(options.adapters)
     print(json.dumps(found.as_dict(), indent=2) if options.json else found)

@@ -41,8 +41,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _patch(options: argparse.Namespace) -> int:
-    from .adapter import AdapterFile
-    from .merging import export_patch
+    from ..export.adapter import AdapterFile
+    from ..export.merging import export_patch
 
     with AdapterFile(options.adapter) as adapter:
         base = options.base or adapter.config.base_model_name_or_path
@@ -55,7 +55,7 @@ def _patch(options: argparse.Namespace) -> int:
 
 
 def _lora(options: argparse.Namespace) -> int:
-    from .lora import export_lora
+    from ..export.lora import export_lora
 
     found = export_lora(options.adapter, options.out, options.rank, options.biases)
     if options.json:

@@ -42,10 +42,10 @@ def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     import torch
 
-    from .adapters import adapters_of
+    from ..evaluation.adapters import adapters_of
 
     with needs("eval"):
-        from . import classifiers, language
+        from ..evaluation import classifiers, language
 
     base, task_type = adapters_of(options.adapters, options.base)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")

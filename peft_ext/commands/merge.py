@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
+    from ..export.merging import merge_checkpoint, revert_checkpoint
     from ..sparse.another_base import another_base
-    from .merging import merge_checkpoint, revert_checkpoint
 
     work = revert_checkpoint if options.revert else merge_checkpoint
     with another_base() if options.another_base else nullcontext():

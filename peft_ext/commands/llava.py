@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from .method_names import matched_name
+
 
 DESCRIPTION = (
     "The LLaVA Steering Factory (Bi et al., section 6). Under 'accelerate launch -m peft_ext.cli llava train …' "
@@ -35,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train = steps.add_parser("train", help="train a stage")
     train.add_argument("stage", choices=("align", "tune"), help="whose defaults are taken")
     train.add_argument("--config", type=Path, help="YAML file of what differs from the stage's defaults")
-    train.add_argument("--method", help="how the language model is adapted: language_model of the settings")
+    train.add_argument(
+        "--method", type=_method, help="how the language model is adapted: language_model of the settings"
+    )
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a single setting, repeatable")
 
     config = steps.add_parser("config", help="print a stage's defaults as YAML")
@@ -58,7 +62,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     count = steps.add_parser("methods", help="count what methods train in a model, without its weights")
     count.add_argument("--model", required=True, help="Hub id or folder of a model")
-    count.add_argument("--methods", nargs="+", default=["full", "lora", "ia3", "oft", "mores-b", "mores-l", "mores-h"])
+    count.add_argument(
+        "--methods", nargs="+", type=_method, default=["full", "lora", "ia3", "oft", "mores-b", "mores-l", "mores-h"]
+    )
+
+
+def _method(name: str) -> str:
+    if name != "frozen" and not name.startswith("{"):  # the options of a PEFT configuration, in YAML
+        try:
+            matched_name(name)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    return name
 
 
 def run(options: argparse.Namespace) -> int:
@@ -71,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
 def _compose(options: argparse.Namespace) -> None:
     from transformers import set_seed
 
-    from .compose import compose
+    from ..factory.compose import compose
 
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise ValueError(f"out={str(options.out)!r} is there already; pass a new or empty folder.")
@@ -92,20 +107,20 @@ def _compose(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from .train import read_settings, train
+    from ..factory.train import read_settings, train
 
     changes = [*options.set, *([f"language_model={options.method}"] if options.method else [])]
     train(read_settings(options.stage, options.config, changes))
 
 
 def _config(options: argparse.Namespace) -> None:
-    from .train import defaults
+    from ..factory.train import defaults
 
     print(defaults(options.stage), end="")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from .evaluate import evaluate, read_questions, table
+    from ..factory.evaluate import evaluate, read_questions, table
 
     first, *others = options.model
     models = [(first, None)] if options.before or not options.adapter else []
@@ -125,7 +140,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _methods(options: argparse.Namespace) -> None:
-    from .parts import counts
+    from ..factory.parts import counts
 
     for name, parts in counts(options.model, options.methods).items():
         print(f"{name:12} " + ", ".join(f"{part} {number:,}" for part, number in parts.items()))

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     with needs("trl"):
-        from .training import train
+        from ..train.training import train
 
     train(options.config, options.further)
     return 0

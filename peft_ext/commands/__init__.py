@@ -1,0 +1,1 @@
+"""The subcommands of `peft-ext`: their options, which need no torch. The work is imported when it is run."""
