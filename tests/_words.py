@@ -23,6 +23,7 @@ def save_tokenizer(folder, words, chat_template=None):
 
 def save_language_model(folder, words, chat_template=None, **options):
     """Save a Llama of two layers and its tokenizer."""
+    folder.mkdir(exist_ok=True)
     size = save_tokenizer(folder, words, chat_template)
     config = LlamaConfig(
         vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Callable
 from functools import wraps
@@ -18,6 +19,7 @@ from .card_facts import CardFacts, hub_id
 BEGIN = "<!-- peft_ext card: save_pretrained writes everything up to the end mark; what stands elsewhere is yours -->"
 END = "<!-- end of the peft_ext card -->"
 _README = "README.md"
+_QUICK_START = re.compile(r"^```python\n(?=from transformers import pipeline\n)", re.M)  # in the cards of TRL
 _VERSIONS = "### Framework versions"  # which PEFT adds to every card
 _OF_A_PUSH = (  # what transformers' push_to_hub writes into an empty one
     "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
@@ -46,7 +48,7 @@ def complete_card(folder: str | os.PathLike[str]) -> None:
     if card is None or _is_empty(card):
         data, text = card.data if card is not None else ModelCardData(), fresh.text
     else:
-        data, text = card.data, _renewed(card.text, _own_part(fresh.text))
+        data, text = card.data, _renewed(_loadable(card.text, facts), _own_part(fresh.text))
     _fill(data, facts)
     content = f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n"
     if not path.is_file() or path.read_text(encoding="utf-8") != content:
@@ -90,6 +92,23 @@ def naming_cards(push_to_hub: Callable[..., Any]) -> Callable[..., Any]:
     return push
 
 
+def naming_cards_in_folder(upload_folder: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `HfApi.upload_folder`, which Trainer pushes by: the same for the folder's card."""
+
+    @wraps(upload_folder)
+    def upload(self: Any, *args: Any, **kwargs: Any) -> Any:
+        folder = kwargs.get("folder_path")
+        if folder is not None and not kwargs.get("path_in_repo") and kwargs.get("repo_type") in (None, "model"):
+            token = hub_id.set(kwargs.get("repo_id"))
+            try:
+                complete_quietly(folder)
+            finally:
+                hub_id.reset(token)
+        return upload_folder(self, *args, **kwargs)
+
+    return upload
+
+
 def _template(method: str) -> Path:
     """In the wheel beside this file, in a checkout at its top."""
     here = Path(__file__).parent
@@ -120,6 +139,12 @@ def _renewed(text: str, part: str) -> str:
     if not found or END not in rest:
         return f"{text.rstrip()}\n\n{part}\n"
     return f"{before}{part}{rest.partition(END)[2]}"
+
+
+def _loadable(text: str, facts: CardFacts) -> str:
+    """TRL's card with a quick start that knows our method, and a name for the model where TRL has none yet."""
+    text = _QUICK_START.sub(f"```python\nimport peft_ext  # registers {facts.method}\n", text)
+    return text.replace('model="None"', f'model="{facts.adapter}"')
 
 
 def _keep_tags(card: ModelCard, path: Path) -> None:

@@ -18,12 +18,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.integrations.peft import PeftAdapterMixin
 
-from ..hf.cards import complete_quietly, completing, naming_cards
+from ..hf.cards import complete_quietly, completing, naming_cards, naming_cards_in_folder
 from .loading import all_or_nothing, whole_model
 from .saving import whole_files
 
@@ -38,6 +38,7 @@ def install() -> None:
     ModelCard.save = _ours(completing, ModelCard.save)  # type: ignore[method-assign]
     for owner in (PeftModel, PreTrainedModel):
         owner.push_to_hub = _ours(naming_cards, owner.push_to_hub)
+    HfApi.upload_folder = _ours(naming_cards_in_folder, HfApi.upload_folder)  # type: ignore[method-assign]
     if not hasattr(PeftAdapterMixin, "create_or_update_model_card"):
         PeftAdapterMixin.create_or_update_model_card = lambda self, output_dir: complete_quietly(output_dir)
 

@@ -2,19 +2,21 @@
 
 import os
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from peft_ext import GPSConfig, NeuroAdaConfig, PSNConfig
 from peft_ext.hf import cards
 from peft_ext.hf.cards import BEGIN, END, complete_card
+from tests._words import save_language_model
 
 
 PLACEHOLDERS = re.compile(r"More Information Needed|\[optional\]|<your|<owner|\{\{ |\{%")
@@ -151,22 +153,19 @@ def test_trainer_and_its_checkpoints(save, model_dir, tmp_path):
     checked(out)
 
 
-def test_trl(model_dir, tmp_path):
+def test_trl(tmp_path, monkeypatch):
     trl = pytest.importorskip("trl")
     from datasets import Dataset as Table
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{number}": number for number in range(3, 64)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    base = save_language_model(tmp_path / "base", [f"w{number}" for number in range(8)], template)
     out = tmp_path / "out"
     options = {"report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True, "max_length": 8}
     trainer = trl.SFTTrainer(
-        loaded(model_dir),
+        AutoModelForCausalLM.from_pretrained(base),
         trl.SFTConfig(str(out), max_steps=1, save_steps=1, **options),
         train_dataset=Table.from_dict({"input_ids": [[3, 4, 5, 6]] * 4}),
-        processing_class=tokenizer,
+        processing_class=AutoTokenizer.from_pretrained(base),
         peft_config=NeuroAdaConfig(k=1),
     )
     trainer.train()
@@ -175,7 +174,15 @@ def test_trl(model_dir, tmp_path):
     trainer.create_model_card(dataset_name="me/data")
     assert "TRL" in checked(out).text
     trainer.save_model()
-    assert "TRL" in checked(out).text
+    card = checked(out)
+    assert "TRL" in card.text
+    quick_start = re.search(r"## Quick start\n\n```python\n(.*?)```", card.text, re.S)[1]
+    assert quick_start.count("import peft_ext") == 1
+    monkeypatch.chdir(tmp_path)
+    short = quick_start.replace("max_new_tokens=128", "max_new_tokens=2").replace('device_map="auto"', 'device="cpu"')
+    names = {}
+    exec(short, names)
+    assert any("neuroada_delta" in name for name, _ in names["generator"].model.named_parameters())
 
 
 def test_pushed_cards_name_the_repository(model_dir, monkeypatch):
@@ -200,6 +207,21 @@ def test_pushed_cards_name_the_repository(model_dir, monkeypatch):
     text = seen["me/an-adapter"]
     assert 'PeftModel.from_pretrained(base_model, "me/an-adapter")' in text and "# an adapter" in text
     assert not PLACEHOLDERS.search(text)
+
+
+def test_cards_pushed_by_trainer_name_the_repository(model_dir, tmp_path, monkeypatch):
+    seen = []
+
+    def upload(self, *, repo_id, folder_path, **kwargs):
+        seen.append((Path(folder_path) / "README.md").read_text())
+
+    monkeypatch.setattr(HfApi, "upload_folder", cards._naming_in_folder(upload))
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    trainer = Trainer(get_peft_model(loaded(model_dir), NeuroAdaConfig(k=1)), arguments)
+    trainer.hub_model_id = "me/an-adapter"
+    trainer.push_to_hub()
+    assert 'PeftModel.from_pretrained(base_model, "me/an-adapter")' in seen[0]
+    assert hasattr(cards.huggingface_hub.HfApi.upload_folder, "names")
 
 
 def test_other_methods_are_left_alone(model_dir, tmp_path):
