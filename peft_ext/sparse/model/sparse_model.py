@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -150,11 +151,11 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         its entries. Choosing again would need scores, and could find others on a base that is not the adapter's own.
         """
         config = self.peft_config[adapter_name]
-        of = next((name for name, other in self.peft_config.items() if other is config and name != adapter_name), "")
-        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, self.tuner_layer_cls)}
-        deltas = {name: layer.deltas[of] for name, layer in layers.items() if of in layer.deltas}
-        if deltas and not any(delta.pending for delta in deltas.values()):
-            config.supports = {name: copy.deepcopy(delta.support) for name, delta in deltas.items()}
+        for other in [name for name, its in self.peft_config.items() if its is config and name != adapter_name]:
+            layers = {n: m for n, m in self.model.named_modules() if isinstance(m, self.tuner_layer_cls)}
+            deltas = {name: layer.deltas[other] for name, layer in layers.items() if other in layer.deltas}
+            if not any(delta.pending for delta in deltas.values()):
+                config.supports = {name: copy.deepcopy(delta.support) for name, delta in deltas.items()}
 
     def _keep_names_exact(self, config: SparseConfig) -> None:
         """PEFT shortens long lists of names so that they fit the same modules, but not the same weights of experts."""
@@ -211,7 +212,7 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
         self._replace_module(parent, target_name, layer, target)
 
     def _create_new_module(self, target: nn.Module, adapter_name: str) -> SparseLayer | SparseComposite:
-        layer = self.layer_types.around(target, backend_of(self, base_of(target)))
+        layer = self.layer_types.around(target, partial(backend_of, self))
         for part in weights_of_layer("", layer).values():
             part._active_adapter = adapter_name
             part.dense_dtype = self._injection.dense_dtype
