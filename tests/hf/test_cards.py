@@ -215,7 +215,7 @@ def test_cards_pushed_by_trainer_name_the_repository(model_dir, tmp_path, monkey
     def upload(self, *, repo_id, folder_path, **kwargs):
         seen.append((Path(folder_path) / "README.md").read_text())
 
-    monkeypatch.setattr(HfApi, "upload_folder", cards._naming_in_folder(upload))
+    monkeypatch.setattr(HfApi, "upload_folder", cards.naming_cards_in_folder(upload))
     arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
     trainer = Trainer(get_peft_model(loaded(model_dir), NeuroAdaConfig(k=1)), arguments)
     trainer.hub_model_id = "me/an-adapter"
