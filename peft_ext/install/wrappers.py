@@ -7,9 +7,9 @@ All that importing peft_ext changes in other packages, beside the methods that i
 - `PeftModel.save_pretrained` and transformers' `PreTrainedModel.save_pretrained`, because they have no hook around the
   writing of a file. The wrapper acts where one of our adapters is saved.
 - `ModelCard.save` and `HfApi.upload_folder` of huggingface_hub and both libraries' `push_to_hub`, because PEFT,
-  Trainer and TRL write and push an adapter's card without asking its method; see `hf/cards.py`. The wrapper acts in the
-  folders of our adapters. transformers' models get the `create_or_update_model_card` that Trainer calls after it has
-  written a card.
+  Trainer and TRL write and push an adapter's card without asking its method; see `hf/cards.py`. The wrapper acts in
+  the folders of our adapters. transformers' models get the `create_or_update_model_card` that Trainer calls after it
+  has written a card.
 
 Adapters of other methods are saved and loaded by PEFT's and transformers' own code alone.
 """

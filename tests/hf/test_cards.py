@@ -221,7 +221,8 @@ def test_cards_pushed_by_trainer_name_the_repository(model_dir, tmp_path, monkey
     trainer.hub_model_id = "me/an-adapter"
     trainer.push_to_hub()
     assert 'PeftModel.from_pretrained(base_model, "me/an-adapter")' in seen[0]
-    assert hasattr(cards.huggingface_hub.HfApi.upload_folder, "names")
+    monkeypatch.undo()
+    assert hasattr(HfApi.upload_folder, "wrapped_by_peft_ext")
 
 
 def test_other_methods_are_left_alone(model_dir, tmp_path):
