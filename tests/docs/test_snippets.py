@@ -52,6 +52,14 @@ def test_every_file_that_contributing_names_is_there():
     assert not {path for path in named if not (ROOT / path).exists()}
 
 
+def test_contributing_names_what_its_files_define():
+    text = (DOCS / CONTRIBUTING).read_text()
+    named = re.findall(r"`(\w+)`\s+\(`(peft_ext/[\w/]+\.py)`\)", text)
+    assert len(named) > 15
+    for name, file in named:
+        assert re.search(rf"^ *(def|class) {name}\b|^{name} = ", (DOCS / ".." / file).read_text(), re.MULTILINE), name
+
+
 @pytest.mark.parametrize("page", [README, CONTRIBUTING])
 def test_links_lead_to_files(page):
     linked = re.findall(r"\]\((?!https?:)([^)#\s]+)\)", (DOCS / page).read_text())
