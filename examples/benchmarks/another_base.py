@@ -34,7 +34,8 @@ METHODS: dict[str, Any] = {
 
 def rows(pattern: str) -> Tensor:
     """Files of this repository as rows of bytes, int64 `[rows, LENGTH]`."""
-    content = b"".join(path.read_bytes() for path in sorted(ROOT.glob(pattern)))
+    files = [path for path in sorted(ROOT.glob(pattern)) if not path.relative_to(ROOT).parts[0].startswith(".")]
+    content = b"".join(path.read_bytes() for path in files)
     whole = torch.frombuffer(bytearray(content), dtype=torch.uint8).long()
     return whole[: len(whole) // LENGTH * LENGTH].view(-1, LENGTH)
 
