@@ -113,6 +113,7 @@ class Checkpoint:
                     buffer, tensor = _read(source, key, stored)
                     changes[key](tensor)
                     target.write(buffer)
+                    del buffer, tensor  # or the next one would be read beside it
                 shutil.copyfileobj(source, target, _COPIED_AT_ONCE)
         for path in self.folder.iterdir():
             if path.is_file() and (path.name == INDEX_FILE or self._is_companion(path)):

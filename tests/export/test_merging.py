@@ -220,4 +220,5 @@ def test_memory_is_that_of_one_tensor(tmp_path):
     saved_adapter(tmp_path / "adapter", tmp_path / "base", "llama", NeuroAdaConfig(k=1))
     command = [sys.executable, "-c", _MEASURED, *(str(tmp_path / name) for name in ("base", "adapter", "one", "two"))]
     peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-    assert peak <= largest + 100 * 2**20, f"{peak / 2**20:.0f} MiB, largest tensor {largest / 2**20:.0f} MiB"
+    # Two tensors of 96 MiB at a time would be within 100 MiB of one, so half of one is the bound.
+    assert peak <= 1.5 * largest, f"{peak / 2**20:.0f} MiB, largest tensor {largest / 2**20:.0f} MiB"
