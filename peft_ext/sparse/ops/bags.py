@@ -67,10 +67,13 @@ def add_into(
             delta = (x_part.index_select(1, columns).to(dtype) * weights).view(len(x_part), *indices.shape).sum(-1)
         else:
             delta = _bag(_transposed(x_part, dtype), columns, ends, weights).t()
-        if part.dtype == dtype:
+        if part.dtype != dtype:
+            part.copy_(delta.contiguous().add_(base))
+        elif delta.is_contiguous():
             torch.add(base, delta, out=part)
         else:
-            part.copy_(base + delta)
+            # Copies of one dtype are transposed in blocks, sums are not (1024 tokens, 4096 rows: 7.3 and 31.7 ms).
+            part.copy_(delta).add_(base)
     return out
 
 
@@ -130,5 +133,6 @@ def input_gradient_into(
     weights = values.reshape(-1).to(accumulate)[entries]
     for part, grad_part in zip(out.split(BAG_TOKENS), grad.split(BAG_TOKENS), strict=True):
         if len(part):
-            part.copy_(_bag(_transposed(grad_part, accumulate), rows, transposed_offsets, weights).t())
+            sums = _bag(_transposed(grad_part, accumulate), rows, transposed_offsets, weights).t()
+            part.copy_(sums if part.dtype == accumulate else sums.contiguous())  # see `add_into`
     return out
