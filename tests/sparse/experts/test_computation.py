@@ -159,6 +159,22 @@ def test_compiles_into_one_graph(implementation):
         torch.testing.assert_close(ours, plain)
 
 
+def test_a_model_compiles_into_one_graph():
+    """As without adapters; in eager the base breaks at the loop over experts."""
+    model = adapted("gpt_oss", "grouped_mm")
+    own = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    results = []
+    torch._dynamo.reset()
+    for compute in (
+        model.base_model.model,
+        torch.compile(model.base_model.model, fullgraph=True, backend="aot_eager"),
+    ):
+        output = compute(input_ids=IDS, labels=IDS)
+        results.append([output.logits, *torch.autograd.grad(output.loss, own)])
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain)
+
+
 @pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
 @pytest.mark.parametrize("k", [1, 4])
 def test_nothing_as_large_as_an_expert_is_made(implementation, k):

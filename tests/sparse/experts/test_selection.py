@@ -7,7 +7,8 @@ from peft import PeftModel, get_peft_model
 from peft_ext import NeuroAdaConfig, activation_scores, busiest_experts, gradient_scores
 
 from .._asserts import positions
-from ._models import COLUMNS, IMPLEMENTATIONS, adapted, layers_of, run, tiny, token_ids
+from .._probes import peak_bytes
+from ._models import COLUMNS, IMPLEMENTATIONS, MODELS, adapted, layers_of, run, tiny, token_ids
 
 
 IDS = token_ids(4)
@@ -28,8 +29,9 @@ def per_expert(layer, experts=4):
     return counts.view(experts, -1)
 
 
-@pytest.mark.parametrize("selection", ["magnitude", "reverse", "random"])
-@EACH_LAYOUT
+@pytest.mark.parametrize(
+    ("name", "selection"), [*((name, "magnitude") for name in MODELS), ("mixtral", "reverse"), ("gpt_oss", "random")]
+)
 def test_every_neuron_of_every_expert_gets_k_entries(name, selection):
     model = adapted(name, k=3, selection=selection)
     for layer in layers_of(model).values():
@@ -74,6 +76,63 @@ def test_the_network_is_all_of_them_together(name):
         outside.append(weight.flatten(0, 1)[~mask])
     assert len(torch.cat(inside)) == 2 * 4 * (48 + 16)
     assert torch.cat(inside).min() >= torch.cat(outside).max()
+
+
+RANKED = {
+    "magnitude": lambda weight, key: weight.abs(),
+    "reverse": lambda weight, key: -weight.abs(),
+    "gradient": lambda weight, key: gradient_scores(tiny(), DATA, loss="model", progress=False)[key].abs(),
+    "activation": lambda weight, key: activation_scores(tiny(), DATA, progress=False)[key],
+}
+
+
+@pytest.mark.parametrize("scope", ["neuron", "layer", "network"])
+@pytest.mark.parametrize("criterion", RANKED)
+def test_the_best_of_each_scope(criterion, scope):
+    """A neuron is one of an expert's, a layer one expert's matrix, the network all of them."""
+    base = tiny()
+    config = NeuroAdaConfig(
+        k=2,
+        target_modules=["experts"],
+        selection=criterion if scope == "neuron" else f"{criterion}_{scope}",
+    )
+    if criterion in ("gradient", "activation"):
+        score = gradient_scores if criterion == "gradient" else activation_scores
+        options = {"loss": "model"} if criterion == "gradient" else {}
+        config = config.with_scores(score(tiny(), DATA, progress=False, **options))
+    scores, masks = [], []
+    for key, layer in layers_of(get_peft_model(tiny(), config)).items():
+        values = RANKED[criterion](base.get_parameter(key).detach(), key)  # [experts, rows, fan_in]
+        mask = torch.zeros(values.shape, dtype=torch.bool).flatten(0, 1)
+        for row, column in positions(layer.deltas["default"].support):
+            mask[row, column] = True
+        flatten = {
+            "neuron": lambda t: [*t.flatten(0, 1)],
+            "layer": lambda t: [*t.flatten(1)],
+            "network": lambda t: [t],
+        }
+        scores += flatten[scope](values)
+        masks += flatten[scope](mask.view(values.shape))
+    if scope == "network":
+        scores, masks = ([torch.cat([tensor.flatten() for tensor in tensors])] for tensors in (scores, masks))
+    assert sum(int(mask.sum()) for mask in masks) == 2 * 4 * (48 + 16)
+    for own, mask in zip(scores, masks, strict=True):
+        assert own[mask].min() >= own[~mask].max()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_one_gradient_of_all_experts_is_alive_at_a_time(implementation, tmp_path):
+    """Of four blocks: an ordinary pass ends with eight. Scoring by activations makes none."""
+    base = tiny(hidden_size=128, intermediate_size=192, num_hidden_layers=4)
+    base.set_experts_implementation(implementation)
+    few = token_ids(1, 4)  # so that weights, and not activations, fill the memory
+    data = [{"input_ids": few, "labels": few}]
+    experts = [p for key, p in base.named_parameters() if ".experts." in key]
+    config, largest = NeuroAdaConfig(target_modules=["experts"]), max(p.nbytes for p in experts)
+    options = {"loss": "model", "offload": str(tmp_path), "config": config, "progress": False}
+    assert peak_bytes(lambda: gradient_scores(base, data, **options)) < 2 * largest < sum(p.nbytes for p in experts)
+    if implementation != "batched_mm":  # whose own forward copies an expert for each token
+        assert peak_bytes(lambda: activation_scores(base, data, config=config, progress=False)) < largest
 
 
 def test_a_share_of_the_neurons_of_each_expert():
