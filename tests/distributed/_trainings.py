@@ -1,4 +1,4 @@
-"""Trains and saves sparse adapters in each of several processes; run by `tests._processes.launch`."""
+"""Trains and saves sparse adapters in each of several processes; run by `tests._processes.results_of`."""
 
 import json
 import os

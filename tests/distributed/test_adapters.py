@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from tests._processes import launch
+from tests._processes import results_of
 from tests.distributed._trainings import base, tokens
 from tests.tuners.neuroada._common import logits
 
@@ -36,13 +36,13 @@ CASES = [
 def one(tmp_path_factory):
     methods = list(dict.fromkeys(method for _, method, _ in TRAIN))
     cases = [("train", method, "alone") for method in methods]
-    (results,) = launch("tests.distributed._trainings", tmp_path_factory.mktemp("one"), 1, cases)
+    (results,) = results_of("tests.distributed._trainings", tmp_path_factory.mktemp("one"), 1, cases)
     return dict(zip(methods, results, strict=True))
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    results = launch("tests.distributed._trainings", tmp_path_factory.mktemp("two"), 2, CASES)
+    results = results_of("tests.distributed._trainings", tmp_path_factory.mktemp("two"), 2, CASES)
     return {case: [process[number] for process in results] for number, case in enumerate(CASES)}
 
 

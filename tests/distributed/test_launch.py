@@ -1,8 +1,6 @@
 """examples/accelerate: accelerate reads its configurations, and two processes launched with them train as one does."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
+
+from tests._processes import launch as launch_processes
 
 
 ROOT = Path(__file__).parents[2]
@@ -28,15 +28,15 @@ def config_file(name):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Function: name of a configuration to the arguments that `accelerate launch` makes of it, and how it starts."""
+    """Function: configuration and options to the arguments `accelerate launch` makes of them, and its launcher."""
     for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
         monkeypatch.delenv(name)
 
-    def read(name):
+    def read(name, *options):
         found = []
         for launcher in ("multi_gpu_launcher", "deepspeed_launcher", "simple_launcher"):
             monkeypatch.setattr(launch, launcher, lambda args, launcher=launcher: found.append((args, launcher)))
-        line = ["--config_file", config_file(name), "--main_process_port", "0", "train.py"]
+        line = ["--config_file", config_file(name), "--main_process_port", "0", *options, "train.py"]
         launch.launch_command(launch.launch_command_parser().parse_args(line))
         return found[0]
 
@@ -82,40 +82,33 @@ def test_zero3_gathers_what_is_saved(launched, monkeypatch):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Function: a command before the script's name to what the script prints, and the adapter that it saves."""
+    """Function: name of a run and its processes to what the script prints, and the adapter that it saves."""
     folder = tmp_path_factory.mktemp("launched")
     letters = torch.randint(97, 123, (1000,), generator=torch.Generator().manual_seed(0))
     (folder / "text").write_text("".join(map(chr, letters)))
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
-    def start(name, *command):
+    def start(name, processes, *before, environment=None):
+        target, *rest = [*before, str(FOLDER / "train.py")]
         options = ["--text", str(folder / "text"), "--out", str(folder / name), "--steps", "3", "--length", "16"]
-        done = subprocess.run(
-            [sys.executable, *command, str(FOLDER / "train.py"), *options],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        return done.stdout, load_file(folder / name / "adapter_model.safetensors")
+        launch_processes(target, folder / f"{name} logs", processes, *rest, *options, environment=environment)
+        printed = (folder / f"{name} logs" / "log0.1").read_text()
+        return printed, load_file(folder / name / "adapter_model.safetensors")
 
     return start
 
 
 @pytest.fixture(scope="module")
 def one(run):
-    return run("one")
+    return run("one", 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp1", "fsdp2"])
-def test_two_processes_train_and_save_what_one_does(run, one, name):
-    line = ["-m", "accelerate.commands.launch", "--config_file", config_file(name), "--main_process_port", "0"]
-    if name != "ddp":
-        line += ["--mixed_precision", "no", "-m", "tests.distributed._fsdp_on_cpu"]
-    printed, saved = run(name, *line)
+def test_two_processes_train_and_save_what_one_does(run, one, launched, name):
+    """In the environment that `accelerate launch` gives to processes; starting them is torch's."""
+    environment = prepare_multi_gpu_env(launched(name, "--mixed_precision", "no")[0])
+    before = [] if name == "ddp" else ["tests.distributed._fsdp_on_cpu"]
+    printed, saved = run(name, 2, *before, environment=environment)
     assert f"2 processes, DistributedType.{'FSDP' if name != 'ddp' else 'MULTI_'}" in printed
     together, alone = losses(printed)
     assert together == pytest.approx(alone, abs=2e-6)  # printed with six digits

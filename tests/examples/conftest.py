@@ -1,12 +1,12 @@
 """Lets tests import the parts of `examples/quickstart.py` as the script does, and run it as users do."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests._processes import run
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -14,17 +14,13 @@ sys.path.insert(0, str(EXAMPLES))
 
 
 @pytest.fixture
-def run_quickstart():
-    """Function: output folder and arguments to what the script prints and the content of its JSON."""
+def run_script(tmp_path):
+    """Function: name of a script and its arguments to what it prints and the content of the JSON that it writes."""
 
-    def run(out, *arguments):
-        done = subprocess.run(
-            [sys.executable, str(EXAMPLES / "quickstart.py"), "--out", str(out), *arguments],
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
+    def run_with(name, *arguments):
+        out = tmp_path / "out"
+        done = run(EXAMPLES / f"{name}.py", "--out", out, *arguments, output=tmp_path / "printed")
         assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout, json.loads((out / "quickstart.json").read_text())
+        return done.stdout, json.loads((out / f"{name}.json").read_text())
 
-    return run
+    return run_with

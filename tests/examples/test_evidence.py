@@ -13,9 +13,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "mtl"))
 
 import evidence
-from _evidence import runs
+from _evidence import runs, workers
 from _evidence.experiments import Plan, quick, with_stand_ins
 from _quickstart.search import SPACING
+
+from tests._processes import fork_server
 
 
 QUICK = ["--quick", "--stand-ins", "--jobs", "1"]
@@ -87,7 +89,8 @@ def test_an_interrupted_experiment_goes_on(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_all_experiments_run_on_stand_ins_in_two_processes(tmp_path):
+def test_all_experiments_run_on_stand_ins_in_two_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda kind: fork_server())
     evidence.main([*QUICK[:-1], "2", "--out", str(tmp_path)])
     content = json.loads((tmp_path / "evidence.json").read_text())
     assert set(Plan().names) <= set(content)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,27 +20,9 @@ from peft_ext import GPS_PRESETS
 from tests.tuners.methods._common import layers_of
 
 
-EXAMPLE = Path(gps_images.__file__)
-
-
 @pytest.fixture(scope="module")
 def digits() -> data.Digits:
     return data.load()
-
-
-@pytest.fixture
-def run_example(tmp_path: Path) -> Callable[..., tuple[str, dict[str, Any]]]:
-    def run(*arguments: str) -> tuple[str, dict[str, Any]]:
-        done = subprocess.run(
-            [sys.executable, str(EXAMPLE), "--out", str(tmp_path / "out"), *arguments],
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout, json.loads((tmp_path / "out" / "gps_images.json").read_text())
-
-    return run
 
 
 def adapted(digits: data.Digits, model: str, name: str, seed: int = 0) -> nn.Module:
@@ -96,8 +75,8 @@ def test_views_keep_the_label_and_change_the_image(digits: data.Digits) -> None:
 
 
 @pytest.mark.slow
-def test_digits_run_through(run_example: Callable[..., tuple[str, dict[str, Any]]], tmp_path: Path) -> None:
-    text, content = run_example("--smoke", "--models", "convnext")
+def test_digits_run_through(run_script: Callable[..., tuple[str, dict[str, Any]]], tmp_path: Path) -> None:
+    text, content = run_script("gps_images", "--smoke", "--models", "convnext")
     rows = {row["method"]: row for row in content["rows"]}
     assert len(rows) == 8 and all(row["label"] in text for row in rows.values())
     assert all(len(row["scores"]) == 1 for row in rows.values())
@@ -118,7 +97,7 @@ def image_folder(folder: Path, digits: data.Digits) -> None:
 
 @pytest.mark.slow
 def test_own_model_and_folder_run_through(
-    run_example: Callable[..., tuple[str, dict[str, Any]]], tmp_path: Path, digits: data.Digits
+    run_script: Callable[..., tuple[str, dict[str, Any]]], tmp_path: Path, digits: data.Digits
 ) -> None:
     pytest.importorskip("PIL")
     image_folder(tmp_path / "images", digits)
@@ -136,7 +115,8 @@ def test_own_model_and_folder_run_through(
         "do_rescale": True,
     }
     (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(processor))
-    text, content = run_example(
+    text, content = run_script(
+        "gps_images",
         *("--model", str(tmp_path / "model"), "--data", str(tmp_path / "images")),
         *("--preset", "vtab/svhn", "--epochs", "1", "--batch-size", "8"),
     )

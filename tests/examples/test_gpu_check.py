@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -16,6 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from tests._processes import run
 
 
 BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
@@ -35,12 +36,20 @@ def check(monkeypatch: pytest.MonkeyPatch) -> Iterator[Namespace]:
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_a_rehearsal_runs_every_stage_but_the_suite(tmp_path: Path) -> None:
     stages = ["kernels", "bandwidth", "steps", "experts", "startup", "crossovers"]
-    command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "--device", "cpu", "--tiny", "--minutes", "5"]
-    command += ["--out", str(tmp_path), "--stages", ",".join(stages)]
-    environ = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environ)
+    options = [
+        "--device",
+        "cpu",
+        "--tiny",
+        "--minutes",
+        "5",
+        "--out",
+        str(tmp_path / "out"),
+        "--stages",
+        ",".join(stages),
+    ]
+    done = run(BENCHMARKS / "gpu_check.py", *options, output=tmp_path / "printed")
     assert done.returncode == 0, done.stderr
-    reports = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in stages}
+    reports = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in stages}
     for name, report in reports.items():
         assert report["finished"] and report["results"] and f"== {name} ended" in done.stdout
         assert not any("failed" in row for row in report["results"]), name
@@ -51,7 +60,7 @@ def test_a_rehearsal_runs_every_stage_but_the_suite(tmp_path: Path) -> None:
     assert families == {"direct", "staged"}
     assert {row["method"] for row in reports["steps"]["results"]} >= {"frozen", "neuroada-k1", "lora-r8", "masked-k20"}
     assert all(entry["passed"] for entry in reports["steps"]["gate"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         [*(f"{name}.json" for name in stages), "summary.txt"]
     )
 

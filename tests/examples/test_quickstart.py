@@ -262,13 +262,13 @@ def test_language_mode_without_trl_names_the_extra(monkeypatch, capsys: pytest.C
 
 
 @pytest.mark.slow
-def test_smoke_run_writes_table_json_figure_and_adapters(tmp_path: Path, run_quickstart) -> None:
-    text, written = run_quickstart(tmp_path, "--smoke")
+def test_smoke_run_writes_table_json_figure_and_adapters(tmp_path: Path, run_script) -> None:
+    text, written = run_script("quickstart", "--smoke")
     labels = [method.label for method in methods.methods(1)]
     assert [line for label in labels for line in text.splitlines() if line.startswith(f"{label} ")]
     assert [entry["label"] for entry in written["rows"]] == labels
     assert all(check["passed"] for check in written["checks"]) and len(written["checks"]) == 4
     assert all(len(entry["search"]["trials"]) == 1 for entry in written["rows"])
-    assert (tmp_path / "quickstart.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "adapters" / "neuroada" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "out" / "quickstart.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "adapters" / "neuroada" / "adapter_model.safetensors").exists()
     assert str(tmp_path) not in json.dumps(written)

@@ -103,12 +103,10 @@ def language_model(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_language_mode_trains_neuroada_and_lora_on_local_files(tmp_path: Path, corpora: Path, run_quickstart) -> None:
+def test_language_mode_trains_neuroada_and_lora_on_local_files(tmp_path: Path, corpora: Path, run_script) -> None:
     language_model(tmp_path / "model")
-    out = tmp_path / "out"
-    text, written = run_quickstart(
-        out, "--smoke", "--model", str(tmp_path / "model"), "--dataset", str(corpora / "file.csv"), "--trials", "2"
-    )
+    data = ["--model", str(tmp_path / "model"), "--dataset", str(corpora / "file.csv")]
+    text, written = run_script("quickstart", "--smoke", *data, "--trials", "2")
     assert "eval loss" in text
     assert [entry["name"] for entry in written["rows"]] == ["neuroada", "lora"]
     assert all(len(entry["search"]["trials"]) == 2 for entry in written["rows"])

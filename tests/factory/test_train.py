@@ -1,10 +1,7 @@
 """The two stages through the command, on the shapes world at the smallest size."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict
 
 import pytest
@@ -21,6 +18,7 @@ from peft_ext.factory.data import Collator, sample_of
 from peft_ext.factory.evaluate import generate, load_adapted
 from peft_ext.factory.parts import prepare
 from peft_ext.factory.train import LlavaTrainer, Settings, _trainer, defaults, load_data, read_settings, train
+from tests._processes import launch
 
 
 PARTS = TOWER, CONNECTOR, DECODER = ("vision_tower", "multi_modal_projector", "language_model")
@@ -198,10 +196,8 @@ def test_two_processes_train_as_one(settings, tmp_path, method):
     one = train(settings(language_model=method, output=str(tmp_path / "one"), arguments=arguments))
     two = settings(language_model=method, arguments=arguments | {"per_device_train_batch_size": 2})
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(asdict(two)))
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*start, "-m", "peft_ext.cli", "llava", "train", "tune", "--config", str(tmp_path / "two.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
+    command = ["llava", "train", "tune", "--config", str(tmp_path / "two.yaml")]
+    launch("peft_ext.cli", tmp_path / "logs", 2, *command)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["losses"] == pytest.approx(one["losses"], rel=1e-3)
     mine, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "out"))

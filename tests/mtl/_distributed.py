@@ -1,4 +1,4 @@
-"""Trainings in one or several processes; run by `tests._processes.launch`."""
+"""Trainings in one or several processes; run by `tests._processes.results_of`."""
 
 import gc
 import json

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from tests._processes import launch
+from tests._processes import results_of
 from tests.mtl._distributed import train
 from tests.mtl._visual import assert_same, samples
 
@@ -36,7 +36,7 @@ TEXTS = [{"sft": True, "mtl_method": "pcgrad"}] if find_spec("trl") and find_spe
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     one = [[train(folder / "one", dict(case)) for case in CASES + TEXTS]]
-    return one, launch("tests.mtl._distributed", folder / "two", 2, CASES + TEXTS + VISUAL)
+    return one, results_of("tests.mtl._distributed", folder / "two", 2, CASES + TEXTS + VISUAL)
 
 
 @pytest.mark.parametrize("case", range(len(CASES) - 1), ids=lambda i: "-".join(str(v) for v in CASES[i].values()))

@@ -1,4 +1,4 @@
-"""Two processes that train at once over one base weight in shared memory; run by `tests._processes.launch`."""
+"""Two processes that train at once over one base weight in shared memory; run by `tests._processes.results_of`."""
 
 import json
 import sys
@@ -65,7 +65,7 @@ def second(results, *arguments):
 
 
 def pair(method, backend):
-    """What two processes, made by fork or spawn, saw, and how many weights are changed afterwards."""
+    """What two processes, made by fork or forkserver, saw, and how many weights are changed afterwards."""
     context = mp.get_context(method)
     weight = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(1))
     original = weight.clone()

@@ -16,7 +16,7 @@ from peft_ext import NeuroAdaConfig
 from peft_ext.sparse import memory
 from peft_ext.sparse.memory import READ_ONLY, SEEN_BY_OTHERS, Region, why_not_ours
 from peft_ext.sparse.ops import choose_backend, choose_conv_backend
-from tests._processes import launch
+from tests._processes import results_of
 
 from ._asserts import assert_same_bits, bits
 from ._inputs import adapt
@@ -190,8 +190,8 @@ BACKENDS = ("auto", "bypass", "dense", "reference", "folded")
 
 @pytest.mark.slow
 def test_two_processes_over_one_base_change_no_frozen_weight(tmp_path):
-    cases = [*(("fork", backend) for backend in BACKENDS), ("spawn", "auto")]
-    (results,) = launch("tests.sparse._shared_base", tmp_path, 1, cases)
+    cases = [*(("fork", backend) for backend in BACKENDS), ("forkserver", "auto")]
+    (results,) = results_of("tests.sparse._shared_base", tmp_path, 1, cases)
     for (_, backend), result in zip(cases, results, strict=True):
         assert result["changed"] == 0
         for process in result["processes"]:

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import nn
 
 from peft_ext import gradient_scores
+from tests._processes import fork_server
 
 
 def network():
@@ -27,7 +28,8 @@ def score_a_half(rank, folder):
 
 @pytest.mark.slow
 def test_every_process_gets_the_sum(tmp_path):
-    torch.multiprocessing.spawn(score_a_half, (str(tmp_path),), nprocs=2)
+    fork_server()
+    torch.multiprocessing.start_processes(score_a_half, (str(tmp_path),), nprocs=2, start_method="forkserver")
     expected = gradient_scores(network(), batches(), features=lambda output: output)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for name, score in expected.items():
