@@ -1,4 +1,4 @@
-"""An installation without extras: what works, and which extra the rest asks for."""
+"""Fresh interpreters: what works without extras, which extra the rest asks for, and what importing loads."""
 
 import re
 import subprocess
@@ -7,7 +7,7 @@ import sys
 
 EXTRAS = (
     "trl", "datasets", "bitsandbytes", "torchao", "torchjd", "matplotlib", "PIL", "diffusers", "sklearn", "evaluate",
-    "lm_eval",
+    "lm_eval", "triton",
 )  # fmt: skip
 CODE = """
 import sys
@@ -52,3 +52,20 @@ def test_what_needs_no_extra_works_and_the_rest_names_it(model_dir, tmp_path):
         assert re.search(rf"peft-ext {asks}: .* pip install 'peft-ext\[{extra}\]'", done.stderr)
     for asks, extra in {"peft_ext.factory": "vlm", "peft_ext.mtl.sft": "trl", "plot": "plot"}.items():
         assert re.search(rf"^{asks} .* pip install 'peft-ext\[{extra}\]'", done.stdout, re.M)
+
+
+IMPORTED = """
+import sys
+import peft_ext
+assert not {"peft_ext.mtl", "matplotlib"} & sys.modules.keys()
+import torch
+print(peft_ext.mtl.aggregate(torch.eye(2), method="mgda").tolist())
+peft_ext.knockout.AttentionKnockout, peft_ext.export.merge_checkpoint, peft_ext.mtl.MTLTrainer
+assert "matplotlib" not in sys.modules
+"""
+
+
+def test_rooms_are_loaded_on_first_use_and_need_no_import_of_their_own():
+    done = subprocess.run([sys.executable, "-c", IMPORTED], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[0.5")

@@ -217,9 +217,3 @@ def test_key_error_then_the_readme_s_snippet_then_every_file_anew(llama, folder)
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, cwd=folder.parent)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == ["KeyError 'NEUROADA'", "NEUROADA", "(1, 2)"]
-
-
-def test_knockout_and_export_need_no_import_of_their_own():
-    names = ("knockout.AttentionKnockout", "export.merge_checkpoint", "mtl.MTLTrainer")
-    code = "; ".join(["import peft_ext", *(f"peft_ext.{name}" for name in names)])
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=300)
