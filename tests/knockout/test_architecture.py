@@ -5,8 +5,8 @@ import torch
 import transformers as hf
 
 from peft_ext.knockout import AttentionKnockout, FlowSample, ModuleKnockout, answer_probability_by_layer
+from tests._models.vision_language import LAYERS, WIDTH, grouped
 
-from ._models import LAYERS, WIDTH, inputs
 from ._sweeps import assert_same
 
 
@@ -35,7 +35,7 @@ SCALED = {
 @pytest.mark.parametrize("kind", SCALED)
 def test_scaled_logits_are_read_as_the_model_scales_them(kind):
     model = build(kind, **SCALED[kind])
-    batch, groups = inputs("llama")
+    batch, groups = grouped("llama")
     with torch.no_grad():
         expected = model(**batch).logits[groups["last"]].softmax(-1)[:, 7]
     last = [r["probability"] for r in answer_probability_by_layer(model, batch, {"a": 7}) if r["layer"] == LAYERS]
@@ -46,7 +46,7 @@ def test_scaled_logits_are_read_as_the_model_scales_them(kind):
 @pytest.mark.parametrize("kind", ["GPTNeoX", "OPT"])
 def test_families_whose_cache_or_norm_has_another_name(kind):
     model = build(kind, **_LLAMA, ffn_dim=48, word_embed_proj_dim=WIDTH)
-    batch, groups = inputs("llama", texts=((3, 7),))
+    batch, groups = grouped("llama", texts=((3, 7),))
     assert_same(model, FlowSample(batch, groups), layers=[1])
     found = []
     for cache in (True, False):
@@ -73,7 +73,7 @@ def test_families_whose_cache_or_norm_has_another_name(kind):
 def test_what_a_knockout_would_get_wrong_is_refused(kind, options, message):
     """Bloom's modules add the residual stream, so that zeros would take that away too; MPT's masks are inverted."""
     model = build(kind, vocab_size=64, **options)
-    _, groups = inputs("llama")
+    _, groups = grouped("llama")
     with pytest.raises(ValueError, match=message):
         AttentionKnockout(model, [0], [(groups["image"], groups["question"])])
     for module in ("attention", "mlp"):
@@ -104,7 +104,7 @@ def _its_forward(model):
 @pytest.mark.parametrize("compiled", [_wrapped, _in_place, _its_layers, _its_forward])
 def test_compiled_models_are_refused(compiled):
     """Compiled code passes over hooks that came later: the knockout would change nothing, without a word."""
-    _, groups = inputs("llama")
+    _, groups = grouped("llama")
     with pytest.raises(ValueError, match="model is compiled"):
         AttentionKnockout(compiled(build("Llama", **_LLAMA)), [1], [(groups["image"], groups["question"])])
 
@@ -112,7 +112,7 @@ def test_compiled_models_are_refused(compiled):
 @pytest.mark.parametrize("kind", ["attention", "module"])
 def test_a_context_that_reaches_no_layer_warns(kind):
     model = build("Llama", **_LLAMA)
-    batch, groups = inputs("llama")
+    batch, groups = grouped("llama")
     if kind == "attention":
         knockout = AttentionKnockout(model, [1], [(groups["image"], groups["question"])])
     else:

@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 from peft_ext.knockout import AttentionKnockout, ModuleKnockout
+from tests._models.vision_language import CAUSAL, FAMILIES, IMAGE, LAYERS, build, grouped, row
 
-from ._models import CAUSAL, FAMILIES, IMAGE, LAYERS, build, inputs, row
 from ._reference import decoder_embeddings, llama_logits
 
 
@@ -36,7 +36,7 @@ def edges(groups, pair):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_equals_the_dense_reference(attention, padding, pair):
     model = build("llava", attention)
-    batch, groups = inputs("llava", padding=padding)
+    batch, groups = grouped("llava", padding=padding)
     attended = batch["attention_mask"].bool()
     with torch.no_grad():
         embeddings = decoder_embeddings(model, batch)
@@ -54,10 +54,10 @@ def test_equals_the_dense_reference(attention, padding, pair):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocked_weights_are_zero_and_rows_sum_to_one(family):
     model = build(family, "eager")
-    batch, groups = inputs(family)
+    batch, groups = grouped(family)
     with (
         AttentionKnockout(
-            model, [1, 3], [(groups["image"], groups["question"]), (groups["question"], groups["last"])]
+            model, [0, 2], [(groups["image"], groups["question"]), (groups["question"], groups["last"])]
         ),
         torch.no_grad(),
     ):
@@ -67,13 +67,13 @@ def test_blocked_weights_are_zero_and_rows_sum_to_one(family):
     for layer, weight in enumerate(weights):
         torch.testing.assert_close(weight.sum(-1)[rows], torch.ones(int(rows.sum())))
         inside = weight[closed.expand_as(weight)]
-        assert bool((inside == 0).all()) == (layer in (1, 3))
+        assert bool((inside == 0).all()) == (layer in (0, 2))
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("family", [name for name in FAMILIES if FAMILIES[name].sdpa])
 def test_eager_equals_sdpa(family, padding):
-    batch, groups = inputs(family, padding=padding)
+    batch, groups = grouped(family, padding=padding)
     found = []
     for attention in ("eager", "sdpa"):
         model = build(family, attention)
@@ -86,7 +86,7 @@ def test_eager_equals_sdpa(family, padding):
 def test_rows_emptied_by_us_add_nothing(attention):
     """All that the first two tokens may attend to is taken away; the reference adds zero there."""
     model = build("llama", attention)
-    batch, _ = inputs("llama", padding="left")
+    batch, _ = grouped("llama", padding="left")
     attended = batch["attention_mask"].bool()
     first = attended & (attended.cumsum(1) <= 2)
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_rows_emptied_by_us_add_nothing(attention):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_removal_restores_every_bit(family):
     model = build(family)
-    batch, groups = inputs(family)
+    batch, groups = grouped(family)
     before, count = logits(model, batch), hooks(model)
     state = copy.deepcopy(model.state_dict())
     with (
@@ -121,7 +121,7 @@ def test_removal_restores_every_bit(family):
 def test_other_layers_are_untouched():
     """A mask that all layers share must not be edited in place."""
     model = build("llava", "eager")
-    batch, groups = inputs("llava")
+    batch, groups = grouped("llava")
     with torch.no_grad():
         with AttentionKnockout(model, [2], [(groups["image"], groups["question"])]):
             knocked = model(**batch, output_hidden_states=True).hidden_states
@@ -133,7 +133,7 @@ def test_other_layers_are_untouched():
 @pytest.mark.parametrize("family", CAUSAL)
 def test_padded_equals_unpadded(family):
     model = build(family, dtype=torch.float64)
-    batch, groups = inputs(family, padding="right")
+    batch, groups = grouped(family, padding="right")
     cast = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
     with AttentionKnockout(model, [1, 2], [(groups["image"], groups["question"])]):
         together = logits(model, cast)
@@ -149,7 +149,7 @@ def test_padded_equals_unpadded(family):
 def test_sliding_window_stays():
     """In a layer that sees six tokens back, an image farther away has no edge to block."""
     model = build("mistral", "eager")
-    batch, groups = inputs("mistral", texts=((3, 9),))
+    batch, groups = grouped("mistral", texts=((3, 9),))
     with torch.no_grad(), AttentionKnockout(model, range(LAYERS), [(groups["image"], groups["last"])]):
         knocked = model(**batch).logits
     assert torch.equal(knocked, logits(model, batch))
@@ -157,7 +157,7 @@ def test_sliding_window_stays():
 
 def test_blocking_nothing_warns():
     model = build("llama")
-    batch, groups = inputs("llama")
+    batch, groups = grouped("llama")
     with (
         AttentionKnockout(model, [1], [(groups["question"], groups["image"])]),
         pytest.warns(UserWarning, match="blocks nothing"),
@@ -167,7 +167,7 @@ def test_blocking_nothing_warns():
 
 def test_several_at_once_equal_their_union():
     model = build("llava", dtype=torch.float64)
-    batch, groups = inputs("llava")
+    batch, groups = grouped("llava")
     batch["pixel_values"] = batch["pixel_values"].double()
     first, second = (groups["image"], groups["question"]), (groups["question"], groups["last"])
     with AttentionKnockout(model, [0, 1], [first]), AttentionKnockout(model, [1, 2], [second]):
@@ -183,7 +183,7 @@ def test_several_at_once_equal_their_union():
 def test_under_lora():
     """An adapter that has not been trained changes nothing, knocked out or not; a trained one stays in effect."""
     base = build("llava")
-    batch, groups = inputs("llava")
+    batch, groups = grouped("llava")
     pair = [(groups["image"], groups["question"])]
     with AttentionKnockout(base, [1], pair):
         expected = logits(base, batch)
@@ -202,7 +202,7 @@ def test_under_lora():
 def test_virtual_tokens_shift_the_groups(config):
     """Blocked weights lie at the prompt's tokens, behind the virtual ones."""
     model = get_peft_model(build("llama", "eager"), config(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
-    batch, groups = inputs("llama", texts=((3, 7),))
+    batch, groups = grouped("llama", texts=((3, 7),))
     with torch.no_grad(), AttentionKnockout(model, [2], [(groups["image"], groups["question"])]):
         weights = model(**batch, output_attentions=True).attentions
     blocked = edges(groups, ("image", "question"))[:, None]
@@ -215,7 +215,7 @@ def test_virtual_tokens_shift_the_groups(config):
 
 def test_under_gradient_checkpointing():
     model = build("llama").train()
-    batch, groups = inputs("llama")
+    batch, groups = grouped("llama")
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
@@ -231,7 +231,7 @@ def test_under_gradient_checkpointing():
 @pytest.mark.parametrize("name", ["flex_attention", "flash_attention_2"])
 def test_other_implementations_are_switched_and_put_back(family, name):
     expected_model = build(family, "sdpa")
-    batch, groups = inputs(family)
+    batch, groups = grouped(family)
     pair = [(groups["image"], groups["question"])]
     with AttentionKnockout(expected_model, [1], pair):
         expected = logits(expected_model, batch)
@@ -247,7 +247,7 @@ def test_other_implementations_are_switched_and_put_back(family, name):
 
 def test_nothing_is_kept_alive():
     model = build("llama")
-    batch, groups = inputs("llama")
+    batch, groups = grouped("llama")
     knockout = AttentionKnockout(model, [1], [(groups["image"], groups["last"])])
     with knockout:
         logits(model, batch)
@@ -257,5 +257,5 @@ def test_nothing_is_kept_alive():
 
 
 def test_image_tokens_are_where_the_helper_says():
-    batch, groups = inputs("llava")
+    batch, groups = grouped("llava")
     assert torch.equal(batch["input_ids"] == IMAGE, groups["image"])

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from peft_ext.knockout import AttentionKnockout
-
-from ._models import build, inputs
+from tests._models.vision_language import build, grouped
 
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("nnsight") is None, reason="nnsight is not installed")
@@ -19,7 +18,7 @@ def test_equals_nnsight(pair):
     from nnsight import NNsight
 
     model = build("llava", "eager")
-    batch, groups = inputs("llava")
+    batch, groups = grouped("llava")
     source, target = (groups[name] for name in pair.split(":"))
     with torch.no_grad(), AttentionKnockout(model, [1, 2], [(source, target)]):
         ours = model(**batch).logits

@@ -8,8 +8,8 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 
 from peft_ext import MoReSConfig
 from peft_ext.knockout import FlowSample, layer_sweep
+from tests._models.vision_language import CAUSAL, FAMILIES, LAYERS, build, grouped
 
-from ._models import CAUSAL, FAMILIES, LAYERS, build, inputs
 from ._sweeps import FAST, PAIRS, assert_same, sweep
 
 
@@ -17,20 +17,20 @@ from ._sweeps import FAST, PAIRS, assert_same, sweep
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("family", CAUSAL)
 def test_fast_equals_full(family, padding):
-    batch, groups = inputs(family, padding=padding)
+    batch, groups = grouped(family, padding=padding)
     records = assert_same(build(family), FlowSample(batch, groups), layers=[0, 2])
     assert max(abs(record["change_percent"]) for record in records) > 1
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma2", "gpt2"])
 def test_fast_equals_full_in_eager(family):
-    batch, groups = inputs(family)
+    batch, groups = grouped(family)
     assert_same(build(family, "eager"), FlowSample(batch, groups))
 
 
 @pytest.mark.parametrize("name", ["flex_attention", "flash_attention_2"])
 def test_fast_engines_switch_the_attention(name):
-    batch, groups = inputs("llava")
+    batch, groups = grouped("llava")
     expected, _ = sweep(build("llava", "sdpa"), FlowSample(batch, groups), "packed")
     model = build("llava", name)
     found, _ = sweep(model, FlowSample(batch, groups), "packed")
@@ -41,21 +41,21 @@ def test_fast_engines_switch_the_attention(name):
 def test_rows_emptied_by_us():
     """The first token has only itself; blocked, its attention adds nothing, in each engine."""
     model = build("llama")
-    batch, groups = inputs("llama", texts=((3, 7),))
+    batch, groups = grouped("llama", texts=((3, 7),))
     first = torch.zeros_like(groups["last"])
     first[:, 0] = True
     assert_same(model, FlowSample(batch, {**groups, "first": first}), pairs=["first:first", "first:question"])
 
 
 def test_under_lora():
-    batch, groups = inputs("llava")
+    batch, groups = grouped("llava")
     model = get_peft_model(build("llava"), LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False))
     assert_same(model.eval(), FlowSample(batch, groups))
 
 
 @pytest.mark.parametrize("engine", FAST)
 def test_a_bidirectional_prefix_is_refused(engine):
-    batch, groups = inputs("paligemma")
+    batch, groups = grouped("paligemma")
     model = build("paligemma")
     with pytest.raises(ValueError, match='bidirectional prefix.*engine="full"'):
         sweep(model, FlowSample(batch, groups), engine)
@@ -67,7 +67,7 @@ def test_a_bidirectional_prefix_is_refused(engine):
 def test_a_target_inside_an_image_that_attends_both_ways(engine):
     """Gemma 3's image tokens see each other, so a knockout of some changes those before them."""
     model = build("gemma3")
-    batch, groups = inputs("gemma3", texts=((3, 7),))
+    batch, groups = grouped("gemma3", texts=((3, 7),))
     late = groups["image"] & (groups["image"].cumsum(1) > 2)
     early = groups["image"] & ~late
     sample = FlowSample(batch, {**groups, "late": late, "early": early})
@@ -79,7 +79,7 @@ def test_a_target_inside_an_image_that_attends_both_ways(engine):
 @pytest.mark.parametrize("engine", FAST)
 def test_virtual_tokens_are_refused(engine):
     model = get_peft_model(build("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
-    batch, groups = inputs("llama")
+    batch, groups = grouped("llama")
     with pytest.raises(ValueError, match="virtual tokens"):
         sweep(model, FlowSample(batch, groups), engine)
     assert sweep(model, FlowSample(batch, groups), "full")[0].isfinite().all()
@@ -98,7 +98,7 @@ UNDER = {
 def test_auto_runs_the_whole_model_where_an_adapter_needs_that(under, self_check, recwarn):
     family, config = UNDER[under]
     model = get_peft_model(build(family), config).eval()
-    sample, options = FlowSample(*inputs(family)), {"self_check": self_check, "progress": False}
+    sample, options = FlowSample(*grouped(family)), {"self_check": self_check, "progress": False}
     expected = layer_sweep(model, [sample], ["question:last"], engine="full", **options)
     assert layer_sweep(model, [sample], ["question:last"], **options) == expected
     assert not [warning for warning in recwarn if "engine" in str(warning.message)]
@@ -108,7 +108,7 @@ def test_auto_runs_the_whole_model_where_an_adapter_needs_that(under, self_check
 
 
 def test_fast_engines_with_mores_disabled_or_at_the_connector():
-    sample = FlowSample(*inputs("llava"))
+    sample = FlowSample(*grouped("llava"))
     model = get_peft_model(build("llava"), MoReSConfig(init="random")).eval()
     with model.disable_adapter():
         assert_same(model, sample)
@@ -118,7 +118,7 @@ def test_fast_engines_with_mores_disabled_or_at_the_connector():
 
 @pytest.mark.parametrize("engine", FAST)
 def test_a_pair_without_edges_warns(engine):
-    batch, groups = inputs("llama")
+    batch, groups = grouped("llama")
     with pytest.warns(UserWarning, match="question:image blocks nothing"):
         _, records = sweep(build("llama"), FlowSample(batch, groups), engine, pairs=["question:image"])
     assert max(abs(record["change_percent"]) for record in records) < 1e-3
@@ -139,7 +139,7 @@ class _Doubled(torch.nn.Module):
 def test_the_self_check_falls_back(engine):
     model = build("llama")
     model.model.layers[1] = _Doubled(model.model.layers[1])
-    batch, groups = inputs("llama")
+    batch, groups = grouped("llama")
     with pytest.warns(UserWarning, match='is off by .* using "full" instead'):
         records = layer_sweep(model, [FlowSample(batch, groups)], PAIRS, window=2, engine=engine, progress=False)
     expected = layer_sweep(model, [FlowSample(batch, groups)], PAIRS, window=2, engine="full", progress=False)
@@ -147,7 +147,7 @@ def test_the_self_check_falls_back(engine):
 
 
 def test_the_self_check_passes_what_is_exact():
-    batch, groups = inputs("llava")
+    batch, groups = grouped("llava")
     samples = [FlowSample(batch, groups, names=["a", "b"]), FlowSample(batch, groups, names=["c", "d"])]
     records = layer_sweep(build("llava"), samples, PAIRS, window=2, progress=False)
     assert {record["engine"] for record in records} == {"packed"}
@@ -156,7 +156,7 @@ def test_the_self_check_passes_what_is_exact():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_is_left_behind(family):
     model = build(family)
-    batch, groups = inputs(family)
+    batch, groups = grouped(family)
     state = copy.deepcopy(model.state_dict())
     with torch.no_grad():
         before = model(**batch).logits

@@ -7,8 +7,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from peft_ext.knockout import AttentionKnockout
-
-from ._models import LAYERS, build, inputs
+from tests._models.vision_language import LAYERS, build, grouped
 
 
 PAIRS = [("image", "question"), ("question", "last"), ("image", "last"), ("last", "last")]
@@ -24,7 +23,7 @@ def logits(model, batch):
 @pytest.mark.parametrize("family", ["llava", "llava_mistral", "gemma3", "qwen2_vl", "llama", "mistral", "gpt2"])
 def test_cached_generation_equals_uncached(family, pair):
     model = build(family)
-    batch, groups = inputs(family, texts=((3, 7),))
+    batch, groups = grouped(family, texts=((3, 7),))
     found = []
     for cache in (True, False):
         with warnings.catch_warnings():
@@ -45,7 +44,7 @@ def _generate(model, batch, **options):
 
 def test_a_static_cache_equals_a_dynamic_one():
     model = build("llava")
-    batch, groups = inputs("llava")
+    batch, groups = grouped("llava")
     found = []
     for cache in (DynamicCache(), StaticCache(config=model.config.get_text_config(), max_cache_len=48)):
         with AttentionKnockout(model, [0, 1], [(groups["question"], groups["last"])]):
@@ -56,7 +55,7 @@ def test_a_static_cache_equals_a_dynamic_one():
 def test_generated_tokens_take_over_the_last_position():
     """Blocking question → last while generating equals blocking it in one pass over the whole answer."""
     model = build("llama", dtype=torch.float64)
-    batch, groups = inputs("llama", texts=((3, 7),))
+    batch, groups = grouped("llama", texts=((3, 7),))
     pair = (groups["question"], groups["last"])
     with AttentionKnockout(model, [0, 1], [pair]):
         tokens = model.generate(**batch, max_new_tokens=4, min_new_tokens=4, do_sample=False)
@@ -77,7 +76,7 @@ def test_generated_tokens_take_over_the_last_position():
 def test_beams_repeat_the_rows():
     """Beam search of a batch finds what it finds for each row alone."""
     model = build("llava")
-    batch, groups = inputs("llava")
+    batch, groups = grouped("llava")
     options = {"num_beams": 3, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     with AttentionKnockout(model, [0, 1], [(groups["image"], groups["question"])]):
         together = model.generate(**batch, **options)[:, -4:]
@@ -92,7 +91,7 @@ def test_beams_repeat_the_rows():
 
 def test_rows_are_repeated_in_order():
     model = build("llava")
-    batch, groups = inputs("llava")
+    batch, groups = grouped("llava")
     repeated = {name: value.repeat_interleave(3, 0) for name, value in batch.items()}
     with AttentionKnockout(model, [0, 1], [(groups["image"], groups["question"])]):
         torch.testing.assert_close(logits(model, repeated)[::3], logits(model, batch))
@@ -108,7 +107,7 @@ def test_assisted_generation_equals_one_token_at_a_time(assistant):
         "prompt lookup": {"prompt_lookup_num_tokens": 3},
         "own first layers": {"assistant_early_exit": 2},
     }[assistant]
-    batch, groups = inputs("llama", texts=((3, 7),))
+    batch, groups = grouped("llama", texts=((3, 7),))
     batch["input_ids"][:, -4:] = batch["input_ids"][:, -8:-4]  # to be looked up
     pair = (groups["question"], groups["last"])
     with AttentionKnockout(model, range(LAYERS), [pair]):
@@ -124,7 +123,7 @@ def test_assisted_generation_equals_one_token_at_a_time(assistant):
 
 def test_a_prompt_in_chunks_is_refused_with_the_remedy():
     model = build("llama")
-    batch, groups = inputs("llama", texts=((3, 7),))
+    batch, groups = grouped("llama", texts=((3, 7),))
     with (
         pytest.raises(ValueError, match="called with 4.*without prefill_chunk_size"),
         AttentionKnockout(model, [0], [(groups["question"], groups["last"])]),
@@ -135,7 +134,7 @@ def test_a_prompt_in_chunks_is_refused_with_the_remedy():
 def test_more_tokens_than_a_step_after_a_longer_prefix_are_refused():
     """They were taken for a step after the prompt, which was then sought at the cache's start."""
     model = build("llama")
-    batch, groups = inputs("llama", texts=((3, 7),))
+    batch, groups = grouped("llama", texts=((3, 7),))
     ids, cache = batch["input_ids"], DynamicCache(config=model.config)
     logits(model, {"input_ids": ids.repeat(1, 2), "past_key_values": cache})
     with (

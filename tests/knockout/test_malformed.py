@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from peft_ext.knockout import AttentionKnockout, FlowSample, ModuleKnockout, find_token_groups, layer_sweep
 from peft_ext.knockout.sweep.windows import windows
+from tests._models.vision_language import LAYERS, build, grouped
 
 from . import _processors as make
-from ._models import LAYERS, build, inputs
 from ._reference import decoder_embeddings, llama_logits
 
 
@@ -24,7 +24,7 @@ def examples(count):
 
 
 MODEL = build("llama")
-BATCH, GROUPS = inputs("llama", texts=((3, 7),))
+BATCH, GROUPS = grouped("llama", texts=((3, 7),))
 LENGTH = BATCH["input_ids"].shape[1]
 AT = torch.arange(LENGTH)
 ATTENDED = BATCH["attention_mask"].bool()

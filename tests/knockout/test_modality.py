@@ -10,11 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from peft_ext import MoReSConfig
 from peft_ext.knockout.read.modality import lmar
 from peft_ext.knockout.read.modality_plots import plot_modality
+from tests._models.vision_language import IMAGE, VIDEO, VISION, build, inputs
 from tests.tuners.mores._common import adapted
-from tests.tuners.mores._models import FAMILIES, IMAGE, VIDEO, build, inputs
 
 
-CAUSAL = [family for family in FAMILIES if family != "paligemma"]
+CAUSAL = [family for family in VISION if family != "paligemma"]
 TEXTS = ((3, 4), (6, 3))
 
 
@@ -86,7 +86,7 @@ def test_paligemma_needs_the_whole_prompt():
     torch.testing.assert_close(result.ratio, expected(maps(build("paligemma"), batch), batch), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llava_llama", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 @pytest.mark.parametrize("count_generated", [False, True])
 def test_generated_tokens(family, count_generated):
     model, batch = build(family), inputs(family, texts=((3, 4), (3, 4)))
@@ -218,7 +218,7 @@ def test_steered_text_needs_the_whole_prompt():
         torch.testing.assert_close(lmar(model, [batch]).ratio, lmar(build(), [batch]).ratio)
 
 
-@pytest.mark.parametrize("family", ["llava_llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
 def test_a_prompt_that_ends_in_an_image_needs_to_be_whole(family):
     batch = inputs(family, texts=((3, 0),))
     batch |= {key: batch[key][:, :-1] for key in ("input_ids", "attention_mask", "token_type_ids") if key in batch}

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from peft_ext.knockout import AttentionKnockout, ModuleKnockout
+from tests._models.vision_language import FAMILIES, LAYERS, build, grouped
 
-from ._models import FAMILIES, LAYERS, build, inputs
 from ._reference import decoder_embeddings, llama_logits
 
 
@@ -17,13 +17,13 @@ def logits(model, batch):
 @pytest.mark.parametrize("module", ["attention", "mlp"])
 def test_equals_the_dense_reference(module):
     model = build("llava")
-    batch, groups = inputs("llava")
+    batch, groups = grouped("llava")
     attended = batch["attention_mask"].bool()
     with torch.no_grad():
         embeddings = decoder_embeddings(model, batch)
-        zeroed = {(layer, module): groups["question"] for layer in (1, 3)}
+        zeroed = {(layer, module): groups["question"] for layer in (0, 2)}
         expected = llama_logits(model, embeddings, attended, zeroed=zeroed)
-    with ModuleKnockout(model, [1, 3], groups["question"], module):
+    with ModuleKnockout(model, [0, 2], groups["question"], module):
         knocked = logits(model, batch)
     torch.testing.assert_close(knocked[attended], expected[attended], rtol=0, atol=2e-6)
     assert (knocked - logits(model, batch)).abs().max() > 1e-3
@@ -32,7 +32,7 @@ def test_equals_the_dense_reference(module):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_any_module_the_embedding_stays(family):
     model = build(family)
-    batch, groups = inputs(family)
+    batch, groups = grouped(family)
     with (
         ModuleKnockout(model, range(LAYERS), groups["question"], "attention"),
         ModuleKnockout(model, range(LAYERS), groups["question"], "mlp"),
@@ -47,7 +47,7 @@ def test_without_any_module_the_embedding_stays(family):
 def test_positions_follow_the_cache():
     """Zeroing the last position while generating equals zeroing it, and what follows, in one pass."""
     model = build("llama")
-    batch, groups = inputs("llama", texts=((3, 7),))
+    batch, groups = grouped("llama", texts=((3, 7),))
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     with ModuleKnockout(model, [1], groups["last"], "mlp"):
         made = model.generate(**batch, **options, output_logits=True, return_dict_in_generate=True)
@@ -61,7 +61,7 @@ def test_positions_follow_the_cache():
 
 def test_beside_an_attention_knockout():
     model = build("llava")
-    batch, groups = inputs("llava")
+    batch, groups = grouped("llava")
     attended = batch["attention_mask"].bool()
     blocked = groups["image"][:, None] & groups["last"][:, :, None]
     with torch.no_grad():

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from peft_ext.knockout import AttentionKnockout, FlowSample, find_token_groups, patch_effects
+from tests._models.vision_language import FAMILIES, LAYERS, VISION, build, grouped
 
 from . import _processors
-from ._models import FAMILIES, LAYERS, VISION, build, inputs
 
 
 def naive(model, batch, mask, target, layers, answer):
@@ -21,16 +21,16 @@ def naive(model, batch, mask, target, layers, answer):
 @pytest.mark.parametrize("family", VISION)
 def test_equals_the_loop_over_patches(family, target):
     model = build(family)
-    batch, groups = inputs(family, texts=((3, 6),))
-    options = {"groups": groups, "window": 2, "layers": [2]} if target == "question" else {}
+    batch, groups = grouped(family, texts=((3, 6),))
+    options = {"groups": groups, "window": 2, "layers": [1]} if target == "question" else {}
     engine = "packed" if FAMILIES[family].causal else "auto"
     records = patch_effects(model, batch, target, engine=engine, **options)
-    layers = range(1, 3) if options else range(LAYERS)
+    layers = range(2) if options else range(LAYERS)
     positions = groups["image"][0].nonzero().flatten().tolist()
     assert [record["positions"] for record in records] == [[at] for at in positions]
     assert [record["unit"] for record in records] == list(range(len(positions)))
     assert {record["engine"] for record in records} == {"packed" if FAMILIES[family].causal else "full"}
-    assert {record["layer"] for record in records} == ({2} if options else {None})
+    assert {record["layer"] for record in records} == ({1} if options else {None})
     expected = []
     for at in positions:
         mask = torch.zeros_like(groups["image"])
@@ -43,7 +43,7 @@ def test_equals_the_loop_over_patches(family, target):
 
 def test_blocks_of_a_grid_hide_all_their_patches():
     model = build()
-    batch, groups = inputs()
+    batch, groups = grouped()
     records = patch_effects(model, FlowSample(batch, groups, names=["a", "b"]), block=3, self_check=False)
     sizes = {(record["row"], record["column"]): len(record["positions"]) for record in records}
     assert sizes == {(0, 0): 9, (0, 1): 3, (1, 0): 3, (1, 1): 1}
@@ -95,11 +95,11 @@ def test_words():
 )
 def test_malformed(options, message):
     with pytest.raises(ValueError, match=message):
-        patch_effects(build(), inputs(texts=((3, 7),))[0], **options)
+        patch_effects(build(), grouped(texts=((3, 7),))[0], **options)
 
 
 def test_a_prompt_without_an_image_is_refused():
-    batch, _ = inputs(texts=((3, 7),))
+    batch, _ = grouped(texts=((3, 7),))
     batch["input_ids"] = batch["input_ids"].clamp(max=50)
     with pytest.raises(ValueError, match=r"the image holds no token in row\(s\) \[0\]"):
         patch_effects(build(), batch)
@@ -108,6 +108,6 @@ def test_a_prompt_without_an_image_is_refused():
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_patches_outside_the_windows_are_named_once():
     model = build("llava_mistral")  # whose windows of 14 tokens end after the first patches
-    batch, groups = inputs("llava_mistral", texts=((3, 7),))
+    batch, groups = grouped("llava_mistral", texts=((3, 7),))
     with pytest.raises(UserWarning, match=r"patch 0:last, patch 1:last, patch 2:last and \d+ more block nothing"):
         patch_effects(model, FlowSample(batch, groups))

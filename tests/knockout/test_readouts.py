@@ -15,16 +15,16 @@ from peft_ext.knockout import (
     topk_jaccard,
 )
 from peft_ext.knockout.sweep.windows import windows
+from tests._models.vision_language import FAMILIES, LAYERS, build, grouped
 
 from . import _processors as make
-from ._models import FAMILIES, LAYERS, build, inputs
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_last_layer_is_the_model_s_answer(family, padding):
     model = build(family)
-    batch, groups = inputs(family, padding=padding)
+    batch, groups = grouped(family, padding=padding)
     with torch.no_grad():
         expected = model(**batch).logits[groups["last"]].softmax(-1)
     records = answer_probability_by_layer(model, batch, {"a": 7, "b": [5, 9]})
@@ -39,7 +39,7 @@ def test_the_last_layer_is_the_model_s_answer(family, padding):
 @pytest.mark.parametrize("norm", [True, False])
 def test_earlier_layers_are_read_as_equation_7_8_says(norm):
     model = build("llama")
-    batch, groups = inputs("llama")
+    batch, groups = grouped("llama")
     with torch.no_grad():
         states = model(**batch, output_hidden_states=True).hidden_states[:-1]  # the last one is normed
         expected = [
@@ -55,7 +55,7 @@ def test_earlier_layers_are_read_as_equation_7_8_says(norm):
 def test_the_ridge_lens_minimises_its_loss(tmp_path):
     """The gradient of the ridge objective is zero at the fitted map, and the last layer's map is the identity."""
     model = build("llama")
-    batches = [inputs("llama", texts=((n, 7),) * 12)[0] for n in range(2, 8)]
+    batches = [grouped("llama", texts=((n, 7),) * 12)[0] for n in range(2, 8)]
     ridge = 0.05
     lens = RidgeLens.fit(model, batches, ridge=ridge, progress=False)
     states = torch.cat([residual_stream(model, batch) for batch in batches], 1).double()
@@ -73,7 +73,7 @@ def test_the_ridge_lens_minimises_its_loss(tmp_path):
     lens.save(tmp_path / "lens.safetensors")
     again = RidgeLens.load(tmp_path / "lens.safetensors")
     assert torch.equal(again.weight, lens.weight) and torch.equal(again.bias, lens.bias)
-    batch, _ = inputs("llama")
+    batch, _ = grouped("llama")
     last = [answer_probability_by_layer(model, batch, {"a": 7}, lens=own)[-1]["probability"] for own in (lens, None)]
     assert last[0] == pytest.approx(last[1], rel=1e-4)
 
@@ -93,7 +93,7 @@ def test_first_tokens_of_answers(kind):
 @pytest.mark.parametrize("pooled", ["tokens", "positions"])
 def test_jaccard_by_hand(engine, pooled):
     model = build("llava")
-    batch, groups = inputs("llava")
+    batch, groups = grouped("llava")
     pair = (groups["image"], groups["question"])
     records = topk_jaccard(
         model, batch, groups["question"], pairs={"pair": pair}, window=2, k=4, pooled=pooled, engine=engine
@@ -124,7 +124,7 @@ def test_jaccard_by_hand(engine, pooled):
 
 def test_jaccard_with_mores_runs_the_whole_model():
     model = get_peft_model(build("llava"), MoReSConfig(init="random")).eval()
-    batch, groups = inputs("llava")
+    batch, groups = grouped("llava")
     found = topk_jaccard(model, batch, groups["question"], window=2)
     assert found == topk_jaccard(model, batch, groups["question"], window=2, engine="full")
     with pytest.raises(ValueError, match='engine="packed" would not be exact.*MoReS.*Use "full" or "auto"'):
@@ -145,7 +145,7 @@ def test_jaccard_with_mores_runs_the_whole_model():
 )
 def test_malformed_lens_arguments(options, message):
     with pytest.raises(ValueError, match=message):
-        answer_probability_by_layer(build("llama"), inputs("llama")[0], **options)
+        answer_probability_by_layer(build("llama"), grouped("llama")[0], **options)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +162,6 @@ def test_malformed_lens_arguments(options, message):
     ],
 )
 def test_malformed_jaccard_arguments(options, message):
-    batch, groups = inputs("llama")
+    batch, groups = grouped("llama")
     with pytest.raises(ValueError, match=message):
         topk_jaccard(build("llama"), batch, groups["question"], **options)

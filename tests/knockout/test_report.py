@@ -22,9 +22,9 @@ from peft_ext.knockout import (
 from peft_ext.knockout.page.data import overview, sample_data
 from peft_ext.knockout.prompts.patches import box_coverage, patch_places
 from peft_ext.knockout.read.modality import lmar
+from tests._models.vision_language import VISION, build, grouped
 
 from . import _processors
-from ._models import VISION, build, inputs
 from ._pages import NASTY, PAIRS, records
 
 
@@ -105,7 +105,7 @@ def test_a_view_is_what_the_measurements_say(measured):
 @pytest.mark.parametrize("family", VISION)
 def test_views_of_every_family(family):
     """Attention and answer are what the whole model computes in eager mode."""
-    batch, groups = inputs(family, texts=((3, 7),))
+    batch, groups = grouped(family, texts=((3, 7),))
     model = build(family)
     view = sample_view(model, _processors.tokenizer(), FlowSample(batch, groups, names=["one"]), words=False)
     with torch.no_grad():
@@ -122,7 +122,7 @@ def test_views_of_every_family(family):
 
 def test_answers_of_several_tokens():
     """The last one is read after the others, in the lens, the attention and the effects."""
-    batch, groups = inputs(texts=((3, 7),))
+    batch, groups = grouped(texts=((3, 7),))
     model = build()
     sample = FlowSample(batch, groups, answer_ids=[[5, 9, 7]], names=["one"])
     view = sample_view(model, _processors.tokenizer(), sample, answer_token="last", words=False)
@@ -231,7 +231,7 @@ def test_infinite_changes_and_lone_surrogates_are_valid_json():
 
 
 def test_a_text_model_has_a_page_without_pictures():
-    batch, groups = inputs("llama", texts=((3, 7),))
+    batch, groups = grouped("llama", texts=((3, 7),))
     del groups["image"]  # some of the text
     model, tokenizer = build("llama"), _processors.tokenizer()
     view = sample_view(model, tokenizer, FlowSample(batch, groups, names=["one"]), targets=("last",))

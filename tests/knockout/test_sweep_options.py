@@ -5,29 +5,29 @@ import torch
 
 from peft_ext.knockout import FlowSample
 from peft_ext.knockout.sweep import engines
+from tests._models.vision_language import build, grouped, row
 
-from ._models import build, inputs, row
 from ._sweeps import PAIRS, assert_same, sweep
 
 
 @pytest.mark.parametrize("window", [1, 3, 9])
 @pytest.mark.parametrize("mode", ["centred", "forward"])
 def test_windows(mode, window):
-    batch, groups = inputs("llava")
+    batch, groups = grouped("llava")
     assert_same(build("llava"), FlowSample(batch, groups), mode=mode, window=window, pairs=PAIRS[:2])
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 40, 10_000])
 def test_any_packing(monkeypatch, tokens):
     monkeypatch.setattr(engines, "PACKED_TOKENS", tokens)
-    batch, groups = inputs("llava")
+    batch, groups = grouped("llava")
     assert_same(build("llava"), FlowSample(batch, groups))
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3", "mistral"])
 def test_batches_equal_single_rows(family):
     model = build(family)
-    batch, groups = inputs(family, padding="right")
+    batch, groups = grouped(family, padding="right")
     together, _ = sweep(model, FlowSample(batch, groups), "packed", pairs=["image:question", "question:last"])
     alone = []
     for number in range(2):
@@ -39,7 +39,7 @@ def test_batches_equal_single_rows(family):
 @pytest.mark.parametrize("token", ["first", "last", 1])
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3", "llama", "gpt2"])
 def test_later_tokens_of_the_answer(family, token):
-    batch, groups = inputs(family)
+    batch, groups = grouped(family)
     sample = FlowSample(batch, groups, answer_ids=[[5, 9, 12], [7, 8, 11]])
     assert_same(build(family), sample, answer_token=token, layers=[1])
 
@@ -47,7 +47,7 @@ def test_later_tokens_of_the_answer(family, token):
 def test_the_answers_last_token_is_what_a_cached_pass_gives():
     """The probability that the full engine reports, from the model's own logits on prompt and answer."""
     model = build("llava")
-    batch, groups = inputs("llava", texts=((3, 7),))
+    batch, groups = grouped("llava", texts=((3, 7),))
     answer = [5, 9, 12]
     records = sweep(model, FlowSample(batch, groups, answer_ids=[answer]), "full", answer_token="last")[1]
     ids = torch.cat([batch["input_ids"], torch.tensor([answer[:-1]])], 1)
@@ -60,7 +60,7 @@ def test_the_answers_last_token_is_what_a_cached_pass_gives():
 def test_windows_that_begin_alike_share_layers():
     """Layers run by the suffix engine, the clean pass included: of [0, 2) and [0, 3) the first two run once."""
     model, calls = build("llava"), [0, 0, 0, 0]
-    batch, groups = inputs("llava")
+    batch, groups = grouped("llava")
     for index, layer in enumerate(model.get_decoder().layers):
         layer.register_forward_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
     sweep(model, FlowSample(batch, groups), "suffix", pairs=["question:last"], window=3)

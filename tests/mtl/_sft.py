@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from peft_ext import NeuroAdaConfig
 from peft_ext.mtl import MTLSFTConfig, MTLSFTTrainer
 from peft_ext.mtl.data.datasets import concatenate_tasks
-from tests.knockout._models import build
+from tests._models.vision_language import build
 
 
 WORDS = ["the", "a", "cat", "dog", "bird", "sees", "hears", "likes", "small", "big", "house", "tree", "and"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from peft_ext.mtl import MTLConfig, MTLTrainer
-from tests.knockout._models import IMAGE, PAD, VIDEO, build
+from tests._models.vision_language import IMAGE, PAD, VIDEO, build
 
 
 START, END = 58, 59

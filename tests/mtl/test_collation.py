@@ -12,7 +12,7 @@ from transformers import default_data_collator
 from peft_ext.mtl.conflicts.recorder import pair_cosines
 from peft_ext.mtl.data.collation import PARTS, SOURCE, TaskCollator, batch_size_of, parts_of
 from peft_ext.mtl.data.datasets import TaskDataset
-from tests.knockout._models import build
+from tests._models.vision_language import build
 from tests.mtl._models import assert_identical_weights
 from tests.mtl._visual import TASKS, Watched, assert_same, collate, make, one_by_one, results, samples
 

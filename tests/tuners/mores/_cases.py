@@ -8,8 +8,8 @@ from peft import get_peft_model
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
 from peft_ext import MoReSConfig
+from tests._models.vision_language import IMAGE, PAD, build, inputs, text_config
 from tests.tuners.mores._common import ends, fill
-from tests.tuners.mores._models import IMAGE, PAD, _text, build, inputs
 
 
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "output_logits": True}
@@ -20,7 +20,7 @@ CLOSE = {"atol": 1e-4, "rtol": 1e-3}
 def text_model():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return LlamaForCausalLM(_text()).eval()
+        return LlamaForCausalLM(text_config()).eval()
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ BY_IMAGE = {"token_ratio": 0.5}
 BY_TEXT = {"token_positions": "f5+l3", "layers_to_transform": "all"}
 CASES = {
     "loreft": Case("text", BY_TEXT, ends_of_text),
-    "llava": Case("llava_llama", BY_IMAGE, ends_of_image),
+    "llava": Case("llava", BY_IMAGE, ends_of_image),
     "llava_next": Case("llava_next", BY_IMAGE, ends_of_image),
     "qwen2_vl": Case("qwen2_vl", BY_IMAGE, ends_of_image),
     "gemma3": Case("gemma3", BY_IMAGE, ends_of_image),
-    "loreft on llava": Case("llava_llama", BY_TEXT, ends_of_text),
+    "loreft on llava": Case("llava", BY_TEXT, ends_of_text),
 }
 
 
@@ -72,7 +72,7 @@ def batch_of(name, padding=True):
     """Two rows, of which the first is padded on the left."""
     family = CASES[name].family
     texts = ((3, 4), (9, 9)) if padding else ((4, 6), (4, 6))
-    batch = inputs("llava_llama" if family == "text" else family, texts, padding="left")
+    batch = inputs("llava" if family == "text" else family, texts, padding="left")
     if family == "text":
         ids = batch["input_ids"]
         batch = {"input_ids": torch.where(ids == IMAGE, 7, ids), "attention_mask": batch["attention_mask"]}

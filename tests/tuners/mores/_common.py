@@ -7,7 +7,7 @@ from peft import get_peft_model
 
 from peft_ext import MoReSConfig
 from peft_ext.tuners.mores import MoReSLayer
-from tests.tuners.mores._models import IMAGE, build
+from tests._models.vision_language import IMAGE, build
 
 
 def logits(model, batch, **kwargs):
@@ -35,10 +35,10 @@ def fill(model, adapter_name="default", seed=1, scale=0.3):
     return model
 
 
-def adapted(family="llava_llama", seed=1, dtype=torch.float32, **options):
+def adapted(family="llava", seed=1, dtype=torch.float32, **options):
     """A tiny model with one adapter in it, with values, in eval mode."""
     options = {"rank": 2, "token_ratio": 0.25, **options}
-    return fill(get_peft_model(build(family, dtype), MoReSConfig(**options)).eval(), seed=seed)
+    return fill(get_peft_model(build(family, dtype=dtype), MoReSConfig(**options)).eval(), seed=seed)
 
 
 def bits(model, adapter_name="default"):

@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from peft_ext import MoReSConfig, hotswap_adapter
+from tests._models.vision_language import IMAGE, build, inputs
 from tests.tuners.mores._common import (
     adapted,
     assert_equal_bits,
@@ -19,7 +20,6 @@ from tests.tuners.mores._common import (
     steered_base,
     values_of,
 )
-from tests.tuners.mores._models import IMAGE, build, inputs
 
 
 @pytest.fixture

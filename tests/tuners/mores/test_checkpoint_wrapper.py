@@ -12,8 +12,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 
+from tests._models.vision_language import build, inputs
 from tests.tuners.mores._common import adapted, assert_equal_bits, bits, logits
-from tests.tuners.mores._models import build, inputs
 
 
 EVERY_KIND = pytest.mark.parametrize("kind", list(CheckpointImpl), ids=lambda kind: kind.name)
@@ -38,7 +38,7 @@ def _trained(model, *batches):
 
 
 @EVERY_KIND
-@pytest.mark.parametrize("family", ["llava_llama", "qwen2_vl", "idefics3"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "idefics3"])
 def test_outputs_and_gradients_are_those_without_the_wrapper(family, kind):
     batches = [inputs(family), inputs(family, texts=((7, 2),))]
     expected = _trained(adapted(family).train(), *batches)
@@ -53,7 +53,9 @@ def test_outputs_and_gradients_are_those_without_the_wrapper(family, kind):
 def test_the_wrapper_may_be_there_first(kind, monkeypatch):
     batch = inputs()
     expected = _trained(adapted().train(), batch)
-    monkeypatch.setattr("tests.tuners.mores._common.build", lambda *args: _wrap(build(*args), kind))
+    monkeypatch.setattr(
+        "tests.tuners.mores._common.build", lambda *args, **options: _wrap(build(*args, **options), kind)
+    )
     model = adapted().train()
     torch.testing.assert_close(_trained(model, batch), expected)
 
@@ -98,10 +100,10 @@ def test_the_outermost_of_several_wrappers_is_steered(kind):
 def test_an_adapter_is_loaded_before_wrapping(tmp_path):
     """PEFT finds no tensors behind the wrappers, also not LoRA's."""
     adapted().save_pretrained(tmp_path)
-    base = _wrap(build("llava_llama"), CheckpointImpl.NO_REENTRANT)
+    base = _wrap(build("llava"), CheckpointImpl.NO_REENTRANT)
     with pytest.raises(ValueError, match="checkpoint wrapper.*Load the adapter first, and wrap the layers afterwards"):
         PeftModel.from_pretrained(base, tmp_path)
-    model = PeftModel.from_pretrained(build("llava_llama"), tmp_path)
+    model = PeftModel.from_pretrained(build("llava"), tmp_path)
     expected = logits(model, inputs())
     _wrap(model.get_base_model(), CheckpointImpl.NO_REENTRANT)
     torch.testing.assert_close(logits(model, inputs()), expected)

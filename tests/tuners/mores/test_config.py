@@ -9,8 +9,8 @@ from peft import PeftConfig, get_peft_model
 from torch import nn
 
 from peft_ext import MoReSConfig
+from tests._models.vision_language import build, llava, text_config
 from tests.tuners.mores._common import layers_of
-from tests.tuners.mores._models import _llava, _text, build
 
 
 REFUSED = {
@@ -108,7 +108,7 @@ def test_layers_by_number(layers, expected):
 
 def test_many_layers_keep_their_full_names():
     """PEFT shortens lists of twenty names and more."""
-    model = get_peft_model(_llava(layers=25), MoReSConfig())
+    model = get_peft_model(llava(num_hidden_layers=25), MoReSConfig())
     assert len(layers_of(model)) == len(model.peft_config["default"].target_modules) == 24
     assert all(name.startswith("model.language_model.layers.") for name in model.peft_config["default"].target_modules)
 
@@ -150,7 +150,7 @@ def test_options_that_do_not_fit_the_model_are_refused(options, message):
 
 
 def _one_layer():
-    return _llava(layers=1)
+    return llava(num_hidden_layers=1)
 
 
 def _mllama():
@@ -168,7 +168,7 @@ def _t5():
 
 UNSUPPORTED = {
     "not transformers": (lambda: nn.Sequential(nn.Linear(2, 2)), "not a transformers model"),
-    "text model": (lambda: hf.LlamaForCausalLM(_text()), "no visual tokens.*token_positions"),
+    "text model": (lambda: hf.LlamaForCausalLM(text_config()), "no visual tokens.*token_positions"),
     "one layer": (_one_layer, "one decoder layer"),
     "cross attention": (_mllama, "cross-attention layers \\[1\\]"),
     "encoder-decoder": (_t5, "encoder-decoder"),
@@ -184,7 +184,7 @@ def test_unsupported_models_are_refused_by_name_of_what_is_missing(make, message
 
 
 def test_a_model_without_a_connector():
-    base = hf.LlamaForCausalLM(_text())
+    base = hf.LlamaForCausalLM(text_config())
     for options in ({"site": "connector", "token_ratio": 1.0}, {"connector": "train", "token_positions": "l1"}):
         with Untouched(base), pytest.raises(ValueError, match="no connector was found"):
             get_peft_model(base, MoReSConfig(**options))

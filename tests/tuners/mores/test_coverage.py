@@ -8,9 +8,9 @@ from peft import get_peft_model
 from transformers import DynamicCache
 
 from peft_ext import MoReSConfig, unfinished_prompt, visual_tokens
+from tests._models.vision_language import IMAGE, build, inputs
 from tests.tuners.mores._cases import CLOSE, adapted, batch_of, caches, text_model
 from tests.tuners.mores._common import fill, logits
-from tests.tuners.mores._models import IMAGE, build, inputs
 
 
 def part(batch, start, end):
@@ -176,7 +176,7 @@ def test_a_mask_of_the_tokens_after_a_cache(start):
 
 
 def test_shares_of_a_sample_over_several_calls_are_refused():
-    base = build("llava_llama")
+    base = build("llava")
     model = fill(get_peft_model(base, MoReSConfig(rank=2, token_ratio=0.25, token_grouping="sample")).eval())
     first = inputs(texts=((3, 2),))
     cache = DynamicCache(config=model.config.get_text_config())
@@ -184,7 +184,7 @@ def test_shares_of_a_sample_over_several_calls_are_refused():
     with refused(model, cache, ValueError, "token_grouping='sample'"):
         model(**inputs(texts=((2, 4),)), past_key_values=cache)
     foreign = DynamicCache(config=model.config.get_text_config())
-    logits(build("llava_llama"), first, past_key_values=foreign)
+    logits(build("llava"), first, past_key_values=foreign)
     second = {name: value for name, value in inputs(texts=((2, 4),)).items() if name != "attention_mask"}
     with refused(model, foreign, ValueError, "does not know whether the first 23 tokens"):
         model(**second, past_key_values=foreign)

@@ -3,15 +3,16 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
+from tests._models.vision_language import build, inputs
+from tests._processes import fork_server
 from tests.tuners.mores._common import adapted, assert_equal_bits, bits
-from tests.tuners.mores._models import build, inputs
 
 
 def _worker(rank, folder, results, kind):
@@ -56,7 +57,8 @@ def _train(rank, model, parallel):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes(kind, tmp_path):
-    mp.start_processes(_worker, (str(tmp_path), str(tmp_path), kind), nprocs=2, start_method="spawn")
+    fork_server()
+    start_processes(_worker, (str(tmp_path), str(tmp_path), kind), nprocs=2, start_method="forkserver")
     if kind == "ddp":
         first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
         assert_equal_bits(first, second)

@@ -5,6 +5,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from peft_ext import MoReSConfig
+from tests._models.vision_language import IMAGE, LAYERS, VISION, build, inputs
 from tests.tuners.mores._common import (
     adapted,
     ends,
@@ -14,10 +15,9 @@ from tests.tuners.mores._common import (
     steered_base,
     values_of,
 )
-from tests.tuners.mores._models import FAMILIES, IMAGE, LAYERS, build, inputs
 
 
-families = pytest.mark.parametrize("family", list(FAMILIES))
+families = pytest.mark.parametrize("family", VISION)
 
 
 @families
@@ -121,7 +121,7 @@ def test_gradients_are_those_without_checkpointing(family, reentrant):
 
 
 CONNECTORS = {
-    "llava_llama": "model.multi_modal_projector.linear_2",
+    "llava": "model.multi_modal_projector.linear_2",
     "llava_next": "model.multi_modal_projector.linear_2",
     "qwen2_vl": "model.visual.merger.mlp.2",
     "qwen2_5_vl": "model.visual.merger.mlp.2",
@@ -155,11 +155,11 @@ def test_gemma3_has_no_linear_connector():
         get_peft_model(build("gemma3"), MoReSConfig(site="connector", token_ratio=1.0))
 
 
-@pytest.mark.parametrize("family", ["llava_llama", "qwen2_vl", "gemma3"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3"])
 def test_a_bf16_base(family):
     batch = inputs(family, dtype=torch.bfloat16)
     model = adapted(family, dtype=torch.bfloat16)
-    base = build(family, torch.bfloat16)
+    base = build(family, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     for layer in layers_of(model).values():
         up = layer.mores_steering["default"].up()

@@ -12,6 +12,7 @@ from peft import get_peft_model, inject_adapter_in_model
 from transformers import DynamicCache, MambaConfig, MambaForCausalLM
 
 from peft_ext import MoReSConfig, NeuroAdaConfig, unfinished_prompt
+from tests._models.vision_language import IMAGE, VOCABULARY, build, inputs
 from tests.tuners.mores._cases import (
     BY_TEXT,
     CASES,
@@ -24,7 +25,6 @@ from tests.tuners.mores._cases import (
     text_model,
 )
 from tests.tuners.mores._common import fill, logits, steered_base, values_of
-from tests.tuners.mores._models import IMAGE, VOCABULARY, build, inputs
 
 
 WAYS = {
@@ -212,7 +212,7 @@ def test_generated_image_tokens_are_not_steered():
     options = {**GREEDY, "prefix_allowed_tokens_fn": lambda row, ids: [IMAGE]}
     actual = adapted("llava").generate(**batch, **options)
     assert (actual.sequences[:, -4:] == IMAGE).all()
-    assert_same(actual, build("llava_llama").generate(**batch, **options))
+    assert_same(actual, build("llava").generate(**batch, **options))
 
 
 def test_guidance_by_a_second_text():
@@ -242,7 +242,7 @@ def test_a_cache_of_states_alone():
 def test_adapters_that_need_no_positions(kind, way):
     """They equal the merged model."""
     config = MoReSConfig(rank=2, site="connector", token_ratio=1.0) if kind == "connector" else NeuroAdaConfig()
-    model = get_peft_model(build("llava_llama"), config).eval()
+    model = get_peft_model(build("llava"), config).eval()
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.3)

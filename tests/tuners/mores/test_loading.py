@@ -7,8 +7,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from tests._models.vision_language import build, inputs
 from tests.tuners.mores._common import adapted, assert_equal_bits, bits, layers_of, logits
-from tests.tuners.mores._models import build, inputs
 
 
 PREFIX = "base_model.model.model.language_model.layers.0.steering.mores_steering"

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from peft_ext.tuners.mores.coverage.padding import packed_starts, real_tokens
+from tests._models.vision_language import IMAGE
 from tests.tuners.mores._cases import CLOSE, adapted, batch_of
 from tests.tuners.mores._common import logits
-from tests.tuners.mores._models import IMAGE
 
 
 def causal(mask, keys=None):

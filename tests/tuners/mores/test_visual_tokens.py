@@ -6,8 +6,8 @@ from peft import get_peft_model
 from transformers import DynamicCache, LlamaForCausalLM, LlamaForSequenceClassification
 
 from peft_ext import MoReSConfig, visual_tokens
+from tests._models.vision_language import IMAGE, PAD, build, inputs, text_config
 from tests.tuners.mores._common import adapted, ends, fill, logits
-from tests.tuners.mores._models import IMAGE, PAD, _text, build, inputs
 
 
 def changed_tokens(model, call):
@@ -34,7 +34,7 @@ def test_ends_of_each_image(padding, ratio):
     assert torch.equal(changed(adapted(token_ratio=ratio), batch), ends(batch["input_ids"], ratio))
 
 
-@pytest.mark.parametrize("family", ["llava_llama", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 def test_padding_changes_nothing_for_a_sample(family):
     model = adapted(family)
     alone = inputs(family, texts=((3, 4),))
@@ -228,7 +228,7 @@ def test_positional_input_ids():
 def text_model():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return LlamaForCausalLM(_text()).eval()
+        return LlamaForCausalLM(text_config()).eval()
 
 
 def loreft(**options):
@@ -260,7 +260,7 @@ def test_one_class_per_sample_ends_no_prompt():
     ids = torch.arange(3, 15).repeat(2, 1)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        base = LlamaForSequenceClassification(_text(num_labels=2))
+        base = LlamaForSequenceClassification(text_config(num_labels=2))
     config = MoReSConfig(rank=1, token_positions="f1", task_type="SEQ_CLS")
     model = fill(get_peft_model(base, config))
     expected = torch.zeros_like(ids, dtype=torch.bool)
