@@ -28,7 +28,7 @@ ORDER = {
         "autoload cli install.autoload_hook",
     ],
     "peft_ext.sparse": [
-        "another_base memory checks",
+        "another_base memory checks fingerprint",
         "support",
         "ops",
         "transposed",
@@ -60,6 +60,7 @@ TORCH_ALONE = (
     "peft_ext.sparse.support",
     "peft_ext.sparse.memory",
     "peft_ext.sparse.another_base",
+    "peft_ext.sparse.fingerprint",
 )
 LIBRARIES = {"torch", "triton", "peft_ext", *sys.stdlib_module_names}
 

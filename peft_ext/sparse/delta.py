@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from .another_base import accepts_another_base
 from .bases.sharded import is_first_of, make_equal
+from .fingerprint import FINGERPRINT_LENGTH
 from .ops import ConvGeometry, add_in_place, bypass, bypass_conv, expert_bypass, may_add_in_place
 from .ops.standard import is_exporting_to_onnx, standard_update
-from .support import FINGERPRINT_LENGTH, Support
+from .support import Support
 from .transposed import WithTransposedTable
 
 

@@ -1,4 +1,4 @@
-"""The trained entries of a weight: the index table, its transpose and the fingerprint of the base weight."""
+"""The trained entries of a weight: the index table, its transpose and what they tell of the base weight."""
 
 from __future__ import annotations
 
@@ -8,31 +8,7 @@ import torch
 from torch import Tensor
 
 from .another_base import accepts_another_base
-
-
-# Fingerprint layout, int64[6]: rows, fan_in, dtype code, checksum of the bits, and the raw bits of two float64 sums
-# with pseudo-random signs. Of a weight that could not be read, dtype code, checksum and sums are zero. The dtype code
-# of a dequantised weight has a further bit.
-FINGERPRINT_LENGTH = 6
-_DTYPE_CODES = {
-    torch.float32: 1,
-    torch.bfloat16: 2,
-    torch.float16: 3,
-    torch.float64: 4,
-    torch.float8_e4m3fn: 5,
-    torch.float8_e5m2: 6,
-    torch.float8_e4m3fnuz: 7,
-    torch.float8_e5m2fnuz: 8,
-}
-_COARSE = {5, 6, 7, 8}
-_DEQUANTISED = 2**8
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
-# How far a signed sum may move, in units of the values' 2-norm. A cast to bf16 moves each value by at most 2^-9
-# relative, independently; one to 8 bits moves the sum by some hundredths, one to 4 bits by 0.04 (NF4, k=1) to 0.1
-# (FP4, k=20) as a root mean square, and a model may have hundreds of weights; an unrelated weight by about 1.4.
-CAST_TOLERANCE = 8 * 2.0**-9
-COARSE_TOLERANCE = 0.3
-QUANTISED_TOLERANCE = 0.6
+from .fingerprint import check_fingerprint, difference, fingerprint_of, is_unknown, moved, unknown_fingerprint
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,29 +142,18 @@ class Support:
             `torch.Tensor`: int64 `[6]` on the CPU: rows, fan-in, dtype, exact checksum, and sums that stay comparable
             after a cast or quantisation.
         """
-        values = self.gather(matrix.detach()).reshape(-1)
-        code = _DTYPE_CODES[values.dtype] + _DEQUANTISED * quantised
-        head = [self.rows, self.fan_in, code, _checksum(values)]
-        return torch.cat([torch.tensor(head, dtype=torch.int64), _sums(values).view(torch.int64)])
+        return fingerprint_of(self._values_in(matrix), self.rows, self.fan_in, quantised)
 
     def unknown_fingerprint(self) -> Tensor:
         """Placeholder for the fingerprint of a base weight that could not be read."""
-        return torch.tensor([self.rows, self.fan_in, *[0] * (FINGERPRINT_LENGTH - 2)], dtype=torch.int64)
+        return unknown_fingerprint(self.rows, self.fan_in)
 
     def check_fingerprint(self, fingerprint: Tensor) -> None:
         """
         Raises:
             `ValueError`: if no weight of this shape has such a fingerprint.
         """
-        if fingerprint.dtype != torch.int64:
-            raise ValueError(f"it is {fingerprint.dtype} instead of torch.int64")
-        rows, fan_in, code, *rest = fingerprint.tolist()
-        if (rows, fan_in) != (self.rows, self.fan_in):
-            raise ValueError(f"it is that of a {rows}x{fan_in} weight instead of {self.rows}x{self.fan_in}")
-        if code % _DEQUANTISED not in _DTYPE_CODES.values() and (code, *rest) != (0,) * (FINGERPRINT_LENGTH - 2):
-            raise ValueError(f"it has {code} for the weight's dtype")
-        if not bool(torch.isfinite(fingerprint[4:].view(torch.float64)).all()):
-            raise ValueError("its sums of weights are not finite")
+        check_fingerprint(fingerprint, self.rows, self.fan_in)
 
     def mismatch(self, fingerprint: Tensor, matrix: Tensor, quantised: bool = False) -> str | None:
         """
@@ -206,64 +171,16 @@ class Support:
             return None
         if (int(stored[0]), int(stored[1])) != (self.rows, self.fan_in):
             return f"shape {int(stored[0])}x{int(stored[1])} instead of {self.rows}x{self.fan_in}"
-        if accepts_another_base():
-            return None
-        values = self.gather(matrix.detach()).reshape(-1)
-        code = _DTYPE_CODES[values.dtype] + _DEQUANTISED * quantised
-        quantised |= int(stored[2]) >= _DEQUANTISED
-        if not quantised and int(stored[2]) == code:
-            if int(stored[3]) == _checksum(values):  # the usual case, which takes a third of the sums' time
-                return None
-            tolerance, explained = 0.0, ""
-        else:
-            coarse = not _COARSE.isdisjoint((int(stored[2]), code))
-            tolerance = QUANTISED_TOLERANCE if quantised else COARSE_TOLERANCE if coarse else CAST_TOLERANCE
-            explained = f", by more than {'quantisation' if quantised else 'a change of dtype'} explains"
-        moved = _moved(stored, values)
-        if tolerance and moved <= tolerance:
-            return None
-        if moved <= COARSE_TOLERANCE:
-            explained += (
-                f" (near them: sums within {moved:.1e} of their norm, as of a model that was trained further, "
-            )
-            explained += "or of the original of a quantised one)"
-        return f"other values at the adapter's entries{explained}"
+        return None if accepts_another_base() else difference(stored, self._values_in(matrix), quantised)
 
     def distance(self, fingerprint: Tensor, matrix: Tensor) -> float:
         """Distance of the sums at the support from those of a stored fingerprint, relative to the values' 2-norm."""
         if is_unknown(fingerprint):
             return 0.0
-        return _moved(fingerprint.cpu(), self.gather(matrix.detach()).reshape(-1))
+        return moved(fingerprint.cpu(), self._values_in(matrix))
 
-
-def _moved(stored: Tensor, values: Tensor) -> float:
-    norm = float(values.double().norm())
-    moved = float((stored[4:].view(torch.float64) - _sums(values)).abs().max())
-    return moved / norm if norm else float("inf") if moved else 0.0
-
-
-def is_unknown(fingerprint: Tensor) -> bool:
-    """Whether a fingerprint says nothing: the base weight could not be read when the entries were chosen."""
-    return int(fingerprint[2]) == 0
-
-
-def _checksum(values: Tensor) -> int:
-    """Of the bits. Odd multipliers make it depend on the order; int64 wraps, so it is exact on every device."""
-    bits = values.view(_BITS[values.element_size()])
-    return int(torch.arange(1, 2 * bits.numel() + 1, 2, device=bits.device).mul_(bits).sum())
-
-
-def _sums(values: Tensor) -> Tensor:
-    """Two sums with pseudo-random signs, float64 on the CPU."""
-    return (_signs(torch.arange(values.numel(), device=values.device)) @ values.double()).cpu()
-
-
-def _signs(position: Tensor) -> Tensor:
-    """Two rows of ±1, float64 `[2, entries]`, from a hash of the position: equal rounding errors don't add up."""
-    mask = 0xFFFFFFFF
-    mixed = (position + 1) * 2654435761 & mask
-    mixed = (mixed ^ (mixed >> 15)) * 2246822519 & mask
-    return torch.stack([(mixed >> 31) & 1, (mixed >> 23) & 1]).double() * 2 - 1
+    def _values_in(self, matrix: Tensor) -> Tensor:
+        return self.gather(matrix.detach()).reshape(-1)
 
 
 def row_of_entry(indices: Tensor, offsets: Tensor | None) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from peft_ext.sparse.delta import SparseDelta
-from peft_ext.sparse.support import FINGERPRINT_LENGTH, Support
+from peft_ext.sparse.fingerprint import FINGERPRINT_LENGTH
+from peft_ext.sparse.support import Support
 
 from ._asserts import assert_product_correct
 from ._inputs import DTYPES, SHAPES, make_inputs, random_support

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from peft_ext.sparse.support import FINGERPRINT_LENGTH, Support
+from peft_ext.sparse.fingerprint import FINGERPRINT_LENGTH
+from peft_ext.sparse.support import Support
 
 from ._asserts import positions
 from ._inputs import SHAPES, random_support

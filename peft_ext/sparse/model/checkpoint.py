@@ -16,8 +16,9 @@ from ...hf.loadable import LoadableTuner
 from ..another_base import REMEDY
 from ..bases.part import Part
 from ..bases.sharded import with_wrapped
+from ..fingerprint import is_unknown
 from ..layers import SparseComposite, SparseLayer, part_biases
-from ..support import Support, is_unknown, narrowest_index_dtype
+from ..support import Support, narrowest_index_dtype
 from .uncalled import warn_of_untrained
 
 
