@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from _common.arguments import refusing
-from _common.memory import adapter_file_bytes, peak_bytes, saved_bytes
 from _common.methods import Method, adapt, share, trained_parameters
 from _common.models import LINEARS, llama, token_batch
 from _common.report import mebibytes, table
 from _common.runner import add_llama_sizes, add_run, begin, finish, llama_shape, parser_for
+from _common.step_memory import model_memory
 from _common.steps import Spread, Stepper, interleave, pair_ratio
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -102,16 +102,6 @@ def check(peer: nn.Module, converted: nn.Module, batch: dict[str, Tensor], toler
     return found
 
 
-def measure(model: nn.Module, stepper: Stepper, device: torch.device) -> dict[str, int]:
-    model.zero_grad()
-    return {
-        "saved_bytes": saved_bytes(model, lambda: model(**stepper.batch).loss),
-        "peak_bytes": peak_bytes(stepper, device),
-        "optimizer_bytes": stepper.optimizer_bytes(),
-        "file_bytes": adapter_file_bytes(model),
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     shape, (dtype, device) = llama_shape(args), begin(args)
@@ -137,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "over_frozen": asdict(pair_ratio(times[name], times["frozen"])),
             "over_origin": asdict(pair_ratio(times[name], times[origin])),
             "times": times[name],
-            **measure(model, steppers[name], device),
+            **model_memory(model, steppers[name], device),
         }
     rows = []
     for name, result in results.items():

@@ -19,19 +19,19 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from _common.arguments import at_least, refusing
-from _common.gate import Check, gate, require
-from _common.memory import adapter_file_bytes, allocations, peak_bytes, resident_bytes, saved_bytes
+from _common.gate import Check, gate, gate_table, require
 from _common.methods import Method, adapt, trained_parameters
-from _common.models import LINEARS, PRESETS, SingleLinear, llama, token_batch
+from _common.models import LINEARS, PRESETS, llama, token_batch
 from _common.report import mebibytes, table
 from _common.runner import add_llama_sizes, add_run, begin, finish, llama_shape, parser_for, time_row, times_of
-from _common.steps import Stepper, interleave
+from _common.step_memory import layer_memory, model_memory
+from _common.steps import Stepper, fits, interleave, print_profile
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -75,77 +75,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def layer_memory(method: Method, width: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
-    """One square layer inside a network: what it saves, and how many weight-sized tensors a pass allocates."""
-    layer = adapt(SingleLinear(width, width, dtype, device), method, ["proj"])
-    # A quarter as many tokens as the weight has rows: whatever is as large as the weight is not an activation.
-    x = torch.randn(width // 4, width).to(device, dtype).requires_grad_(True)
-
-    def forward() -> Tensor:
-        return layer(x)
-
-    def forward_backward() -> None:
-        out = forward()
-        out.backward(torch.ones_like(out))
-        layer.zero_grad()
-        x.grad = None
-
-    forward_backward()  # the first pass may set up what later passes reuse
-    weight_bytes = width * width * dtype.itemsize
-    return {
-        "layer_saved_bytes": saved_bytes(layer, forward),
-        "layer_weight_sized_allocations": sum(size >= weight_bytes for size in allocations(forward_backward, device)),
-    }
-
-
-def model_memory(model: nn.Module, stepper: Stepper, device: torch.device) -> dict[str, int]:
-    """Bytes of a step of the whole model; the model has taken steps before, so the optimiser's state exists."""
-
-    def forward() -> Tensor:
-        return model(**stepper.batch).loss
-
-    model.zero_grad()
-    return {
-        "saved_bytes": saved_bytes(model, forward),
-        "peak_bytes": peak_bytes(stepper, device),
-        "resident_bytes": resident_bytes(model),
-        "optimizer_bytes": stepper.optimizer_bytes(),
-        "file_bytes": adapter_file_bytes(model),
-    }
-
-
-def print_profile(name: str, stepper: Callable[[], None], device: torch.device) -> None:
-    """The operators that a step's time goes to."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(3):
-            stepper()
-    key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    operators = profiler.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=60)
-    print(f"\n{name}, three steps\n{operators}")
-
-
-def gate_table(checks: Sequence[Check]) -> str:
-    return table(
-        [
-            {
-                "gate": entry.case,
-                "backend": entry.backend,
-                "k": str(entry.k),
-                "output": f"{entry.output:.1e}",
-                "d values": f"{entry.values_gradient:.1e}",
-                "d input": f"{entry.input_gradient:.1e}",
-                "base intact": "yes" if entry.base_intact else "NO",
-                "backend ran": "yes" if entry.backend_ran else "NO",
-                "passed": "yes" if entry.passed else "NO",
-            }
-            for entry in checks
-        ]
-    )
-
-
 def memory_table(results: dict[str, dict[str, Any]], layer: int) -> str:
     return table(
         [
@@ -162,15 +91,6 @@ def memory_table(results: dict[str, dict[str, Any]], layer: int) -> str:
             for name, result in results.items()
         ]
     )
-
-
-def fits(stepper: Stepper) -> bool:
-    """Whether the device has the memory for a step."""
-    try:
-        stepper()
-    except torch.OutOfMemoryError:
-        return False
-    return True
 
 
 def measure(

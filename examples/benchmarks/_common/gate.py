@@ -16,6 +16,7 @@ from peft_ext.sparse.ops.reference import sparse_linear
 
 from .methods import share
 from .models import LINEARS, Shape, SingleLinear, llama, token_batch
+from .tables import table
 
 
 BACKENDS = ("bypass", "folded", "dense")
@@ -164,3 +165,22 @@ def require(checks: Sequence[Check]) -> None:
     failed = [asdict(entry) for entry in checks if not entry.passed]
     if failed:
         raise GateError(f"NeuroAda differs from the dense reference, so nothing is timed: {failed}")
+
+
+def gate_table(checks: Sequence[Check]) -> str:
+    return table(
+        [
+            {
+                "gate": entry.case,
+                "backend": entry.backend,
+                "k": str(entry.k),
+                "output": f"{entry.output:.1e}",
+                "d values": f"{entry.values_gradient:.1e}",
+                "d input": f"{entry.input_gradient:.1e}",
+                "base intact": "yes" if entry.base_intact else "NO",
+                "backend ran": "yes" if entry.backend_ran else "NO",
+                "passed": "yes" if entry.passed else "NO",
+            }
+            for entry in checks
+        ]
+    )

@@ -126,3 +126,25 @@ class Spread:
 def pair_ratio(times: list[float], reference: list[float]) -> Spread:
     """Spread of the ratios within rounds: what two methods did at the same time on the same machine."""
     return Spread.of([mine / other for mine, other in zip(times, reference, strict=True)])
+
+
+def print_profile(name: str, stepper: Callable[[], None], device: torch.device) -> None:
+    """The operators that a step's time goes to."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(3):
+            stepper()
+    key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    operators = profiler.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=60)
+    print(f"\n{name}, three steps\n{operators}")
+
+
+def fits(stepper: Stepper) -> bool:
+    """Whether the device has the memory for a step."""
+    try:
+        stepper()
+    except torch.OutOfMemoryError:
+        return False
+    return True
