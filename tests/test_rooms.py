@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from torch import Tensor, nn
 
 
 ROOT = Path(__file__).parent.parent / "peft_ext"
@@ -188,6 +189,33 @@ def test_the_operations_need_torch_alone(graph, room):
         if module == room or module.startswith(f"{room}."):
             assert all(target.startswith(TORCH_ALONE) for target in graph[module]), module
             assert {name.split(".")[0] for name in named(module, path)} <= LIBRARIES, module
+
+
+def private_names(root: Path) -> set[tuple[str, str]]:
+    """Modules, and private names of other folders' functions and classes that they import or call."""
+    trees = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in modules(root).items()}
+    folders = {module: module.rpartition(".")[0] for module in trees}
+    defined: dict[str, set[str]] = {}
+    for module, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name.startswith("_"):
+                defined.setdefault(node.name, set()).add(folders[module])
+    found = set()
+    for module, tree in trees.items():
+        for node in ast.walk(tree):
+            names = []
+            if isinstance(node, ast.ImportFrom) and node.level:
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls", "super()"):
+                names = [node.attr]
+            found |= {(module, name) for name in names if defined.get(name) and folders[module] not in defined[name]}
+    torchs = {*dir(nn.Module()), *dir(Tensor)}
+    return {(module, name) for module, name in found if name not in torchs}
+
+
+def test_no_private_names_of_another_folder():
+    found = private_names(ROOT)
+    assert not found, "\n".join(f"{module} uses {name}" for module, name in sorted(found))
 
 
 def test_imports_of_every_kind_are_seen(tmp_path):
