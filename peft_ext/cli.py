@@ -46,7 +46,8 @@ def _run(arguments: list[str], wanted: str | None) -> int:
         command = commands.add_parser(name, help=summary)
         if name == wanted:
             job = importlib.import_module(f".commands.{name}", __package__)
-            command.description = textwrap.fill(job.DESCRIPTION, 79)
+            command.description, command.epilog = textwrap.fill(job.DESCRIPTION, 79), job.EXAMPLE
+            command.formatter_class = argparse.RawDescriptionHelpFormatter
             job.add_arguments(command)
     options, further = parser.parse_known_args(arguments)
     options.further = further

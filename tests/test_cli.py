@@ -1,8 +1,10 @@
 """The command `peft-ext` answers at once what needs no model: help, version, wrong commands."""
 
 import argparse
+import importlib
 import json
 import re
+import shlex
 import subprocess
 import sys
 
@@ -76,6 +78,18 @@ def test_options_know_the_names_that_the_work_knows():
     choices = {action.dest: action.choices for action in parser._actions}
     assert choices["mode"] == MODES and choices["engine"] == ("auto", *ENGINES)
     assert choices["dtype"] == tuple(_DTYPES)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_examples_of_the_help_are_commands(name):
+    job = importlib.import_module(f"peft_ext.commands.{name}")
+    parser = argparse.ArgumentParser()
+    job.add_arguments(parser)
+    examples = [line for line in job.EXAMPLE.splitlines() if line.startswith(f"  peft-ext {name} ")]
+    assert examples
+    for line in examples:
+        _, further = parser.parse_known_args(shlex.split(line, comments=True)[2:])
+        assert not further or hasattr(job, "TAKES_FURTHER_OPTIONS")
 
 
 def test_job_has_our_methods(tmp_path):

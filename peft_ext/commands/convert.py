@@ -10,6 +10,8 @@ DESCRIPTION = (
     "Load an adapter of SHiRA or Super-Tuning onto its base model, and save it as one of NeuroAda that computes the "
     "same."
 )
+EXAMPLE = """example:
+  peft-ext convert my-shira-adapter my-neuroada-adapter"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -35,7 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-args", default="", help="more for lm_eval's model, such as load_in_4bit=True")
     parser.add_argument("--include-path", help="folder with task files of your own for lm_eval")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.epilog, parser.formatter_class = EXAMPLE, argparse.RawDescriptionHelpFormatter
 
 
 def run(options: argparse.Namespace) -> int:

@@ -32,7 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--base", help="patch: the base model; by default the one that the adapter names")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-    parser.epilog, parser.formatter_class = EXAMPLE, argparse.RawDescriptionHelpFormatter
 
 
 def run(options: argparse.Namespace) -> int:

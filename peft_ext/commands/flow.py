@@ -12,6 +12,8 @@ DESCRIPTION = (
     "objects, question_without_options, question_without_objects, related_patches, other_patches. Under "
     "'accelerate launch -m peft_ext.cli flow …' several processes share the questions."
 )
+EXAMPLE = """example:
+  peft-ext flow --model llava-hf/llava-1.5-7b-hf --data ChooseAttr.csv --images images --pad --out flow"""
 PAIRS = "image:last,question:last,last:last,image:question"
 
 

@@ -19,7 +19,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to a parser."""
     parser.add_argument("adapters", nargs="+", metavar="adapter", help="folder or Hub id of an adapter")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.epilog, parser.formatter_class = EXAMPLE, argparse.RawDescriptionHelpFormatter
 
 
 def run(options: argparse.Namespace) -> int:

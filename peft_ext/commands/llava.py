@@ -13,6 +13,10 @@ DESCRIPTION = (
     "The LLaVA Steering Factory (Bi et al., section 6). Under 'accelerate launch -m peft_ext.cli llava train …' "
     "several processes train together. docs/llava-factory.md goes through a run."
 )
+EXAMPLE = """example:
+  peft-ext llava compose llava --text-model microsoft/phi-2 --vision-tower openai/clip-vit-large-patch14-336
+  peft-ext llava train align --config align.yaml
+  peft-ext llava evaluate --model llava --task pope --questions pope.json --images images"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,10 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--max-new-tokens", type=int, default=16, help="of an answer (default: %(default)s)")
     evaluate.add_argument("--lmar-samples", type=int, default=0, help="questions to measure LMAR on (default: none)")
     evaluate.add_argument("--dtype", default="auto", help="default: %(default)s")
+    evaluate.add_argument("--json", action="store_true", help="print JSON instead of a table")
     evaluate.add_argument("--out", type=Path, help="folder for report.json, table.md, answers and LMAR's figure")
 
     count = steps.add_parser("methods", help="count what methods train in a model, without its weights")
     count.add_argument("--model", required=True, help="Hub id or folder of a model")
+    count.add_argument("--json", action="store_true", help="print JSON instead of a table")
     count.add_argument(
         "--methods", nargs="+", type=_method, default=["full", "lora", "ia3", "oft", "mores-b", "mores-l", "mores-h"]
     )
@@ -136,11 +142,15 @@ def _evaluate(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         out=options.out,
     )
-    print(table(reports))
+    print(json.dumps(reports, indent=2) if options.json else table(reports))
 
 
 def _methods(options: argparse.Namespace) -> None:
     from ..factory.parts import counts
 
-    for name, parts in counts(options.model, options.methods).items():
-        print(f"{name:12} " + ", ".join(f"{part} {number:,}" for part, number in parts.items()))
+    found = counts(options.model, options.methods)
+    lines = (
+        f"{name:12} " + ", ".join(f"{part} {number:,}" for part, number in parts.items())
+        for name, parts in found.items()
+    )
+    print(json.dumps(found, indent=2) if options.json else "\n".join(lines))

@@ -26,7 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--another-base", action="store_true", help="merge into another base model of the same shapes, on purpose"
     )
-    parser.epilog, parser.formatter_class = EXAMPLE, argparse.RawDescriptionHelpFormatter
 
 
 def run(options: argparse.Namespace) -> int:

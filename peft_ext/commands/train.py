@@ -31,7 +31,6 @@ run.yaml:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to a parser."""
     parser.add_argument("--config", required=True, help="the YAML file")
-    parser.epilog, parser.formatter_class = EXAMPLE, argparse.RawDescriptionHelpFormatter
 
 
 def run(options: argparse.Namespace) -> int:

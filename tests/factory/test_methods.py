@@ -1,5 +1,7 @@
 """Counts of trained parameters against the paper's tables, and what each method trains."""
 
+import json
+
 import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, PhiConfig
@@ -72,8 +74,11 @@ def test_methods_without_a_count_in_the_paper(models):
 
 
 def test_the_command_counts(models, capsys):
-    assert main(["llava", "methods", "--model", str(models / "7B"), "--methods", "lora", "mores-b"]) == 0
+    command = ["llava", "methods", "--model", str(models / "7B"), "--methods", "lora", "mores-b"]
+    assert main(command) == 0
     assert "language_model 319,815,680" in capsys.readouterr().out
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["lora"]["language_model"] == 319_815_680
 
 
 @pytest.mark.parametrize(
