@@ -30,6 +30,7 @@ assert cli.main(["merge", base, folder + "/adapter", folder + "/merged"]) == 0
 assert cli.main(["export", folder + "/adapter", folder + "/lora", "--to", "lora", "--rank", "4"]) == 0
 assert cli.main(["train", "--config", "run.yaml"]) == 1
 assert cli.main(["llava", "methods", "--model", base]) == 1
+assert cli.main(["flow", "--model", base, "--data", "none.csv", "--images", ".", "--out", folder + "/flow"]) == 1
 assert cli.main(["eval", folder + "/adapter", "--tasks", "hellaswag"]) == 1
 for imports in ("peft_ext.factory", "peft_ext.mtl.sft"):
     try:
@@ -48,7 +49,7 @@ def test_what_needs_no_extra_works_and_the_rest_names_it(model_dir, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "rank 4, exact" in done.stdout and "replaced" in done.stdout
-    for asks, extra in {"train": "trl", "llava": "vlm", "eval": "eval"}.items():
+    for asks, extra in {"train": "trl", "flow": "plot", "llava": "vlm", "eval": "eval"}.items():
         assert re.search(rf"peft-ext {asks}: .* pip install 'peft-ext\[{extra}\]'", done.stderr)
     for asks, extra in {"peft_ext.factory": "vlm", "peft_ext.mtl.sft": "trl", "plot": "plot"}.items():
         assert re.search(rf"^{asks} .* pip install 'peft-ext\[{extra}\]'", done.stdout, re.M)

@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
+from ..extras import needs
 from ..io import write_atomically
 from .ask import Asker, check_groups
 from .page.asked import report_questions
@@ -44,6 +45,8 @@ _DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16"
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
+    with needs("plot"):  # now, and not when the sweep is through
+        import matplotlib  # noqa: F401
     pairs = parse_pairs(options.pairs)
     targets = _report_targets(options)
     groups = sorted({group for pair in pairs for group in pair} | set(targets))
