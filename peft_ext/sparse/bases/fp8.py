@@ -39,18 +39,23 @@ def dequantised(weight: Tensor, scale: Tensor, block_size: tuple[int, int] | Non
 
     Args:
         weight (`torch.Tensor`): `[..., rows, columns]`.
-        scale (`torch.Tensor`): `[..., blocks of rows, blocks of columns]`; one number for each matrix, or one for all,
-            without `block_size`.
-        block_size (`tuple[int, int]`, *optional*): rows and columns of a block.
+        scale (`torch.Tensor`): `[..., blocks of rows, blocks of columns]`, or one number.
+        block_size (`tuple[int, int]`, *optional*): rows and columns of a block, of which the last may be smaller.
+            Without it the blocks are equal parts, such as an expert's gate and its other half.
     """
     scale = scale.to(torch.float32)
-    if block_size is not None:
-        for dim, size in zip((-2, -1), block_size, strict=True):
-            scale = scale.repeat_interleave(size, dim).narrow(dim, 0, weight.shape[dim])
+    for dim in (-2, -1) if scale.dim() else ():
+        size = weight.shape[dim] // scale.shape[dim] if block_size is None else block_size[dim]
+        scale = scale.repeat_interleave(size, dim).narrow(dim, 0, weight.shape[dim])
     return weight.to(torch.float32) * scale
 
 
 def fp8_backend(base_layer: Any) -> FineGrainedFP8Backend | None:
-    """Access to a layer's weight if it is such a one. A subclass computes something else than a linear layer."""
+    """Access to a layer's weight if it is such a one."""
+    return None if scale_of(base_layer) is None or is_sealed(base_layer) else FineGrainedFP8Backend()
+
+
+def is_sealed(base_layer: Any) -> bool:
+    """Whether a layer of such weights computes something else than a linear layer, as `FP8GroupedLinear` does."""
     known = isinstance(base_layer, ExpertBank) or type(base_layer).__name__ == "FP8Linear"
-    return FineGrainedFP8Backend() if known and scale_of(base_layer) is not None else None
+    return scale_of(base_layer) is not None and not known

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...hf.internals import BaseTunerLayer, QuantizationBackend
 from .experts import ExpertBank, bank_names
+from .fp8 import is_sealed
 from .padding import CONVOLUTIONS, OwnPadding, has_own_forward
 from .part import Part
 from .projection import PROJECTIONS, Projection
@@ -54,7 +55,7 @@ def is_supported(base_layer: nn.Module, backend: QuantizationBackend | None) -> 
     if isinstance(base_layer, nn.MultiheadAttention) or bank_names(base_layer):
         return True
     known = isinstance(base_layer, (nn.Linear, Conv1D, Part)) or is_convolution(base_layer)
-    return known and 0 not in matrix_shape(base_layer)
+    return known and 0 not in matrix_shape(base_layer) and not is_sealed(base_layer)
 
 
 def check_real(name: str, weight: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ...hf.internals import QuantizationBackend
 from ..bases.experts import bank_names
-from ..bases.neurons import SUPPORTED, base_of, has_writable_weight, is_supported, weights_of
+from ..bases.neurons import SUPPORTED, base_of, has_writable_weight, is_supported, matrix_shape, weights_of
 from ..bases.offloaded import is_offloaded
 from .experts import why_not_adapted
 from .weight_reads import layers_read
@@ -111,7 +111,7 @@ def check_supported(name: str, module: nn.Module, backend: QuantizationBackend |
     advice = f"Narrow `target_modules`, or add '{name}' to `exclude_modules`."
     if not is_supported(base, backend):
         fused = [key for key, parameter in base.named_parameters(recurse=False) if parameter.dim() == 3]
-        size = " with an empty weight" if isinstance(base, nn.Linear) else ""
+        size = " with an empty weight" if isinstance(base, nn.Linear) and 0 in matrix_shape(base) else ""
         hint = f" Its '{fused[0]}' fuses the weights of several layers into one." if fused else ""
         reason = why_not_adapted(base)
         if reason is not None:

@@ -173,6 +173,31 @@ def test_they_are_not_scored(scores, name, kind, load):
         scores(load(), DATA, config=NeuroAdaConfig(target_modules=["experts"]), progress=False)
 
 
+@pytest.mark.parametrize(
+    ("scales", "block"),
+    [((), None), ((4, 1, 1), None), ((4, 2, 1), None), ((4, 3, 2), (5, 4)), ((4, 2, 3), (8, 3))],
+    ids=str,
+)
+def test_each_block_has_its_scale(scales, block):
+    weight, scale = torch.randn(4, 12, 8), torch.rand(scales)
+    rows, columns = block or (12 // (scales[1] if scales else 1), 8)
+    expected = torch.empty_like(weight)
+    for expert, row, column in torch.cartesian_prod(*map(torch.arange, weight.shape)).tolist():
+        own = scale[expert, row // rows, column // columns] if scales else scale
+        expected[expert, row, column] = weight[expert, row, column] * own
+    assert torch.equal(dequantised(weight, scale, block), expected)
+
+
+def test_grouped_linear_layers_in_8_bits_are_left_alone():
+    """They are linear layers by class only."""
+    model = fp8_model()
+    layer = finegrained_fp8.FP8GroupedLinear(8, 16, n_groups=2, block_size=(8, 8))
+    model.model.layers[0].self_attn.o_proj = layer
+    with pytest.raises(TypeError, match="FP8GroupedLinear, which is not supported"):
+        get_peft_model(model, NeuroAdaConfig(target_modules=["o_proj"]))
+    assert "o_proj" not in "".join(layers_of(get_peft_model(model, NeuroAdaConfig())))
+
+
 @pytest.mark.usefixtures("fp8_product")
 def test_kernels_for_all_experts_in_8_bits_are_refused():
     model = fill(get_peft_model(fp8_model(implementation="grouped_mm"), NeuroAdaConfig()))
