@@ -173,11 +173,6 @@ def run_with(experts: nn.Module, added: Mapping[str, tuple[ExpertBank, Added]], 
         args, kwargs: of the forward.
     """
     implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
-    if implementation not in (None, "eager") and any(scale_of(bank) is not None for bank, _ in added.values()):
-        raise NotImplementedError(
-            f"experts_implementation={implementation!r} multiplies by 8-bit weights in kernels that adapters can't "
-            "see into. Call model.set_experts_implementation('eager')."
-        )
     if implementation not in (None, *IMPLEMENTATIONS):
         raise NotImplementedError(
             f"experts_implementation={implementation!r} may compute in kernels that adapters can't see into. "
@@ -187,5 +182,10 @@ def run_with(experts: nn.Module, added: Mapping[str, tuple[ExpertBank, Added]], 
     watched = vars(experts).get("forward")
     if isinstance(watched, WatchedForward):
         products = watched.watching(products)
+    if implementation not in (None, "eager") and any(scale_of(bank) is not None for bank, _ in products.values()):
+        raise NotImplementedError(
+            f"experts_implementation={implementation!r} multiplies by 8-bit weights in kernels that adapters can't "
+            "see into. Call model.set_experts_implementation('eager')."
+        )
     view = ExpertsView(experts, {name: BankProduct(bank, add) for name, (bank, add) in products.items()})
     return type(experts).forward(view, *args, **kwargs)

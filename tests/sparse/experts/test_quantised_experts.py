@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP
 from transformers.integrations import finegrained_fp8
 from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 
-from peft_ext import NeuroAdaConfig, activation_scores, gradient_scores
+from peft_ext import NeuroAdaConfig, activation_scores, busiest_experts, gradient_scores
 from peft_ext.sparse.bases.fp8 import dequantised
 
 from ._models import adapted, fill, layers_of, run, tiny, token_ids
@@ -202,8 +202,15 @@ def test_grouped_linear_layers_in_8_bits_are_left_alone():
 def test_kernels_for_all_experts_in_8_bits_are_refused():
     model = fill(get_peft_model(fp8_model(implementation="grouped_mm"), NeuroAdaConfig()))
     assert len(layers_of(model)) == 4 + 2
-    with pytest.raises(NotImplementedError, match=r"'grouped_mm'.*set_experts_implementation\('eager'\)"):
-        logits(model)
+    for compute in (lambda: logits(model), lambda: busiest_experts(model, DATA, progress=False)):
+        with pytest.raises(NotImplementedError, match=r"'grouped_mm'.*set_experts_implementation\('eager'\)"):
+            compute()
+
+
+@pytest.mark.usefixtures("fp8_product")
+def test_the_busiest_experts_in_8_bits_are_found():
+    base = fp8_model()
+    assert busiest_experts(base, DATA, 0.5, progress=False) == busiest_experts(twin(base), DATA, 0.5, progress=False)
 
 
 @pytest.mark.parametrize("swizzled", [False, True])
