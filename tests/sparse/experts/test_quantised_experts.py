@@ -151,6 +151,18 @@ def test_merging_makes_them_dense_and_unmerging_restores_every_bit(name, kind, l
     assert not hasattr(merged.config, "quantization_config")
 
 
+@pytest.mark.parametrize(("name", "kind"), [("mixtral", "Int8WeightOnlyConfig"), ("deepseek_v3", "fp8")])
+def test_a_merged_model_is_saved_and_loaded_as_a_dense_one(name, load, tmp_path):
+    whole = ["experts"] if name == "mixtral" else None  # all that is quantised
+    model = adapted(name, base=load(), target_modules=whole)
+    expected = logits(model)
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", dtype=torch.float32, attn_implementation="eager"
+    )
+    torch.testing.assert_close(logits(loaded.eval()), expected, atol=1e-5, rtol=1e-5)
+
+
 @CASES
 def test_files_fit_the_quantised_and_the_original_base_and_no_other(name, kind, load, tmp_path):
     model = adapted(name, base=load(), target_modules=["experts"])
