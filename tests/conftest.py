@@ -1,8 +1,10 @@
 """Tiny models, built from configs and saved once, so that they can be loaded as pretrained ones. No network."""
 
 import copy
+import functools
 import gc
 
+import jinja2
 import pytest
 import torch
 from transformers import (
@@ -72,6 +74,10 @@ _CLASSES: dict[str, type[AutoModel]] = {
     "bert": AutoModelForSequenceClassification,
     "vit": AutoModelForImageClassification,
 }
+
+
+# Every save makes a model card of the same template, whose compilation takes longer than all the rest of saving.
+jinja2.Template = functools.cache(jinja2.Template)
 
 
 @pytest.fixture(autouse=True, scope="module")
