@@ -85,9 +85,9 @@ def test_trains_as_masked_weights_do(name, optimiser):
         mask = mask != weight
         weight.register_hook(lambda gradient, mask=mask: gradient * mask)
     before = {key: weight.detach().clone() for key, weight in trained.items()}
-    _train(trained.values(), optimiser, lambda: dense(input_ids=ids, labels=ids).loss, 50)
+    _train(trained.values(), optimiser, lambda: dense(input_ids=ids, labels=ids).loss, 20)
     own = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    _train(own, optimiser, lambda: model(input_ids=ids, labels=ids).loss, 50)
+    _train(own, optimiser, lambda: model(input_ids=ids, labels=ids).loss, 20)
     values = {key: layer.deltas["default"].weight.detach() for key, layer in layers_of(model).items()}
     ours = dense_weights(name, model, tiny(name), values)
     for key, weight in trained.items():

@@ -97,11 +97,11 @@ def test_training_equals_masked_training_of_dense_weights(kind, backend, optimiz
 
 @pytest.mark.parametrize(("kind", "backend"), KINDS_AND_BACKENDS)
 def test_adamw_with_weight_decay_moves_no_bit_of_the_base(kind, backend):
-    """200 steps over all parameters, as a Trainer hands them over."""
+    """60 steps over all parameters, as a Trainer hands them over."""
     network, x, targets = make_network(kind)
     model = _adapted(network, targets, backend)
     original = {name: bits(tensor) for name, tensor in network.state_dict().items()}
-    losses = _fit(model, torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1), x, 200)
+    losses = _fit(model, torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1), x, 60)
     assert losses[-1] < 0.9 * losses[0]
     now = {
         name.replace(".base_layer", ""): tensor
