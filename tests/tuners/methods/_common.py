@@ -16,7 +16,6 @@ METHODS = {
     "gps": lambda **options: GPSConfig(**{"k": 1, "selection": "magnitude"} | options),
     "gps over the network": lambda **options: GPSConfig(**{"k": 1, "selection": "magnitude_network"} | options),
 }
-BACKENDS = ["auto", "bypass", "folded", "dense", "reference"]
 
 
 def layers_of(model):

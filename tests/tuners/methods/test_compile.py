@@ -12,8 +12,7 @@ from peft_ext.sparse.layers import SparseLayer
 
 CONFIGS = {
     "NeuroAda": lambda: NeuroAdaConfig(k=2, init_weights=False),
-    "PSN": lambda: PSNConfig(density=0.3, init_weights=False),
-    "ragged with biases": lambda: NeuroAdaConfig(
+    "PSN, ragged with biases": lambda: PSNConfig(
         k=2, selection="magnitude_network", train_bias=True, init_weights=False
     ),
 }

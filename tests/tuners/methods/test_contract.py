@@ -37,6 +37,7 @@ def test_reload_equals_bit_for_bit(tiny, inputs_of, tmp_path, method, name, low_
     expected = logits(model, inputs_of(name))
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny(name), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert not loaded.training and not [n for n, p in loaded.named_parameters() if p.requires_grad]
     assert torch.equal(logits(loaded, inputs_of(name)), expected)
     continued = PeftModel.from_pretrained(tiny(name), tmp_path, is_trainable=True)
     assert {n for n, p in continued.named_parameters() if p.requires_grad} == {
@@ -75,6 +76,7 @@ def test_missing_tensors_are_an_error_and_leave_the_model_as_it_was(tiny, inputs
 
 @EVERY
 def test_merge_agrees_and_unmerge_restores_every_bit(tiny, inputs_of, method, name):
+    kinds = {path: type(module) for path, module in tiny(name).named_modules()}
     model = adapted(tiny(name), method)
     inputs, bits = inputs_of(name), base_bits(model)
     expected = logits(model, inputs)
@@ -83,8 +85,10 @@ def test_merge_agrees_and_unmerge_restores_every_bit(tiny, inputs_of, method, na
         torch.testing.assert_close(logits(model, inputs), expected, atol=1e-4, rtol=1e-4)
         model.unmerge_adapter()
         assert_equal_bits(base_bits(model), bits)
+        assert torch.equal(logits(model, inputs), expected)
     merged = model.merge_and_unload()
-    assert not layers_of(merged) and not [n for n in merged.state_dict() if "_delta" in n]
+    assert {path: type(module) for path, module in merged.named_modules()} == kinds
+    assert not hasattr(merged, "peft_config") and not [n for n in merged.state_dict() if "_delta" in n]
     torch.testing.assert_close(logits(merged, inputs), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -121,7 +125,9 @@ def test_adapters_are_switched_disabled_and_deleted(tiny, ids, method):
     model.set_adapter("default")
     model.delete_adapter("other")
     assert torch.equal(logits(model, inputs), first)
-    assert torch.equal(logits(model.unload(), inputs), expected)
+    plain = model.unload()
+    assert_equal_bits(base_bits(plain), base_bits(tiny("gpt2")))
+    assert torch.equal(logits(plain, inputs), expected) and not layers_of(plain)
 
 
 @EVERY

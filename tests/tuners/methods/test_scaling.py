@@ -150,13 +150,3 @@ def test_a_mixed_model_says_which_methods_it_takes():
     """PEFT's `PeftMixedModel` makes its layers by a list of its own classes, which has no place for others."""
     with pytest.raises(ValueError, match="'NEUROADA' is not compatible with the `PeftMixedModel`"):
         get_peft_model(Net(), NeuroAdaConfig(target_modules=["linear"]), mixed=True)
-
-
-@pytest.mark.parametrize("combination", ["ties", "dare_ties", "dare_linear", "magnitude_prune"])
-@pytest.mark.parametrize("density", [0.5, 1.0])
-def test_combining_with_a_density_warns_of_nothing(combination, density, recwarn):
-    model = adapted()
-    model.add_adapter("second", NeuroAdaConfig(k=1, init_weights=False, train_bias=True, target_modules=["linear"]))
-    recwarn.clear()
-    model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "both", combination, density=density)
-    assert not [w for w in recwarn if issubclass(w.category, UserWarning)]

@@ -18,7 +18,7 @@ BACKENDS = ["auto", "bypass", "folded", "dense", "reference"]
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF_TYPES], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_new_adapter_changes_no_bit_of_the_output(tiny, inputs_of, name, backend, dtype):
     model, inputs = tiny(name, dtype), inputs_of(name, dtype)
     expected = model(**inputs).logits

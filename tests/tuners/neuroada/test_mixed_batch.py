@@ -29,23 +29,10 @@ def one_by_one(model, call):
     return torch.stack(results)
 
 
-@pytest.mark.parametrize("backend", ["auto", "bypass", "folded", "dense", "reference"])
-def test_every_sample_gets_its_adapter(llama, ids, backend):
-    model = add(adapted(llama, k=2, backend=backend), "other", k=3, backend=backend)
-    expected = one_by_one(model, lambda: logits(model, ids))
-    torch.testing.assert_close(logits(model, ids, adapter_names=NAMES), expected, atol=1e-5, rtol=1e-5)
-
-
 def test_ragged_adapters(llama, ids):
     model = add(adapted(llama, selection="magnitude_network"), "other", neuron_ratio=0.5)
     expected = one_by_one(model, lambda: logits(model, ids))
     torch.testing.assert_close(logits(model, ids, adapter_names=NAMES), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_base_only_batch_equals_the_base_model(model, ids):
-    with model.disable_adapter():
-        expected = logits(model, ids)
-    assert torch.equal(logits(model, ids, adapter_names=["__base__"] * 3), expected)
 
 
 def test_next_call_is_an_ordinary_one(model, ids):

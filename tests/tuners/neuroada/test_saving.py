@@ -27,20 +27,6 @@ LOW = pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 
 
 @LOW
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF_TYPES], ids=str)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
-def test_reload_equals_bit_for_bit(tiny, inputs_of, tmp_path, name, dtype, low_cpu_mem_usage):
-    inputs = inputs_of(name, dtype)
-    model = adapted(tiny(name, dtype), k=3)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny(name, dtype), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
-    assert not loaded.training and not [n for n, p in loaded.named_parameters() if p.requires_grad]
-    with torch.no_grad():
-        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
-    assert_equal_bits(adapter_bits(loaded), adapter_bits(model))
-
-
-@LOW
 @pytest.mark.parametrize(
     "options",
     [

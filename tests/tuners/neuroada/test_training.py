@@ -49,9 +49,8 @@ def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("backend", ["auto", "bypass", "folded", "dense", "reference"])
-def test_only_the_values_move(llama, tmp_path, backend):
-    model = get_peft_model(llama, NeuroAdaConfig(k=2, backend=backend))
+def test_only_the_values_move(llama, tmp_path):
+    model = get_peft_model(llama, NeuroAdaConfig(k=2))
     base, before = base_bits(model), adapter_bits(model)
     trainer = train(model, tmp_path, logging_steps=1)
     assert losses(trainer)[-1] < losses(trainer)[0]
@@ -77,19 +76,10 @@ def test_bf16_autocast(llama, tmp_path):
     assert_equal_bits(base_bits(model), base)
 
 
-def test_optimiser_holds_two_numbers_per_value(llama, tmp_path):
-    model = get_peft_model(llama, NeuroAdaConfig(k=2))
-    trainer = train(model, tmp_path, max_steps=1)
-    state = trainer.optimizer.state
-    held = sum(t.numel() for entry in state.values() for t in entry.values() if torch.is_tensor(t) and t.numel() > 1)
-    assert held == 2 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-@pytest.mark.parametrize("backend", ["auto", "bypass", "folded"])
-def test_gradient_checkpointing_gives_the_same_model(tiny, tmp_path, backend):
+def test_gradient_checkpointing_gives_the_same_model(tiny, tmp_path):
     results = []
     for checkpointing in (False, True):
-        model = get_peft_model(tiny("llama"), NeuroAdaConfig(k=2, backend=backend))
+        model = get_peft_model(tiny("llama"), NeuroAdaConfig(k=2))
         train(model, tmp_path, gradient_checkpointing=checkpointing, max_steps=3)
         results.append(adapter_bits(model))
     assert_equal_bits(results[1], results[0])
@@ -134,16 +124,6 @@ def test_best_model_is_loaded_at_the_end(llama, tmp_path):
     assert max(evaluations) > evaluations[-1]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(max(evaluations), rel=1e-6)
     assert model.active_adapters == ["default"] and [p for p in model.parameters() if p.requires_grad]
-
-
-def test_saved_model_is_loaded_by_name_of_the_base(llama, tmp_path, ids):
-    from peft import AutoPeftModelForCausalLM
-
-    model = get_peft_model(llama, NeuroAdaConfig(k=2, task_type="CAUSAL_LM"))
-    trainer = train(model, tmp_path)
-    trainer.save_model(tmp_path / "final")
-    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "final")
-    assert torch.equal(logits(loaded, ids), logits(model.eval(), ids))
 
 
 def test_adapter_added_by_transformers_trains(llama, tiny, tmp_path, ids):

@@ -44,7 +44,6 @@ def test_add_adapter_is_the_identity_and_trainable(llama, ids):
     assert trainable and all("neuroada_delta.default.weight" in name for name in trainable)
 
 
-@pytest.mark.parametrize("saved", OPTIONS, indirect=True, ids=str)
 def test_load_adapter(saved, llama, ids):
     folder, expected = saved
     llama.load_adapter(folder)
