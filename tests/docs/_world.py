@@ -42,6 +42,14 @@ def make_hub(folder):
     with open(folder / "trl-lib/Capybara/train.jsonl", "w") as file:
         for _ in range(8):
             file.write(json.dumps({"text": "Is the mirror to the left of the bed?"}) + "\n")
+    pictures = [
+        {"img": Image.new("RGB", (16, 16), color), "label": i % 2} for i, color in enumerate(["red", "blue"] * 4)
+    ]
+    opinions = [{"text": "Is the mirror to the left of the bed?", "label": i % 2} for i in range(8)]
+    for name, rows in {"uoft-cs/cifar10": pictures, "stanfordnlp/imdb": opinions}.items():
+        (folder / name).mkdir(parents=True)
+        Dataset.from_list(rows).to_parquet(folder / name / "train.parquet")
+    Image.new("RGB", (64, 64), "red").save(folder / "picture.png")
 
 
 def _classifier(name="distilbert/distilbert-base-uncased"):
@@ -57,8 +65,9 @@ def _sentences():
     return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": i % 2} for i, row in enumerate(ids)]
 
 
-def _images():
-    return [{"pixel_values": torch.randn(3, 16, 16), "labels": i % 2} for i in range(8)]
+def _portraits():
+    images = [{"pixel_values": torch.randn(3, 16, 16)} for _ in range(8)]
+    return [{**image, "labels_kind": i % 2, "labels_age": 0.5 * i} for i, image in enumerate(images)]
 
 
 def _texts():
@@ -95,10 +104,10 @@ def names_for(page):
     made = {
         "../CONTRIBUTING.md": lambda: {"model": _classifier()},
         "index.md": lambda: {"model": _classifier()},
-        "get-started.md": lambda: {"train_dataset": _sentences()},
         "methods/neuroada.md": lambda: {"model": _classifier(), "inputs": {"input_ids": torch.tensor([[5, 6]])}},
         "methods/gps.md": lambda: {
-            "model": _classifier(), "base_model": _classifier(), "dataloader": _loader(_sentences())
+            "model": _classifier(), "base_model": _classifier(), "dataloader": _loader(_sentences()),
+            "text_dataloader": _loader(_language_rows()),
         },
         "methods/psn.md": lambda: {"model": _classifier()},
         "methods/mores.md": lambda: {"llava": _question()["model"]},
@@ -107,12 +116,11 @@ def names_for(page):
         },
         "methods/knockout.md": _question,
         "knockout-report.md": _question,
-        "how-to/trl.md": lambda: {"dataloader": _loader(_language_rows())},
         "how-to/experts.md": lambda: {"dataloader": _loader(_language_rows())},
-        "how-to/images.md": lambda: {"dataloader": _loader(_images()), "train_dataset": _images()},
-        "how-to/multi-task.md": lambda: {"summaries": _texts(), "questions": _texts()},
-        "how-to/steering.md": lambda: {"image": Image.new("RGB", (64, 64))},
-        "how-to/information-flow.md": _question,
+        "how-to/multi-task.md": lambda: {
+            "summaries": _texts(), "questions": _texts(), "dataset": _portraits(), "model": _classifier(),
+            "train_dataset": _sentences(), "film_reviews": _sentences(), "book_reviews": _sentences(),
+        },
         "how-to/serving.md": _saved_adapter,
     }  # fmt: skip
     return made.get(page, dict)()

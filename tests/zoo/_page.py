@@ -19,7 +19,9 @@ INTRODUCTION = """# Compatibility
 
 `make test-zoo` runs a test per cell of these tables and writes this page from those that ran, here with peft
 {peft}, transformers {transformers}, trl {trl} and torch {torch} on a CPU. "refused" means an error before anything
-is changed. [What is not supported](limits.md) has the reasons and what to do instead.
+is changed. [What is not supported](limits.md) has the reasons and what to do instead. Below:
+[what you do with an adapter](#what-you-do-with-an-adapter), [trainers](#trainers), [quantised bases](#quantised-bases),
+[architectures](#architectures).
 
 ## What you do with an adapter
 
@@ -37,15 +39,15 @@ QUANTISATIONS = """## Quantised bases
 Those that compute on a CPU. "trains": every trained tensor gets a gradient. "loads": what is saved loads onto the
 quantised base to the same bits. "merges": merged layers are dense, within 1e-4 of the largest output (8-bit layers of
 bitsandbytes round their inputs too, and dense ones don't: within 5 %), and unmerging restores every bit. GPS's scores
-come from the model before it is quantised.
+come from the model before it is quantised: [how](methods/gps.md#trainers-and-quantised-bases).
 """
 NOT_TRIED = """Not tried, since they need a GPU or a package without a CPU build: AWQ, GPTQ, AQLM, EETQ, HQQ, and
 transformers' kernels of FP8 and MXFP4. [What is not supported](limits.md) says what is refused by name.
 """
 ARCHITECTURES = """## Architectures
 
-What the default targets do on {count} architectures. NeuroAda takes linear layers and fused experts; PSN and GPS take
-convolutions too.
+What the default targets do on {count} architectures. NeuroAda takes linear layers and fused experts; PSN takes
+convolutions too. GPS takes the layers that PSN takes.
 
 "works" means that on a tiny model with random weights
 
