@@ -20,8 +20,8 @@ INTRODUCTION = """# Compatibility
 `make test-zoo` runs a test per cell of these tables and writes this page from those that ran, here with peft
 {peft}, transformers {transformers}, trl {trl} and torch {torch} on a CPU. "refused" means an error before anything
 is changed. [What is not supported](limits.md) has the reasons and what to do instead. Below:
-[what you do with an adapter](#what-you-do-with-an-adapter), [trainers](#trainers), [quantised bases](#quantised-bases),
-[architectures](#architectures).
+[what you do with an adapter](#what-you-do-with-an-adapter), [trainers](#trainers),
+[quantised bases](#quantised-bases), [architectures](#architectures).
 
 ## What you do with an adapter
 
