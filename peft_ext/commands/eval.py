@@ -50,7 +50,8 @@ def run(options: argparse.Namespace) -> int:
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     evaluate_all = classifiers.evaluate_adapters if task_type == "SEQ_CLS" else language.evaluate_adapters
     results = evaluate_all(base, options)
-    print(json.dumps(results, indent=2) if options.json else table(results))
+    if results:  # of several processes, the first has them
+        print(json.dumps(results, indent=2) if options.json else table(results))
     return 0
 
 
