@@ -17,7 +17,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from peft_ext import GPS_PRESETS
-from tests.tuners.methods._common import layers_of
+from tests.contract._common import layers_of
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 
 from peft_ext import NeuroAdaConfig, PSNConfig, selection_report
+from tests.contract._common import adapted, add, layers_of
 from tests.sparse._asserts import positions
-from tests.tuners.methods._common import adapted, add, layers_of
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_ext import NeuroAdaConfig, activation_scores
-from tests.tuners.methods._common import layers_of
+from tests.contract._common import layers_of
 
 
 class Net(nn.Module):

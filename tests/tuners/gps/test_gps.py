@@ -7,7 +7,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from peft_ext import GPSConfig, gps, gradient_scores
-from tests.tuners.methods._common import add, assert_equal_bits, base_bits, fill, layers_of, logits
+from tests.contract._common import add, assert_equal_bits, base_bits, fill, layers_of, logits
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModel
 
 from peft_ext import GPSConfig
-from tests.tuners.methods._common import fill
+from tests.contract._common import fill
 
 
 BERT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -49,26 +49,12 @@ def test_each_adapter_gives_its_own_output(model, batch):
     assert torch.equal(logits(model, batch), first) and not torch.equal(first, second)
 
 
-def test_only_the_active_adapter_is_trainable(model):
-    for name, other in (("default", "second"), ("second", "default")):
-        model.set_adapter(name)
-        trainable = [key for key, p in model.named_parameters() if p.requires_grad]
-        assert trainable and all(f".{name}." in key and f".{other}." not in key for key in trainable)
-
-
 def test_two_active_adapters_steer_one_after_the_other(model, batch):
     model.base_model.set_adapter(["default", "second"])
     both = logits(model, batch)
     for name in ("default", "second"):
         model.set_adapter(name)
         assert not torch.allclose(both, logits(model, batch), atol=1e-3)
-
-
-def test_disabling_gives_the_base_model_and_comes_back(model, batch):
-    expected = logits(model, batch)
-    with model.disable_adapter():
-        assert torch.equal(logits(model, batch), logits(build(), batch))
-    assert torch.equal(logits(model, batch), expected)
 
 
 def test_deleting_leaves_no_tensor_and_the_other_adapter(model, batch):

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from peft_ext import PSNConfig
-from tests.tuners.methods._common import layers_of
+from tests.contract._common import layers_of
 
 
 SWIN_B = {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]}

@@ -1,4 +1,4 @@
-"""PEFT's verbs for every sparse method, with trained biases and heads where the method has them."""
+"""PEFT's verbs for every method, with trained biases and heads where the method has them."""
 
 import pytest
 import torch
@@ -6,28 +6,37 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from torch import nn
 
 from peft_ext import hotswap_adapter
-from tests.tuners.methods._common import METHODS, adapted, add, assert_equal_bits, base_bits, layers_of, logits
+from tests.contract._common import (
+    ALL_METHODS,
+    METHODS,
+    adapted,
+    add,
+    assert_equal_bits,
+    base_bits,
+    layers_of,
+    logits,
+)
 
 
 EVERY = pytest.mark.parametrize("method", METHODS)
+NAMES = ["llama", "gpt2", "bert", "vit"]
+# Steering looks for a decoder; the others adapt layers.
+EVERYWHERE = pytest.mark.parametrize(
+    ("method", "name"), [*((method, name) for method in METHODS for name in NAMES), ("mores", "llama")]
+)
 LOW = pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 HEADED = ("bert", "vit")
 
 
-@pytest.fixture(params=["llama", "gpt2", "bert", "vit"])
-def name(request):
-    return request.param
-
-
-@EVERY
+@EVERYWHERE
 def test_starts_as_the_base_model(tiny, inputs_of, method, name):
     expected = logits(tiny(name), inputs_of(name))
-    model = get_peft_model(tiny(name), METHODS[method]()).eval()
+    model = get_peft_model(tiny(name), ALL_METHODS[method]()).eval()
     torch.testing.assert_close(logits(model, inputs_of(name)), expected, rtol=0, atol=0)
 
 
 @LOW
-@EVERY
+@EVERYWHERE
 def test_reload_equals_bit_for_bit(tiny, inputs_of, tmp_path, method, name, low_cpu_mem_usage):
     model = adapted(tiny(name), method)
     head = [p for n, p in model.named_parameters() if ".modules_to_save." in n]
@@ -45,7 +54,7 @@ def test_reload_equals_bit_for_bit(tiny, inputs_of, tmp_path, method, name, low_
     }
 
 
-@EVERY
+@pytest.mark.parametrize("method", ALL_METHODS)
 def test_reload_by_every_route(tiny, ids, tmp_path, method):
     inputs = {"input_ids": ids}
     model = adapted(tiny("llama"), method, task_type="CAUSAL_LM")
@@ -75,6 +84,7 @@ def test_missing_tensors_are_an_error_and_leave_the_model_as_it_was(tiny, inputs
 
 
 @EVERY
+@pytest.mark.parametrize("name", NAMES)
 def test_merge_agrees_and_unmerge_restores_every_bit(tiny, inputs_of, method, name):
     kinds = {path: type(module) for path, module in tiny(name).named_modules()}
     model = adapted(tiny(name), method)
@@ -107,11 +117,11 @@ def test_safe_merge_refuses_what_is_not_finite(tiny, method):
         parameter.data.copy_(before)
 
 
-@EVERY
-def test_adapters_are_switched_disabled_and_deleted(tiny, ids, method):
+@pytest.mark.parametrize(("method", "name"), [*((method, "gpt2") for method in METHODS), ("mores", "llama")])
+def test_adapters_are_switched_disabled_and_deleted(tiny, ids, method, name):
     inputs = {"input_ids": ids}
-    expected = logits(tiny("gpt2"), inputs)
-    model = adapted(tiny("gpt2"), method)
+    expected = logits(tiny(name), inputs)
+    model = adapted(tiny(name), method)
     first = logits(model, inputs)
     add(model, "other", method)
     assert torch.equal(logits(model, inputs), first)
@@ -120,13 +130,22 @@ def test_adapters_are_switched_disabled_and_deleted(tiny, ids, method):
     assert not torch.equal(first, second)
     with model.disable_adapter():
         assert torch.equal(logits(model, inputs), expected)
-    mixed = logits(model, inputs, adapter_names=["other", "__base__", "default"])
-    torch.testing.assert_close(mixed, torch.stack([second[0], expected[1], first[2]]), atol=1e-5, rtol=1e-5)
-    model.set_adapter("default")
+    names = ["other", "__base__", "default"]
+    if method in METHODS:
+        mixed = logits(model, inputs, adapter_names=names)
+        torch.testing.assert_close(mixed, torch.stack([second[0], expected[1], first[2]]), atol=1e-5, rtol=1e-5)
+    else:
+        with pytest.raises(ValueError, match="adapter_names"):
+            logits(model, inputs, adapter_names=names)
+    for active in ("other", "default"):
+        model.set_adapter(active)
+        trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+        assert trainable and all(f".{active}." in n for n in trainable)
     model.delete_adapter("other")
+    assert not [key for key in model.state_dict() if ".other." in key]
     assert torch.equal(logits(model, inputs), first)
     plain = model.unload()
-    assert_equal_bits(base_bits(plain), base_bits(tiny("gpt2")))
+    assert_equal_bits(base_bits(plain), base_bits(tiny(name)))
     assert torch.equal(logits(plain, inputs), expected) and not layers_of(plain)
 
 

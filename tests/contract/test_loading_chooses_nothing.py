@@ -18,7 +18,7 @@ import peft_ext.sparse.choose.planning
 import peft_ext.sparse.selection.plan
 from peft_ext import hotswap_adapter
 from peft_ext.sparse.support import Support
-from tests.tuners.methods._common import METHODS, adapted, assert_equal_bits, fill, layers_of
+from tests.contract._common import METHODS, adapted, assert_equal_bits, fill, layers_of
 
 
 OPTIONS = {

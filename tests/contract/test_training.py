@@ -6,7 +6,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tests.tuners.methods._common import METHODS, assert_equal_bits, base_bits, layers_of
+from tests.contract._common import METHODS, assert_equal_bits, base_bits, layers_of
 
 
 class Every(nn.Module):
