@@ -27,7 +27,7 @@ from .training import ClassifierCollator, Recipe, fit, predict
 HEAD = ["integrator", "scorer"]
 TARGETS = r".*encoder\.layer\.\d+\..*(query|key|value|dense)"  # the linear layers of VisualBERT's encoder
 HEAD_RATE = 1e-3  # of integrator and scorer, for every method
-RATES = {"neuroada": 3e-2, "gps": 3e-2, "lora": 3e-3, "full": 1e-3}  # of the rest: the middle of three
+RATES = {"neuroada": 9e-2, "gps": 9e-2, "lora": 9e-3, "full": 3e-3}  # of the rest: the middle of three
 
 
 @dataclass(frozen=True)
