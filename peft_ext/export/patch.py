@@ -23,6 +23,7 @@ from torch import Tensor
 
 
 LAYOUT = "peft_ext sparse patch 1"
+_SUMMED_AT_ONCE = 2**20  # numbers, of which a checksum needs 24 bytes each
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
 
 
@@ -96,8 +97,12 @@ def checksum(values: Tensor) -> int:
     """A number that the bits of values determine, on every device: int64 sums that wrap."""
     if values.numel() == 0:
         return 0
-    bits = values.reshape(-1).contiguous().view(_BITS[values.element_size()]).long()
-    return int((bits * (2 * torch.arange(bits.numel(), device=bits.device) + 1)).sum())
+    bits = values.reshape(-1).contiguous().view(_BITS[values.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, bits.numel(), _SUMMED_AT_ONCE):
+        part = bits[start : start + _SUMMED_AT_ONCE].long()
+        total += (part * (2 * torch.arange(start, start + part.numel(), device=bits.device) + 1)).sum()
+    return int(total)
 
 
 def write_patch(path: str | os.PathLike[str], patches: Iterable[SparsePatch], **notes: str) -> None:

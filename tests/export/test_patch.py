@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from peft_ext import NeuroAdaConfig, cli
+from peft_ext.export import patch
 from peft_ext.export.merging import merge_checkpoint, revert_checkpoint
 from peft_ext.export.patch import SparsePatch, apply_patch, read_patch, write_patch
 from tests.export._common import assert_same_files, saved_adapter, saved_base, tensors_of
@@ -80,3 +81,13 @@ def test_what_does_not_fit_is_refused(tmp_path):
     (tmp_path / "patch").write_bytes((tmp_path / "patch").read_bytes()[:-4])
     with pytest.raises(ValueError, match="not a whole patch"):
         read_patch(tmp_path / "patch")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8])
+def test_checksum_in_parts_is_that_of_the_whole(dtype, monkeypatch):
+    values = torch.randint(-100, 100, (5, 9), generator=torch.Generator().manual_seed(0)).to(dtype)
+    bits = values.flatten().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[values.element_size()])
+    expected = sum(number * (2 * place + 1) for place, number in enumerate(bits.tolist()))
+    for at_once in (7, 45, 100):
+        monkeypatch.setattr(patch, "_SUMMED_AT_ONCE", at_once)
+        assert patch.checksum(values) == expected
