@@ -6,44 +6,17 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from peft_ext import NeuroAdaConfig
 from peft_ext.sparse.bases.neurons import gives_one_output
 from peft_ext.sparse.layers import SparseLayer
-
-
-SIZES = {
-    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 16, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2, "pad_token_id": 0,
-}  # fmt: skip
-EXPERTS = {"num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4}
-LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
-ARCHITECTURES = {
-    "mixtral": {},
-    "llama4_text": {"head_dim": 8, "intermediate_size_mlp": 16, "interleave_moe_layer_step": 1},
-    "phimoe": {},
-    "qwen2_moe": {"shared_expert_intermediate_size": 16},
-    "qwen3_moe": {"head_dim": 8},
-    "deepseek_v3": {**LATENT, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
-    "gpt_oss": {"head_dim": 8},
-    "olmoe": {},
-    "jetmoe": {"kv_channels": 8},
-    "falcon": {},  # no experts, but all its linear layers are of a class with a forward of its own
-}
-
-
-def _tiny(name):
-    options = {**SIZES, **EXPERTS, **ARCHITECTURES[name]}
-    known = {*AutoConfig.for_model(name).to_dict(), *AutoConfig.for_model(name).attribute_map}
-    config = AutoConfig.for_model(name, **{key: value for key, value in options.items() if key in known})
-    return AutoModelForCausalLM.from_config(config)
+from tests._models.experts import MODELS, OTHERS, tiny
 
 
 @pytest.mark.parametrize("target_modules", [None, "all-linear", "all-neurons"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", MODELS | OTHERS)
 def test_shorthands_stand_for_every_layer_that_an_update_can_be_added_to(name, target_modules):
-    base = _tiny(name)
+    base = tiny(name, num_hidden_layers=2)
     ids = torch.randint(1, 32, (2, 8))
     outputs, handles = {}, []
     for layer, module in base.named_modules():
@@ -67,7 +40,7 @@ def test_shorthands_stand_for_every_layer_that_an_update_can_be_added_to(name, t
 
 @pytest.mark.parametrize("name", ["llama4_text", "phimoe"])
 def test_a_router_by_name_is_refused_where_it_gives_a_tuple(name):
-    model = get_peft_model(_tiny(name), NeuroAdaConfig(target_modules=["router"]))
+    model = get_peft_model(tiny(name), NeuroAdaConfig(target_modules=["router"]))
     with pytest.raises(TypeError, match="Router gives a tuple.*exclude_modules"):
         model(input_ids=torch.ones(1, 4, dtype=torch.long))
 
@@ -126,7 +99,7 @@ def test_a_warning_names_what_cannot_be_tried_out(kind):
 
 
 def test_where_no_layer_is_left_the_error_says_so():
-    base = _tiny("falcon")
+    base = tiny("falcon")
     for name, module in list(base.named_modules()):
         if isinstance(module, nn.Linear):
             parent, _, child = name.rpartition(".")

@@ -7,8 +7,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter as peft_hotswap_adapter
 
 from peft_ext import NeuroAdaConfig, hotswap_adapter
+from tests._models.experts import run, tiny, token_ids
 
-from ._models import run, tiny, token_ids
 from .test_trainers import dpo, preferences, tokenizer  # noqa: F401 (fixtures)
 
 

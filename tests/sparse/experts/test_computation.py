@@ -11,9 +11,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from peft_ext import NeuroAdaConfig
 from peft_ext.sparse.bases.bank_product import run_with
 from peft_ext.sparse.bases.experts import ExpertBank
+from tests._models.experts import COLUMNS, IMPLEMENTATIONS, adapted, fill, layers_of, run, tiny, token_ids
 
 from .._probes import LargestAllocation
-from ._models import COLUMNS, IMPLEMENTATIONS, adapted, fill, layers_of, run, tiny, token_ids
 from .test_dense_reference import assert_equals_dense
 
 

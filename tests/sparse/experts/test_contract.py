@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM
 from peft_ext import NeuroAdaConfig, hotswap_adapter
 from peft_ext.export import export_lora
 from peft_ext.sparse.layers import SparseExperts
-
-from ._models import COLUMNS, IMPLEMENTATIONS, adapted, fill, layers_of, run, tiny, token_ids
+from tests._models.experts import COLUMNS, IMPLEMENTATIONS, adapted, fill, layers_of, run, tiny, token_ids
 
 
 EACH_LAYOUT = pytest.mark.parametrize("name", ["mixtral", *COLUMNS])

@@ -3,8 +3,19 @@
 import pytest
 import torch
 
+from tests._models.experts import (
+    COLUMNS,
+    IMPLEMENTATIONS,
+    MODELS,
+    adapted,
+    dense_weights,
+    layers_of,
+    run,
+    tiny,
+    token_ids,
+)
+
 from .._asserts import positions
-from ._models import COLUMNS, IMPLEMENTATIONS, MODELS, adapted, dense_weights, layers_of, run, tiny, token_ids
 
 
 EVERY = pytest.mark.parametrize("name", MODELS)

@@ -7,8 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from peft_ext import NeuroAdaConfig, PSNConfig
-
-from ._models import MODELS, fill, layers_of, run, tiny, token_ids
+from tests._models.experts import MODELS, fill, layers_of, run, tiny, token_ids
 
 
 EXPERTS = "model.layers.{}.mlp.experts.{}_proj"

@@ -11,8 +11,8 @@ from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 
 from peft_ext import NeuroAdaConfig, activation_scores, busiest_experts, gradient_scores
 from peft_ext.sparse.bases.fp8 import dequantised
+from tests._models.experts import adapted, fill, layers_of, run, tiny, token_ids
 
-from ._models import adapted, fill, layers_of, run, tiny, token_ids
 from .test_dense_reference import assert_equals_dense
 
 

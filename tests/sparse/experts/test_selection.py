@@ -5,10 +5,10 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from peft_ext import NeuroAdaConfig, activation_scores, busiest_experts, gradient_scores
+from tests._models.experts import COLUMNS, IMPLEMENTATIONS, MODELS, adapted, layers_of, run, tiny, token_ids
 
 from .._asserts import positions
 from .._probes import peak_bytes
-from ._models import COLUMNS, IMPLEMENTATIONS, MODELS, adapted, layers_of, run, tiny, token_ids
 
 
 IDS = token_ids(4)

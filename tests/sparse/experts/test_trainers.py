@@ -6,8 +6,7 @@ from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from peft_ext import NeuroAdaConfig
-
-from ._models import layers_of, run, tiny, token_ids
+from tests._models.experts import layers_of, run, tiny, token_ids
 
 
 datasets = pytest.importorskip("datasets")

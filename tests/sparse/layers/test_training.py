@@ -11,9 +11,9 @@ from peft_ext import NeuroAdaConfig
 from peft_ext.sparse.bases.projection import Projection
 from peft_ext.sparse.layers import SparseLayer
 from peft_ext.sparse.ops import BACKENDS
+from tests._models.networks import NETWORKS, make_network
 
 from .._asserts import assert_same_bits, bits
-from ._networks import NETWORKS, make_network
 
 
 EVERY_KIND = pytest.mark.parametrize("kind", NETWORKS)

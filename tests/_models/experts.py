@@ -8,8 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from peft_ext import NeuroAdaConfig
 from peft_ext.sparse.layers import SparseLayer
-
-from .._asserts import positions
+from tests.sparse._asserts import positions
 
 
 SIZES = {
@@ -28,13 +27,20 @@ MODELS = {
     "granitemoe": {},
     "llama4_text": {"head_dim": 8, "intermediate_size_mlp": 24, "interleave_moe_layer_step": 1},
 }
+# Whose routers, shared experts or classes of layers are of their own kind.
+OTHERS = {
+    "phimoe": {},
+    "qwen2_moe": {"shared_expert_intermediate_size": 16},
+    "jetmoe": {"kv_channels": 8},
+    "falcon": {},  # no experts, but all its linear layers are of a class with a forward of its own
+}
 COLUMNS = ("gpt_oss", "llama4_text")  # whose neurons are columns
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 
 
 def tiny(name="mixtral", **options):
     """A model with weights so large that experts differ."""
-    wanted = {**SIZES, **EXPERTS, **MODELS[name], **options}
+    wanted = {**SIZES, **EXPERTS, **(MODELS | OTHERS)[name], **options}
     known = {*AutoConfig.for_model(name).to_dict(), *AutoConfig.for_model(name).attribute_map, "attn_implementation"}
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(name, **{key: value for key, value in wanted.items() if key in known})
