@@ -36,7 +36,7 @@ class ModuleFacts:
 
     @property
     def share(self) -> float:
-        """Of the module's weights."""
+        """Trained entries as a share of the module's weights."""
         return self.entries / (self.neurons * self.fan_in)
 
 
@@ -107,16 +107,17 @@ class Inspection:
 @torch.no_grad()
 def inspect_adapters(adapters: Sequence[str | os.PathLike[str]]) -> Inspection:
     """
-    Read adapters' files, without the base model.
+    Read what adapters train from their files. The base model is not needed.
 
     Args:
-        adapters (`list[str]`): folders or Hub ids.
+        adapters (`list[str]`):
+            Folders or Hub ids of adapters.
 
     Returns:
-        [`Inspection`]: facts on each, and the entries that each two of the sparse ones share.
+        [`Inspection`]: Facts on each adapter, and the entries that each pair of sparse adapters has in common.
 
     Raises:
-        `ValueError`: if one is no adapter, or its file is damaged.
+        `ValueError`: If one of them is no adapter, or its file is damaged.
     """
     facts, positions = [], {}
     for name in adapters:

@@ -53,24 +53,27 @@ def export_lora(
     """
     Write a sparse adapter as a LoRA, for software that knows no other adapters.
 
-    An update whose entries lie in c columns, or in c rows, is a LoRA of rank c exactly. If that fits `rank` in every
-    module, the LoRA is exact and has the largest c for its rank. A module that does not fit gets its nearest update of
-    rank `rank` (truncated SVD, as PEFT's `convert_to_lora`), and the error is measured. All modules have one rank and
-    the scale 1, which is what vLLM and llama.cpp read.
+    An update whose entries lie in c columns, or in c rows, is exactly a LoRA of rank c. If c is at most `rank` in
+    every module, the LoRA is exact, and its rank is the largest c. A module with more columns and rows gets the
+    nearest update of rank `rank` (truncated SVD, as PEFT's `convert_to_lora`), and the error is measured. All modules
+    have the same rank and the scale 1, as vLLM and llama.cpp expect.
 
     Args:
-        adapter (`str`): folder or Hub id of the adapter.
-        out (`str`): folder to write to, new or empty.
-        rank (`int`, *optional*, defaults to 64): the largest rank allowed.
+        adapter (`str`):
+            Folder or Hub id of the adapter.
+        out (`str`):
+            Folder to write to, new or empty.
+        rank (`int`, *optional*, defaults to 64):
+            The largest rank allowed.
         biases (`str`, *optional*, defaults to `"refuse"`):
-            If the adapter trains biases, which LoRA has no place for: `"refuse"` it, `"drop"` them, or write them as
-            PEFT's `"lora_bias"`, which PEFT loads and vLLM does not.
+            What to do with trained biases, for which LoRA has no place. `"refuse"`: raise an error. `"drop"`: leave
+            them out. `"lora_bias"`: write them in PEFT's way, which PEFT loads and vLLM does not.
 
     Returns:
-        [`LoraExport`]: ranks and errors.
+        [`LoraExport`]: Ranks and errors.
 
     Raises:
-        `ValueError`: if the adapter is not a sparse one, trains biases, adapts layers that LoRA has no form for, or an
+        `ValueError`: If the adapter is not a sparse one, trains biases, adapts layers that LoRA has no form for, or an
             argument is not valid.
     """
     if type(rank) is not int or rank < 1:

@@ -28,20 +28,32 @@ def merge_checkpoint(base: Name, adapter: Name, out: Name) -> int:
     Merge a sparse adapter into a checkpoint without loading the model: one tensor is in memory at a time. The tensors
     are bit for bit those of `merge_and_unload()` on the model loaded in the checkpoint's dtype.
 
-    Beside the weights lies `peft_ext_merge.originals`, which holds what was replaced, for [`revert_checkpoint`].
+    The numbers that were replaced are kept in `peft_ext_merge.originals` beside the weights, for
+    [`revert_checkpoint`].
 
     Args:
-        base (`str`): folder or Hub id of the base model, in safetensors.
-        adapter (`str`): folder or Hub id of the adapter, or the file of a patch (see [`export_patch`]).
-        out (`str`): folder to write to, new or empty.
+        base (`str`):
+            Folder or Hub id of the base model, in safetensors.
+        adapter (`str`):
+            Folder or Hub id of the adapter, or the file of a patch (see [`export_patch`]).
+        out (`str`):
+            Folder to write to, new or empty.
 
     Returns:
-        `int`: how many numbers were replaced.
+        `int`: Number of values that were replaced.
 
     Raises:
-        `ValueError`: if the base is not the adapter's (see [`another_base`]), is quantised or is no safetensors
-            checkpoint, if the adapter is not a sparse one or trains what the checkpoint does not have, or if `out` has
+        `ValueError`: If the base is not the adapter's (see [`another_base`]), is quantised, or is no safetensors
+            checkpoint. If the adapter is not a sparse one, or trains what the checkpoint does not have. If `out` has
             files in it. Nothing is left in `out` then.
+
+    Example:
+
+        ```py
+        >>> from peft_ext.export import merge_checkpoint
+
+        >>> merge_checkpoint("meta-llama/Llama-3.2-1B", "my-adapter", "merged")
+        ```
     """
     checkpoint = Checkpoint(base)
     with filled_at_once(Path(out), last="config.json") as folder:
@@ -61,18 +73,21 @@ def merge_checkpoint(base: Name, adapter: Name, out: Name) -> int:
 @torch.no_grad()
 def revert_checkpoint(merged: Name, adapter: Name, out: Name) -> int:
     """
-    Undo [`merge_checkpoint`]: every bit of the base model's weights.
+    Undo [`merge_checkpoint`] and restore every bit of the base model's weights.
 
     Args:
-        merged (`str`): folder that the adapter was merged into.
-        adapter (`str`): the adapter, or patch, that was merged.
-        out (`str`): folder to write to, new or empty.
+        merged (`str`):
+            Folder that `merge_checkpoint` wrote.
+        adapter (`str`):
+            The adapter, or patch, that was merged.
+        out (`str`):
+            Folder to write to, new or empty.
 
     Returns:
-        `int`: how many numbers were put back.
+        `int`: Number of values that were put back.
 
     Raises:
-        `ValueError`: if the folder has no originals, they are another adapter's, or the weights were changed since.
+        `ValueError`: If the folder has no originals, they are another adapter's, or the weights were changed since.
     """
     checkpoint = Checkpoint(merged)
     path = checkpoint.folder / ORIGINALS_FILE
@@ -98,18 +113,22 @@ def revert_checkpoint(merged: Name, adapter: Name, out: Name) -> int:
 @torch.no_grad()
 def export_patch(adapter: Name, base: Name, out: Name) -> int:
     """
-    Write what merging changes as a sparse patch of the checkpoint (see [`peft_ext.export.patch`] for the layout).
+    Write the weights that merging changes as a sparse patch of the checkpoint. [`peft_ext.export.patch`] explains the
+    layout of the file.
 
     Args:
-        adapter (`str`): folder or Hub id of the adapter.
-        base (`str`): folder or Hub id of the base model, in the dtype that the patch will be applied in.
-        out (`str`): folder to write `patch.safetensors` to, new or empty.
+        adapter (`str`):
+            Folder or Hub id of the adapter.
+        base (`str`):
+            Folder or Hub id of the base model, in the dtype in which the patch will be applied.
+        out (`str`):
+            Folder to write `patch.safetensors` to, new or empty.
 
     Returns:
-        `int`: how many numbers the patch replaces.
+        `int`: Number of values that the patch replaces.
 
     Raises:
-        `ValueError`: see [`merge_checkpoint`].
+        `ValueError`: As for [`merge_checkpoint`].
     """
     checkpoint = Checkpoint(base)
     with AdapterFile(adapter) as opened, filled_at_once(Path(out), last="patch.safetensors") as folder:

@@ -127,13 +127,18 @@ def write_patch(path: str | os.PathLike[str], patches: Iterable[SparsePatch], **
 
 def read_patch(path: str | os.PathLike[str]) -> tuple[dict[str, SparsePatch], Mapping[str, str]]:
     """
-    Read a patch file.
+    Read a file that [`export_patch`] wrote.
+
+    Args:
+        path (`str`):
+            The file.
 
     Returns:
-        The patches by the names of their tensors, and the file's metadata.
+        `tuple[dict[str, SparsePatch], dict[str, str]]`: The patches by the names of their tensors, and the metadata of
+        the file.
 
     Raises:
-        `ValueError`: if it is none.
+        `ValueError`: If the file is no patch.
     """
     try:
         with safe_open(Path(path), framework="pt") as file:
@@ -167,14 +172,17 @@ def apply_patch(tensors: Mapping[str, Tensor], patches: Mapping[str, SparsePatch
     Write a patch into tensors in place, such as a model's `state_dict()`.
 
     Args:
-        tensors (`dict[str, torch.Tensor]`): by the checkpoint's names.
-        patches (`dict[str, SparsePatch]`): as [`read_patch`] returns them.
+        tensors (`dict[str, torch.Tensor]`):
+            Tensors by their names in the checkpoint.
+        patches (`dict[str, SparsePatch]`):
+            Patches, as [`read_patch`] returns them.
 
     Returns:
-        `dict[str, SparsePatch]`: the patch that puts every bit back.
+        `dict[str, SparsePatch]`: The patches that restore every bit.
 
     Raises:
-        `ValueError`: if a tensor is missing or not the one that the patch is for. What was written is put back then.
+        `ValueError`: If a tensor is missing, or is not the one that the patch was made for. All tensors are then as
+            before.
     """
     done: dict[str, SparsePatch] = {}
     try:

@@ -29,14 +29,33 @@ from .tower import blank, features, gives_maps, grey, has_class_token, load_towe
 
 @dataclass
 class Composed:
-    """A model with its processor."""
+    """
+    A vision-language model and its processor, made by [`compose`] or [`load`].
+
+    Attributes:
+        model (`PreTrainedModel`):
+            The model.
+        processor (`LlavaProcessor`):
+            Its processor. It pads on the left.
+    """
 
     model: Any
     processor: Any
 
 
 def load(name: str, **options: Any) -> Composed:
-    """A whole vision-language model, by Hub id or folder. `options` go to `from_pretrained`."""
+    """
+    Load a composed model and its processor.
+
+    Args:
+        name (`str`):
+            Hub id or folder of a vision-language model.
+        **options:
+            Passed on to the model's `from_pretrained`.
+
+    Returns:
+        [`Composed`]: The model and its processor.
+    """
     model = AutoModelForImageTextToText.from_pretrained(name, **options)
     processor = AutoProcessor.from_pretrained(name)
     processor.tokenizer.padding_side = "left"
@@ -58,28 +77,35 @@ def compose(
     Put a language model behind a vision tower, with a new connector between them.
 
     The result is transformers' `LlavaForConditionalGeneration` wherever that class can express it, else
-    [`LlavaFactoryForConditionalGeneration`]. Two things are measured before it is returned: without an image it gives
-    the language model's logits, and of an image it makes as many tokens as the processor leaves room for.
+    [`LlavaFactoryForConditionalGeneration`]. Two things are checked before it is returned. Without an image, the model
+    gives the logits of the language model. An image becomes as many tokens as the processor makes placeholders for.
 
     Args:
-        text_model (`str`): Hub id or folder of a causal language model.
-        vision_tower (`str`): Hub id or folder of a vision model with patch features or feature maps, or of a CLIP-like
-            pair, whose vision part is taken.
-        connector (`str`): `mlp2x_gelu`, `mlp2x_relu`, `mlp2x_silu`, `linear`, `identity`, `pixel_shuffle`, `resampler`
-            or `qformer`.
-        connector_config (`dict`, *optional*): options of `pixel_shuffle` (`factor`), `resampler` and `qformer`
-            (`queries`, and those of transformers' `Idefics2PerceiverConfig` and `Blip2QFormerConfig`).
-        feature_layer (`int`): the tower's hidden states that are used; -2 is LLaVA-1.5's choice.
-        template (`str`): the chat template; see [`~peft_ext.factory.templates.chat_template`].
-        pad (`bool`): pad images to squares, as LLaVA-1.5's second stage does. By default the tower's processor
+        text_model (`str`):
+            Hub id or folder of a causal language model.
+        vision_tower (`str`):
+            Hub id or folder of a vision model with patch features or feature maps, or of a CLIP-like pair.
+        connector (`str`, *optional*, defaults to `"mlp2x_gelu"`):
+            `"mlp2x_gelu"`, `"mlp2x_relu"`, `"mlp2x_silu"`, `"linear"`, `"identity"`, `"pixel_shuffle"`, `"resampler"`
+            or `"qformer"`.
+        connector_config (`dict`, *optional*):
+            Options of the connector: `factor` of `pixel_shuffle`; `queries` of `resampler` and `qformer`, and the
+            options of transformers' `Idefics2PerceiverConfig` and `Blip2QFormerConfig`.
+        feature_layer (`int`, *optional*, defaults to -2):
+            Number of the tower's hidden states that the connector gets. -2 is LLaVA-1.5's choice.
+        template (`str`, *optional*, defaults to `"auto"`):
+            The chat template; see [`~peft_ext.factory.templates.chat_template`].
+        pad (`bool`, *optional*, defaults to `False`):
+            Whether to pad images to squares, as LLaVA-1.5's second stage does. Otherwise the tower's processor
             decides; CLIP's crops.
-        dtype (`str` or `torch.dtype`): dtype of all parts, by default the language model's own.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
+            Dtype of all parts. By default it is the language model's own.
 
     Returns:
-        [`Composed`]: the model, in eval mode, and its `LlavaProcessor`.
+        [`Composed`]: The model, in eval mode, and its `LlavaProcessor`.
 
     Raises:
-        `ValueError`: if the parts can't be put together, with the reason.
+        `ValueError`: If the parts can't be put together. The message has the reason.
     """
     options = _connector_options(connector, connector_config)
     text = AutoModelForCausalLM.from_pretrained(text_model, dtype=dtype)

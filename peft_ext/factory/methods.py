@@ -27,16 +27,32 @@ _PAPER_RANKS = {"b": 1, "l": 2, "h": 4}
 @dataclass(frozen=True)
 class Method:
     """
-    One way to adapt.
+    A way to adapt a language model or a vision tower. `Method.parse` makes one from a name.
 
     Args:
-        name (`str`): `full`; `lora-8` (alpha 16; the paper's is `lora-128`, the default size); `ia3`; `oft` (the
-            paper's: query, key and value in 16 blocks), `oft-8` (all layers in blocks of 8); `bitfit` (every bias of
-            the language model); `loreft-8` (LoReFT on the prompt's first and last seven tokens); `neuroada-1`;
-            `mores-b`, `mores-l`, `mores-h` (the paper's, of rank 1, 2 and 4, counted as it counts, on all layers);
-            `mores-2@25` (rank 2, a quarter of the visual tokens, all layers but the last), `mores-2@25+`
-            (trains the connector too, as published); `connector-4` (MoReS of rank 4 at the connector's output);
-            `projector` (the connector is trained and nothing else).
+        name (`str`):
+            One of these names. The numbers in them are examples.
+
+            - `full`: all parameters.
+            - `lora-8`: LoRA of rank 8, alpha 16. `lora` alone is the paper's, of rank 128.
+            - `ia3`: IA3.
+            - `oft`: the paper's OFT, on query, key and value, in 16 blocks. `oft-8`: all layers, in blocks of 8.
+            - `bitfit`: every bias of the language model.
+            - `loreft-8`: LoReFT of rank 8 on the first and the last seven tokens of the prompt.
+            - `neuroada-1`: NeuroAda with `k=1`.
+            - `mores-b`, `mores-l`, `mores-h`: the paper's MoReS of rank 1, 2 and 4, on all layers.
+            - `mores-2@25`: MoReS of rank 2 on a quarter of the visual tokens, on all layers but the last.
+            - `mores-2@25+`: the same, and the connector is trained too, as in the published code.
+            - `connector-4`: MoReS of rank 4 at the output of the connector.
+            - `projector`: the connector is trained, and nothing else.
+        kind (`str`):
+            The first part of the name, or `"peft"` for a PEFT configuration.
+        size (`int`):
+            The rank, block size or `k` of the name.
+        percent (`int`, *optional*, defaults to 1):
+            Percentage of the visual tokens that MoReS steers.
+        options (`dict`, *optional*):
+            A PEFT configuration as a dict, in place of a name.
     """
 
     name: str
@@ -48,10 +64,10 @@ class Method:
     @classmethod
     def parse(cls, name: str | dict[str, Any]) -> Method:
         """
-        A method by name, or a PEFT configuration as a dict: `{"peft_type": "LORA", "r": 8}`.
+        Make a method from its name, or from a PEFT configuration as a dict: `{"peft_type": "LORA", "r": 8}`.
 
         Raises:
-            `ValueError`: if there is no such method.
+            `ValueError`: If there is no such method.
         """
         if isinstance(name, dict):
             kind = str(name.get("peft_type", ""))

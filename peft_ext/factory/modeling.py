@@ -22,13 +22,14 @@ from .connectors import OWN
 @strict
 class LlavaFactoryConfig(LlavaConfig):
     """
-    A `LlavaConfig` with two things more.
+    A `LlavaConfig` with further connectors, and with a bias of the head.
 
     Args:
         connector (`str`, *optional*, defaults to `"mlp2x_gelu"`):
             Name of the connector; see [`peft_ext.factory.connectors`].
         connector_config (`dict`, *optional*):
-            Its options: `factor` of `pixel_shuffle`; `queries` and transformers' own of `resampler` and `qformer`.
+            Options of the connector: `factor` of `pixel_shuffle`; `queries` of `resampler` and `qformer`, and the
+            options of their classes in transformers.
         lm_head_bias (`bool`, *optional*, defaults to `False`):
             Whether the language model's head has a bias, as Phi-2's has.
     """
@@ -73,9 +74,13 @@ class LlavaFactoryModel(LlavaModel):
 
 class LlavaFactoryForConditionalGeneration(LlavaForConditionalGeneration):
     """
-    A composed model that transformers' `LlavaForConditionalGeneration` can't express.
+    A vision-language model that transformers' `LlavaForConditionalGeneration` can't express, made by [`compose`].
 
     `AutoModelForImageTextToText` loads it after `import peft_ext.factory`.
+
+    Args:
+        config ([`LlavaFactoryConfig`]):
+            Configuration of the model.
     """
 
     config_class = LlavaFactoryConfig

@@ -125,8 +125,8 @@ class MTLTrainerMixin(TaskDataHooks):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """
-        Trainer's, with a record of its own for each training. What the method has learnt is treated like the
-        optimiser's state: a second training goes on with it, one whose model comes anew from `model_init` does not.
+        Train, as `Trainer` does. Each call keeps its own record of conflicts. The state of the method is treated like
+        the optimiser's: a second call goes on with it, unless `model_init` makes a new model.
         """
         self.feedback.drop()
         if self.mtl_state is not None:
@@ -176,18 +176,19 @@ class MTLTrainerMixin(TaskDataHooks):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None, return_outputs: bool = False
     ) -> Any:
         """
-        Losses of one input with several labels. Override it, or give `compute_task_losses_func`, or let the model
-        return `task_losses`.
+        Compute the loss of each task on a micro-batch whose samples have several labels. Override this method, pass
+        `compute_task_losses_func`, or let the model return `task_losses`.
 
         Args:
-            model (`nn.Module`): the model.
-            inputs (`dict`): one micro-batch.
-            num_items_in_batch (`dict[str, torch.Tensor]`, *optional*): labels per task in the accumulation window,
-                with `task_loss_scale="window"`.
-            return_outputs (`bool`): whether to return the model's outputs too.
+            model, inputs:
+                As for `compute_loss`.
+            num_items_in_batch (`dict[str, torch.Tensor]`, *optional*):
+                Number of labels per task in the accumulation window, with `task_loss_scale="window"`.
+            return_outputs (`bool`, *optional*, defaults to `False`):
+                Whether to return the model's outputs too.
 
         Returns:
-            `dict[str, torch.Tensor]`: a scalar per task that the batch has.
+            `dict[str, torch.Tensor]`: A scalar for each task of the batch.
         """
         losses, outputs = losses_and_outputs(self, model, inputs, num_items_in_batch)
         return (losses, outputs) if return_outputs else losses
@@ -195,18 +196,18 @@ class MTLTrainerMixin(TaskDataHooks):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean of the tasks' losses of a batch; for samples of one task each, the loss of the whole batch."""
+        """Loss of a batch: the mean over its tasks, or the model's own loss if every sample has one task."""
         if not self.task_data.splits:
             return self._evaluation.mean_of_tasks(model, inputs, return_outputs)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, on the batch without the tasks' parts of it, which follow."""
+        """Predict a batch, as `Trainer` does, and evaluate the loss of each of its tasks."""
         predict = super().prediction_step
         return self._evaluation.step(lambda bare: predict(model, bare, *args, **kwargs), model, inputs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, with the loss of every task added to the metrics."""
+        """Evaluate, as `Trainer` does, and add the loss of every task to the metrics."""
         with self._evaluation.running():
             output = super().evaluation_loop(*args, **kwargs)
             prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
@@ -216,7 +217,7 @@ class MTLTrainerMixin(TaskDataHooks):
     # ------------------------------------------------------------------ logs and checkpoints
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the tasks' losses and the conflicts since the last log; at the end, their summary."""
+        """Log the losses of the tasks and the conflicts since the last log too. The last log has a summary."""
         if self.mtl_state is not None and "train_runtime" in logs:
             logs.update(self.mtl_state.summary(self.state.max_steps))
         elif self.mtl_state is not None and "loss" in logs:

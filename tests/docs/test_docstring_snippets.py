@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from peft import ShiraConfig, get_peft_model
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
 
 import peft_ext
 from peft_ext import MoReSConfig, NeuroAdaConfig, knockout, mtl
@@ -52,6 +52,11 @@ def _plain():
     names = {"model": _world._classifier(), "base_model": _world._classifier(), "train_dataset": rows}
     names |= {"dataloader": _world._loader(rows), "DataLoader": DataLoader, "augment": dict, "MyTrainer": Trainer}
     return names | {"summaries": _world._texts(), "questions": _world._texts()}
+
+
+def _mixture():
+    model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-30B-A3B")
+    return {"model": model, "dataloader": _world._loader(_world._language_rows())}
 
 
 def _encoder():
@@ -111,6 +116,7 @@ def _conflicts():
 
 
 NAMES = {
+    "busiest_experts": _mixture,
     "PSNConfig": _encoder,
     "MoReSConfig": _steered,
     "convert": _adapted,

@@ -13,11 +13,15 @@ ACCURACY = 1e-12  # of the smallest gradient's norm
 
 class CAGrad(Aggregator):
     """
-    Conflict-averse gradient descent (Liu et al. 2021, https://arxiv.org/abs/2110.14048, Algorithm 1).
+    Conflict-averse gradient descent.
 
-    `d = g₀ + c ‖g₀‖ / ‖g_w‖ · g_w`, with `g₀` the mean gradient and `w` on the simplex minimising
-    `g_w · g₀ + c ‖g₀‖ ‖g_w‖`. Solved on the Gramian divided by its trace: the published code's solver depends on the
-    scale of the gradients and falls back to equal weights outside norms of about 0.1 to 100.
+    Paper: Liu et al., [Conflict-Averse Gradient Descent for Multi-task Learning](https://arxiv.org/abs/2110.14048),
+    algorithm 1.
+
+    The direction is `d = g₀ + c ‖g₀‖ / ‖g_w‖ · g_w`, with the mean gradient `g₀`. The weights `w` lie on the simplex
+    and minimise `g_w · g₀ + c ‖g₀‖ ‖g_w‖`. They are solved on the Gramian divided by its trace. The solver of the
+    published code depends on the scale of the gradients and falls back to equal weights outside norms of about 0.1 to
+    100.
 
     Args:
         c (`float`, *optional*, defaults to 0.4):

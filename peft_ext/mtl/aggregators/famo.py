@@ -17,7 +17,9 @@ EPS = 1e-8
 
 class FAMO(Aggregator):
     """
-    Fast adaptive multi-task optimisation (Liu et al. 2023, https://arxiv.org/abs/2306.03792, Algorithm 1).
+    Fast adaptive multi-task optimisation.
+
+    Paper: Liu et al., [FAMO: Fast Adaptive Multitask Optimization](https://arxiv.org/abs/2306.03792), algorithm 1.
 
     The direction is the gradient of `Σ zᵢ log(ℓᵢ − minᵢ) / c` with `z = softmax(ξ)` and `c = Σ zᵢ / (ℓᵢ − minᵢ)`, so
     that the weights sum to one. After the optimiser's step, `ξ` moves by Adam against the change of the log losses on

@@ -10,10 +10,13 @@ from .base import Aggregator, Step
 
 class GradDrop(Aggregator):
     """
-    Gradient sign dropout (Chen et al. 2020, https://arxiv.org/abs/2010.06808, Algorithm 1), on parameters' gradients.
+    Gradient sign dropout, on the gradients of parameters.
 
-    A coordinate keeps its positive gradients with probability `P = ½ (1 + Σ gᵢ / Σ |gᵢ|)`, else its negative ones. The
-    expectation is the sum of the rows.
+    Paper: Chen et al., [Just Pick a Sign: Optimizing Deep Multitask Models with Gradient Sign
+    Dropout](https://arxiv.org/abs/2010.06808), algorithm 1.
+
+    Each coordinate keeps its positive gradients with probability `P = ½ (1 + Σ gᵢ / Σ |gᵢ|)`, and otherwise its
+    negative ones. The expectation is the sum of the rows.
     """
 
     needs_rows = True

@@ -9,8 +9,12 @@ from .base import Aggregator, Array, Step
 
 class IMTLG(Aggregator):
     """
-    Impartial multi-task learning, gradient part (Liu et al. 2021, https://openreview.net/forum?id=IMPnRXEWpvr,
-    equation 6). Weights sum to one and may be negative; dependent gradients go through the pseudo-inverse.
+    The gradient part of impartial multi-task learning.
+
+    Paper: Liu et al., [Towards Impartial Multi-task
+    Learning](https://openreview.net/forum?id=IMPnRXEWpvr), equation 6.
+
+    The weights sum to one and may be negative. Linearly dependent gradients are handled by the pseudo-inverse.
     """
 
     def solve(self, gramian: Array, step: Step) -> Array:

@@ -9,8 +9,11 @@ from .base import Aggregator, Array, Step
 
 class Joint(Aggregator):
     """
-    Equal weights: the mean of the losses, or their sum with `reduction="reference"`. The
-    baseline of every comparison, and often hard to beat (Kurin et al. 2022, https://arxiv.org/abs/2201.04122).
+    Equal weights: the mean of the losses, or their sum with `reduction="reference"`. This is the baseline of every
+    comparison, and often hard to beat.
+
+    Paper: Kurin et al., [In Defense of the Unitary Scalarization for Deep Multi-Task
+    Learning](https://arxiv.org/abs/2201.04122).
     """
 
     def solve(self, gramian: Array, step: Step) -> Array:

@@ -10,10 +10,13 @@ from .simplex import Derivatives, minimise_on_simplex
 
 class MGDA(Aggregator):
     """
-    Multiple-gradient descent (Désidéri 2012; Sener and Koltun 2018, https://arxiv.org/abs/1810.04650).
+    Multiple-gradient descent.
 
-    The weights are non-negative and sum to one; the direction `d` satisfies `d · gᵢ >= ‖d‖²` for every task. Solved to
-    float64 accuracy: Frank-Wolfe, which published code uses, stops 0.3 % away.
+    Papers: Désidéri, *Multiple-gradient descent algorithm (MGDA) for multiobjective optimization* (2012); Sener and
+    Koltun, [Multi-Task Learning as Multi-Objective Optimization](https://arxiv.org/abs/1810.04650).
+
+    The weights are non-negative and sum to one. The direction `d` satisfies `d · gᵢ >= ‖d‖²` for every task. It is
+    solved to float64 accuracy. Frank-Wolfe, which published code uses, stops 0.3 % away.
     """
 
     def solve(self, gramian: Array, step: Step) -> Array:

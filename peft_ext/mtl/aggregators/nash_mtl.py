@@ -16,12 +16,13 @@ RIDGE = 1e-8
 
 class NashMTL(Aggregator):
     """
-    Multi-task learning as a bargaining game (Navon et al. 2022, https://arxiv.org/abs/2202.01017): `αᵢ (G α)ᵢ = 1`
-    for every task.
+    The Nash bargaining solution between tasks: `αᵢ (G α)ᵢ = 1` for every task.
 
-    That is the stationary point of `½ αᵀGα − Σ log αᵢ`, which is strictly convex, so Newton's method finds it in
-    float64 within a millisecond; the published code solves a sequence of convex programs. It follows that the
-    direction's norm is `√T`, so the default `max_norm=1` always clips to a step of norm one.
+    Paper: Navon et al., [Multi-Task Learning as a Bargaining Game](https://arxiv.org/abs/2202.01017).
+
+    The weights `α` are the stationary point of `½ αᵀGα − Σ log αᵢ`, which is strictly convex. Newton's method finds it
+    in float64 within a millisecond; the published code solves a sequence of convex programs. The norm of the direction
+    is always `√T`, so the default `max_norm=1` always clips to a step of norm one.
 
     Args:
         max_norm (`float`, *optional*, defaults to 1.0):

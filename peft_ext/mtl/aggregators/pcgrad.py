@@ -10,10 +10,13 @@ from .base import Aggregator, Array, Step
 
 class PCGrad(Aggregator):
     """
-    Gradient surgery (Yu et al. 2020, https://arxiv.org/abs/2001.06782, Algorithm 1).
+    Gradient surgery.
 
-    Every projected gradient is a combination of the original ones, so its coefficients are tracked and the projections
-    read off the Gramian. The other tasks are visited in random order; published code sums the projected gradients.
+    Paper: Yu et al., [Gradient Surgery for Multi-Task Learning](https://arxiv.org/abs/2001.06782), algorithm 1.
+
+    Every projected gradient is a combination of the original ones. Its coefficients are tracked, and the projections
+    are computed from the Gramian. The other tasks are visited in random order. The published code sums the projected
+    gradients.
     """
 
     def solve(self, gramian: Array, step: Step) -> Array:

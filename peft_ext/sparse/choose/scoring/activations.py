@@ -66,7 +66,8 @@ def activation_scores(
     Score every weight by forward passes, for `selection="activation"`: |w| times the mean |activation| that enters it.
     No labels and no backward pass are needed, and the result is the same every time.
 
-    Paper: Yang et al., [arXiv:2510.27359](https://arxiv.org/abs/2510.27359), version 1.
+    Paper: Yang et al., [FPS: Feedforward-based Parameter Selection For Efficient
+    Fine-Tuning](https://arxiv.org/abs/2510.27359v1).
 
     With `anchor`, |w| is multiplied by the growth of that activation: its mean over the task's data divided by its
     mean over the anchor's data. This is the idea of version 2 of the paper, whose abstract gives no formula; the

@@ -109,20 +109,37 @@ def busiest_experts(
     progress: bool = True,
 ) -> dict[str, list[int]]:
     """
-    The experts of each layer that most of the data's tokens are routed to, for `experts_to_transform`.
+    Find the experts to which most tokens of the data are routed, in each layer of a mixture of experts. Pass the
+    result to `experts_to_transform`.
 
     Args:
-        model (`torch.nn.Module`): the model; it is run in evaluation mode and left as it was.
-        dataloader (`Iterable`): the task's batches, as for [`gradient_scores`]; labels are not used.
-        share (`float`, *optional*, defaults to 0.25): how many of a module's experts; at least one.
-        max_batches (`int`, *optional*): stop after so many.
-        progress (`bool`, *optional*, defaults to `True`): show a progress bar.
+        model (`torch.nn.Module`):
+            The model. It runs in evaluation mode and is left as it was.
+        dataloader (`Iterable`):
+            Batches of the task, as for [`gradient_scores`]. Labels are not used.
+        share (`float`, *optional*, defaults to 0.25):
+            Share of the experts of each layer to return. At least one is.
+        max_batches (`int`, *optional*):
+            Number of batches to read; by default all.
+        progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar.
 
     Returns:
-        `dict[str, list[int]]`: per module of fused experts, the numbers of its busiest ones, in increasing order.
+        `dict[str, list[int]]`: Per module of fused experts, the numbers of its busiest experts, in increasing order.
 
     Raises:
-        `ValueError`: if the model has no fused experts that can be adapted.
+        `ValueError`: If the model has no fused experts that can be adapted.
+
+    Example:
+
+        ```py
+        >>> from peft import get_peft_model
+        >>> from peft_ext import NeuroAdaConfig, busiest_experts
+
+        >>> busiest = busiest_experts(model, dataloader, share=0.25)
+        >>> config = NeuroAdaConfig(k=4, target_modules=["experts"], experts_to_transform=busiest)
+        >>> model = get_peft_model(model, config)
+        ```
     """
     check_scoring(model, dataloader, None, max_batches, progress)
     check_share("share", share, "experts of each module")
