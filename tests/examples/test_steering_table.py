@@ -1,6 +1,7 @@
 """The table's script at its smallest: what it writes, and that it goes on where it stopped."""
 
 import json
+from pathlib import Path
 
 import pytest
 import steering_table
@@ -8,6 +9,7 @@ from _shapes.steering import SHIFTED
 from _shapes.world import PALETTE
 
 
+ROOT = Path(__file__).parents[2]
 TINY = ["--seeds", "1", "--steps", "1", "--images", "2", "--turns", "1", "--questions", "4", "--lmar-samples", "2"]
 
 
@@ -38,3 +40,9 @@ def test_results_of_other_settings_are_not_mixed(tmp_path):
 def test_the_shift_renames_every_color_and_nothing_else():
     assert sorted(SHIFTED.values()) == sorted(PALETTE.values())
     assert all(SHIFTED[name] != value for name, value in PALETTE.items())
+
+
+def test_the_documentation_prints_the_committed_table():
+    table = (ROOT / "examples" / "results" / "steering" / "steering_table.md").read_text()
+    page = (ROOT / "docs" / "reproduction.md").read_text()
+    assert [line for line in table.splitlines() if line.startswith("|") and line not in page] == []
