@@ -19,9 +19,11 @@ INTRODUCTION = """# Compatibility
 
 `make test-zoo` runs a test per cell of these tables and writes this page from those that ran, here with peft
 {peft}, transformers {transformers}, trl {trl} and torch {torch} on a CPU. "refused" means an error before anything
-is changed. [What is not supported](limits.md) has the reasons and what to do instead. Below:
-[what you do with an adapter](#what-you-do-with-an-adapter), [trainers](#trainers),
-[quantised bases](#quantised-bases), [architectures](#architectures).
+is changed. [What is not supported](limits.md) has the reasons and what to do instead.
+
+In short, how many rows of each table work:
+"""
+VERBS = """The last table has [architectures](#architectures).
 
 ## What you do with an adapter
 
@@ -64,6 +66,12 @@ The last column names layers that are left out, and refused by name:
 - fused: experts that transformers keeps in one parameter, in a class that does not use its experts' interface.
 """
 
+SHORT = {
+    "verbs": "[what you do with an adapter](#what-you-do-with-an-adapter)",
+    "trainers": "[trainers](#trainers)",
+    "quantisations": "[quantised bases](#quantised-bases)",
+}
+
 Cells = Mapping[tuple[str, str, str], str]  # outcome by table, row and column
 
 
@@ -74,6 +82,20 @@ def table(cells: Cells, name: str, rows: Sequence[str], columns: Sequence[str], 
         found = [cells.get((name, row, column), "not tried") for column in columns]
         lines.append(f"| {row} | {' | '.join(found)} |")
     return [*lines, ""]
+
+
+def summary(cells: Cells) -> dict[tuple[str, str, str], str]:
+    """Cells of the table that counts what works and what is refused, by method."""
+    counted = {}
+    for name, row in SHORT.items():
+        for column in COLUMNS:
+            outcomes = [
+                outcome for (table_of, _, method), outcome in cells.items() if (table_of, method) == (name, column)
+            ]
+            refused = sum(outcome.startswith("refused") for outcome in outcomes)
+            works = f"{len(outcomes) - refused} work"
+            counted["short", row, column] = f"{works}, {refused} are refused" if refused else works
+    return counted
 
 
 def write(cells: Cells, idle: Sequence[str]) -> None:
@@ -91,6 +113,8 @@ def write(cells: Cells, idle: Sequence[str]) -> None:
     versions = {module.__name__: module.__version__.partition("+")[0] for module in (peft, transformers, trl, torch)}
     parts = [
         INTRODUCTION.format(**versions),
+        *table(summary(cells), "short", list(SHORT.values()), COLUMNS, ""),
+        VERBS,
         *table(cells, "verbs", rows["verbs"], COLUMNS, "Verb"),
         TRAINERS,
         *table(cells, "trainers", rows["trainers"], COLUMNS, "Trainer"),
