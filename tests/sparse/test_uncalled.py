@@ -23,6 +23,28 @@ class Block(nn.Module):
         return self.up(x) @ down.weight
 
 
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.key = nn.Linear(4, 4), nn.Linear(4, 4)
+
+
+def _products(pair, x):
+    return x @ pair.query.weight @ pair.key.weight
+
+
+class Reader(nn.Module):
+    """Beside a layer, a module none of whose layers is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = Pair()
+        self.mlp = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.mlp(_products(self.attention, x))
+
+
 class Experts(nn.Module):
     """Calls one of two lists' items, as a router does."""
 
@@ -76,6 +98,22 @@ def test_training_names_them_once(occasion, how, tmp_path):
     (message,), _ = _said(first)
     assert "'0.down'" in message and "(2 layers in all)" in message and "`exclude_modules`" in message
     assert not _said(second)[0] and not _said(model.train().eval)[0]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_modules_without_any_called_layer_are_named(compiled):
+    torch._dynamo.reset()
+    model = _adapted(nn.Sequential(Reader(), Reader())).train()
+    _step(torch.compile(model, backend="eager") if compiled else model)
+    (message,), _ = _said(model.eval)
+    assert "'0.attention.query' (4 layers in all)" in message
+
+
+def test_merging_names_modules_without_any_called_layer():
+    model = _adapted(nn.Sequential(Reader(), Reader()), init_weights=False)
+    model(torch.randn(3, 4))
+    (message,), _ = _said(model.merge_and_unload)
+    assert "'0.attention.query' (4 layers in all)" in message and "values there" in message
 
 
 def test_merging_names_those_with_values():

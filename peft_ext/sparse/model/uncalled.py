@@ -60,7 +60,7 @@ def _naming(layers: dict[str, SparseLayer]) -> str:
 def _uncalled(
     model: nn.Module, layer_cls: type[SparseLayer], adapter_names: Iterable[str]
 ) -> Iterator[tuple[str, SparseLayer]]:
-    """Layers with entries of the adapters that were not called, although others in the same module were."""
+    """Layers with entries of the adapters that were not called, although others in a module around them were."""
     adapter_names = list(adapter_names)
     layers = {
         name: layer
@@ -72,26 +72,21 @@ def _uncalled(
         return
     unmoved = {name: compiled and all(map(_is_zero, _deltas(layer, adapter_names))) for name, layer in layers.items()}
     for name, layer in layers.items():
-        if not layer.called:
-            beside = _beside(model, layers, name)
-            if any(layers[other].called for other in beside) or (
-                unmoved[name] and not all(unmoved[other] for other in beside)
-            ):
-                yield name.removeprefix("base_model.model."), layer
+        if not layer.called and any(
+            layers[other].called or (unmoved[name] and not unmoved[other]) for other in _beside(model, layers, name)
+        ):
+            yield name.removeprefix("base_model.model."), layer
 
 
-def _beside(model: nn.Module, layers: Iterable[str], name: str) -> list[str]:
-    """The adapted layers in the smallest module that has one besides this; none in a list, which may be of experts."""
-    while name:
-        owner, _, _ = name.rpartition(".")
+def _beside(model: nn.Module, layers: Iterable[str], name: str) -> Iterator[str]:
+    """The other adapted layers in the modules around this one, up to an item of a list, which may be an expert."""
+    owner = name
+    while owner:
+        owner, _, _ = owner.rpartition(".")
         if isinstance(model.get_submodule(owner), (nn.ModuleList, nn.ModuleDict)):
-            return []
+            return
         prefix = f"{owner}." if owner else ""
-        others = [layer for layer in layers if layer.startswith(prefix) and not f"{layer}.".startswith(f"{name}.")]
-        if others:
-            return others
-        name = owner
-    return []
+        yield from (layer for layer in layers if layer.startswith(prefix) and not f"{layer}.".startswith(f"{name}."))
 
 
 def _deltas(layer: SparseLayer, adapter_names: Iterable[str]) -> list[SparseDelta]:
