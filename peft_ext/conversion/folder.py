@@ -161,16 +161,16 @@ def _misfit(base: nn.Module, weights: Mapping[str, Tensor], adapter_name: str) -
         if name != key and (name.endswith(_VALUES) or ".modules_to_save." in key):
             places[name] = tensor.shape
     found = {key.removeprefix(_PREFIX): tensor.shape for key, tensor in weights.items()}
-    without = sorted(places.keys() - found.keys())
-    over = sorted(key for key in found.keys() - places.keys() if key.endswith(_VALUES))
-    others = sorted(key for key in places.keys() & found.keys() if places[key] != found[key])
-    if over:
-        return f"it has no place for '{over[0]}' ({len(over)} in all)."
-    if without:
-        return f"the adapter has nothing for '{without[0]}' ({len(without)} in all)."
-    if others:
-        here, there = (tuple(shapes[others[0]]) for shapes in (places, found))
-        return f"'{others[0]}' has the shape {there} in the adapter and {here} here ({len(others)} in all)."
+    missing = sorted(places.keys() - found.keys())
+    unplaced = sorted(key for key in found.keys() - places.keys() if key.endswith(_VALUES))
+    reshaped = sorted(key for key in places.keys() & found.keys() if places[key] != found[key])
+    if unplaced:
+        return f"it has no place for '{unplaced[0]}' ({len(unplaced)} in all)."
+    if missing:
+        return f"the adapter has nothing for '{missing[0]}' ({len(missing)} in all)."
+    if reshaped:
+        here, there = (tuple(shapes[reshaped[0]]) for shapes in (places, found))
+        return f"'{reshaped[0]}' has the shape {there} in the adapter and {here} here ({len(reshaped)} in all)."
     return None
 
 

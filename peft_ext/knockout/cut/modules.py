@@ -73,8 +73,8 @@ class ModuleKnockout(KnockoutScope):
             raise ValueError(f'generated is {generated!r}: must be "follow" or "fixed".')
         self.architecture = inspect_model(model)
         self.layers = self.architecture.check_layers(layers)
-        find = self.architecture.attention if module == "attention" else self.architecture.mlp
-        self.targets = {index: find(index) for index in self.layers}
+        part_of = self.architecture.attention if module == "attention" else self.architecture.mlp
+        self.targets = {index: part_of(index) for index in self.layers}
         self.positions = check_mask(positions, "positions")
         self.follows = generated == "follow" and is_last(positions)
         self.position = PromptPosition(positions.shape[1], self.architecture.virtual_tokens, answer_tokens)

@@ -81,12 +81,12 @@ def read_csv(path: str | os.PathLike[str], images: str | os.PathLike[str], limit
     path, folder = Path(path), Path(images)
     if not folder.is_dir():
         raise FileNotFoundError(f"images: {folder} is not a folder.")
-    find = _finder(folder)
+    path_of = _finder(folder)
     questions: list[Question] = []
     for place, row in islice(_rows(path), limit):
         name = next((row[column].strip() for column in ("image", "img_id") if _given(row.get(column))), "")
         try:
-            question = _question(row, len(questions), find(name), place)
+            question = _question(row, len(questions), path_of(name), place)
         except (LookupError, OSError) as reason:
             question = _question(row, len(questions), None, place)
             question.problem = f"{place}: the image {name!r} {reason}"
@@ -117,9 +117,9 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
             raise ValueError(
                 f"{path} lacks the column(s) {', '.join(missing)}; it has {', '.join(columns) or 'none'}."
             )
-        twice = [name for name, count in Counter(columns).items() if name and count > 1]
-        if twice:
-            raise ValueError(f"{path} has the column(s) {', '.join(twice)} twice: rename one.")
+        repeated = [name for name, count in Counter(columns).items() if name and count > 1]
+        if repeated:
+            raise ValueError(f"{path} has the column(s) {', '.join(repeated)} twice: rename one.")
         for row in reader:
             place = f"{path}, line {reader.line_num}"
             if None in row:
@@ -142,7 +142,7 @@ def _finder(folder: Path) -> Callable[[str], Path]:
                 found.setdefault(file.stem, []).append(file)
         return found
 
-    def find(name: str) -> Path:
+    def path_of(name: str) -> Path:
         path = Path(os.path.abspath(folder / name))
         if not name or not path.is_relative_to(os.path.abspath(folder)):
             raise LookupError(f"is not in {folder}")
@@ -155,7 +155,7 @@ def _finder(folder: Path) -> Callable[[str], Path]:
             raise LookupError(f"is not in {folder}")
         return files[0]
 
-    return find
+    return path_of
 
 
 def read_dataset(path: str, split: str, limit: int | None = None) -> list[Question]:

@@ -145,8 +145,8 @@ def _plan(
     for module in [modules] if isinstance(modules, str) else modules:
         if module not in MODULES:
             raise ValueError(f'modules holds {module!r}: must be "attention" or "mlp".')
-        for over in windows(total, window, mode or "forward"):
-            plan.append((module, over.layer, Knock(first, over.start, over.end, positions=positions, module=module)))
+        for span in windows(total, window, mode or "forward"):
+            plan.append((module, span.layer, Knock(first, span.start, span.end, positions=positions, module=module)))
     for name, pair in pairs.items():
         if name in MODULES:
             raise ValueError(f"pairs holds {name!r}, which is the name of a module: rename it.")
@@ -154,8 +154,8 @@ def _plan(
         if edges.source.shape != positions.shape:
             raise ValueError(f"pairs[{name!r}] has the shape {tuple(edges.source.shape)}, positions another.")
         begin = _first(edges.target)
-        for over in windows(total, window, mode or "centred"):
-            plan.append((name, over.layer, Knock(begin, over.start, over.end, edges=edges)))
+        for span in windows(total, window, mode or "centred"):
+            plan.append((name, span.layer, Knock(begin, span.start, span.end, edges=edges)))
     return plan
 
 

@@ -255,13 +255,13 @@ def answer_tokens(tokenizer: Any, answer: str, like: int | None = None, **others
         `ValueError`: If a word has no tokens.
     """
     words = {"capitalized": answer[:1].upper() + answer[1:], "noncapitalized": answer[:1].lower() + answer[1:]}
-    found = {name: first_token(tokenizer, word, like) for name, word in words.items()}
-    mine = set(found.values())
+    numbers = {name: first_token(tokenizer, word, like) for name, word in words.items()}
+    answer_numbers = set(numbers.values())
     for name, word in others.items():
         number = first_token(tokenizer, word, like)
-        if number not in mine:
-            found[name] = number
-    return found
+        if number not in answer_numbers:
+            numbers[name] = number
+    return numbers
 
 
 def first_token(tokenizer: Any, word: str, like: int | None = None) -> int:

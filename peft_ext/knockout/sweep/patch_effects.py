@@ -93,7 +93,7 @@ def patch_effects(
     if isinstance(inputs, FlowSample) and (groups is not None or answer_ids is not None):
         raise ValueError("groups and answer_ids are the FlowSample's own: leave them out.")
     architecture = inspect_model(model)
-    over = _windows(architecture, window, mode, layers)
+    layer_windows = _windows(architecture, window, mode, layers)
     tokens = sample.inputs.get("input_ids")
     if not isinstance(tokens, Tensor) or tokens.dim() != 2 or 0 in tokens.shape:
         raise ValueError("inputs must hold input_ids [batch, sequence], as the processor makes them.")
@@ -105,7 +105,7 @@ def patch_effects(
     named = FlowSample(sample.inputs, {**masks, name: mask}, sample.answer_ids, sample.names, sample.info)
     pairs = [(unit, name) for unit in units]
     settings = {"window": window, "mode": mode, "answer_token": answer_token}
-    sweep = Sweep(model, architecture, pairs, over, settings, engine, self_check)
+    sweep = Sweep(model, architecture, pairs, layer_windows, settings, engine, self_check)
     prompt = prepare(named, pairs, answer_token, 0, device_of(model))
     records = sweep.run(prompt, named)
     rows = {row_name: number for number, row_name in enumerate(prompt.names)}
@@ -121,8 +121,8 @@ def patch_effects(
 def _windows(architecture: Architecture, window: int | None, mode: str, layers: Sequence[int] | None) -> list[Window]:
     total = len(architecture.layers)
     if window is not None:
-        over = windows(total, window, mode)
-        return over if layers is None else [over[at] for at in architecture.check_layers(layers)]
+        all_windows = windows(total, window, mode)
+        return all_windows if layers is None else [all_windows[at] for at in architecture.check_layers(layers)]
     if layers is not None:
         raise ValueError(f"layers is {layers!r}, but without a window all layers are blocked at once: give a window.")
     return [Window(0, 0, total)]

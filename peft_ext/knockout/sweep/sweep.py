@@ -96,25 +96,25 @@ def layer_sweep(
     """
     architecture = inspect_model(model)
     named = parse_pairs(pairs)
-    over = windows(len(architecture.layers), window, mode)
+    layer_windows = windows(len(architecture.layers), window, mode)
     if layers is not None:
-        over = [over[index] for index in architecture.check_layers(layers)]
-    share = this_process()
+        layer_windows = [layer_windows[index] for index in architecture.check_layers(layers)]
+    process = this_process()
     settings = {"window": window, "mode": mode, "answer_token": answer_token}
-    sweep = Sweep(model, architecture, named, over, settings, engine, self_check)
+    sweep = Sweep(model, architecture, named, layer_windows, settings, engine, self_check)
     file = None
     if output is not None:
-        expected = [(":".join(pair), window.layer) for pair in named for window in over]
-        file = RecordFile(output, settings, expected, share.process_index, share.num_processes)
+        expected = [(":".join(pair), window.layer) for pair in named for window in layer_windows]
+        file = RecordFile(output, settings, expected, process.process_index, process.num_processes)
     seen: set[str] = set()
     found: list[Record] = list(file.kept) if file else []
     chosen = [samples] if isinstance(samples, FlowSample) else samples
     total = len(chosen) if isinstance(chosen, Sized) else None
     try:
-        with tqdm(total=total, desc="samples", disable=not (progress and share.is_main_process)) as bar:
+        with tqdm(total=total, desc="samples", disable=not (progress and process.is_main_process)) as bar:
             for number, sample in _numbered(chosen):
                 bar.update()
-                if number % share.num_processes != share.process_index:
+                if number % process.num_processes != process.process_index:
                     continue
                 if isinstance(sample, LazySample):
                     if file and sample.name in file.done:
@@ -139,11 +139,11 @@ def layer_sweep(
     finally:
         if file:
             file.close()
-    share.wait_for_everyone()
-    if file and share.is_main_process:
+    process.wait_for_everyone()
+    if file and process.is_main_process:
         file.join()
-    if file and share.num_processes > 1:
-        share.wait_for_everyone()
+    if file and process.num_processes > 1:
+        process.wait_for_everyone()
         return read_records(file.path)
     return found
 
@@ -176,18 +176,19 @@ class Sweep:
         model: nn.Module,
         architecture: Architecture,
         pairs: list[Pair],
-        over: list[Window],
+        layer_windows: list[Window],
         settings: dict[str, Any],
         engine: str,
         self_check: bool,
     ) -> None:
         if engine != "auto" and engine not in ENGINES:
             raise ValueError(f"engine is {engine!r}: must be auto, {', '.join(ENGINES)}.")
-        for index in range(min(window.start for window in over), max(window.end for window in over)):
+        for index in range(min(window.start for window in layer_windows), max(window.end for window in layer_windows)):
             architecture.attention(index)
         if model.training:
             raise ValueError("model is in training mode, where dropout changes every pass: call model.eval() first.")
-        self.model, self.architecture, self.pairs, self.over = model, architecture, pairs, over
+        self.model, self.architecture, self.pairs = model, architecture, pairs
+        self.layer_windows = layer_windows
         self.settings = settings
         self.given = engine
         self.engine = "packed" if engine == "auto" else engine
@@ -197,7 +198,7 @@ class Sweep:
 
     def run(self, prompt: Prompt, sample: FlowSample) -> list[Record]:
         """The records of one prompt. Raises `ValueError` if a given engine would not be exact for it."""
-        spans = {pair: list(dict.fromkeys(map(span_of, self.over))) for pair in self.pairs}
+        spans = {pair: list(dict.fromkeys(map(span_of, self.layer_windows))) for pair in self.pairs}
         engine = self.engine
         try:
             passes = self._checked(prompt, spans) if self.unchecked else self._with(engine, prompt, spans)
@@ -220,7 +221,7 @@ class Sweep:
         records = []
         for row, name in enumerate(prompt.names):
             for pair in self.pairs:
-                for window in self.over:
+                for window in self.layer_windows:
                     after = passes.knocked[pair, span_of(window)][row].double()
                     records.append(
                         {

@@ -75,9 +75,9 @@ class WeightedAdapterMixin:
                     _aligned(d.weight, p, supports[name].entries, combination_type, density)
                     for (d, _), p in zip(present, positions, strict=True)
                 ]
-                share = torch.stack([factor for _, factor in present]).to(aligned[0].device)
+                weights_of_adapters = torch.stack([factor for _, factor in present]).to(aligned[0].device)
                 stacked = torch.stack(aligned)
-                weighted = stacked * share[:, None]
+                weighted = stacked * weights_of_adapters[:, None]
                 if combination_type in ("ties", "dare_ties"):
                     majority = calculate_majority_sign_mask(stacked, majority_sign_method)
                     values[name] = disjoint_merge(weighted, majority)
