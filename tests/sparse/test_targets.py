@@ -1,5 +1,7 @@
 """What `target_modules` stands for, and which layers are refused."""
 
+import copy
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -87,6 +89,26 @@ def test_all_linear_takes_an_attention_as_a_whole():
     assert _adapted_names(model) == {"classifier", "head", *parts}
     model.add_adapter("other", NeuroAdaConfig(target_modules="all-linear"))
     assert all("other" in module.deltas for module in model.modules() if isinstance(module, SparseLayer))
+
+
+class Reads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.last(x) @ self.proj.weight
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "all-neurons"])
+def test_layers_that_are_left_out_may_have_names_that_end_like_those_of_others(targets, tmp_path):
+    """PEFT takes `0` for `1.0` as well."""
+    left_out = nn.Sequential(nn.ReLU(), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    base = nn.ModuleDict({"0": nn.Linear(4, 4), "proj": nn.Linear(4, 4), "1": left_out, "reads": Reads()})
+    model = get_peft_model(copy.deepcopy(base), NeuroAdaConfig(target_modules=targets))
+    assert _adapted_names(model) == {"0", "proj", "reads.last"}
+    model.save_pretrained(tmp_path)
+    assert _adapted_names(PeftModel.from_pretrained(base, tmp_path)) == {"0", "proj", "reads.last"}
 
 
 class Standardised(nn.Conv2d):

@@ -55,7 +55,7 @@ def resolve_targets(config: SparseConfig, model: nn.Module, default: str) -> Non
                 "its output layer can't be told apart."
             )
         config.target_modules = default
-    if str(config.target_modules).lower() in (ALL_NEURONS, INCLUDE_LINEAR_LAYERS_SHORTHAND):
+    if resolved := str(config.target_modules).lower() in (ALL_NEURONS, INCLUDE_LINEAR_LAYERS_SHORTHAND):
         warn_of_others(model)
     if config.target_modules == ALL_NEURONS:
         config.target_modules = sorted(_layers_with_neurons(config, model))
@@ -82,6 +82,15 @@ def resolve_targets(config: SparseConfig, model: nn.Module, default: str) -> Non
                 f"layers_to_transform={config.layers_to_transform!r} and layers_pattern={config.layers_pattern!r} "
                 "leave no layer to adapt; name blocks that the model has."
             )
+    if resolved and config.layers_to_transform is None:  # which goes with a list alone
+        config.target_modules = _exactly(model, sorted(config.target_modules or ()))
+
+
+def _exactly(model: nn.Module, names: list[str]) -> list[str] | str:
+    """Names as they are, or as a pattern where they are ends of other modules' names, which PEFT would take too."""
+    others = {name for name, _ in model.named_modules() if not inside_adapter(model, name)}.difference(names)
+    is_open = not {end for name in others for end in _ends(name)}.isdisjoint(names)
+    return "|".join(map(re.escape, names)) if is_open else names
 
 
 def is_head(model: nn.Module, name: str, config: SparseConfig) -> bool:
