@@ -90,7 +90,8 @@ def test_an_interrupted_experiment_goes_on(folder, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_all_experiments_run_on_stand_ins_in_two_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda kind: fork_server())
+    context = fork_server()
+    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda kind: context)
     evidence.main([*QUICK[:-1], "2", "--out", str(tmp_path)])
     content = json.loads((tmp_path / "evidence.json").read_text())
     assert set(Plan().names) <= set(content)
