@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from llava_combinations import check, compose, rows
+from _factory.check import check, compose, rows
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration, MambaConfig, MambaForCausalLM
