@@ -132,7 +132,7 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize(("module", "name", "snippet"), _snippets())
+@pytest.mark.parametrize(("module", "name", "snippet"), list(_snippets()))
 @pytest.mark.filterwarnings("ignore")
 def test_the_snippet_runs(module, name, snippet, hub, monkeypatch):
     monkeypatch.chdir(hub)

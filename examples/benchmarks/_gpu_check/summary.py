@@ -74,7 +74,7 @@ def experts(results: Sequence[Row]) -> list[str]:
         {
             "step on experts": f"{row['block']} {row['method']}",
             "ms": f"{1000 * row['seconds']['median']:.1f}",
-            "/ LoRA": f"{row['over_lora']['median']:.3f}",
+            **{f"/ {other}": f"{ratio['median']:.3f}" for other, ratio in row["ratios"].items()},
             "peak, MiB": mebibytes(row["peak_bytes"]),
             "optimiser": mebibytes(row["optimizer_bytes"]),
         }
