@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -83,11 +84,8 @@ def naming_cards(push_to_hub: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(push_to_hub)
     def push(self: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        token = hub_id.set(repo_id)
-        try:
+        with _pushed_as(repo_id):
             return push_to_hub(self, repo_id, *args, **kwargs)
-        finally:
-            hub_id.reset(token)
 
     return push
 
@@ -99,14 +97,20 @@ def naming_cards_in_folder(upload_folder: Callable[..., Any]) -> Callable[..., A
     def upload(self: Any, *args: Any, **kwargs: Any) -> Any:
         folder = kwargs.get("folder_path")
         if folder is not None and not kwargs.get("path_in_repo") and kwargs.get("repo_type") in (None, "model"):
-            token = hub_id.set(kwargs.get("repo_id"))
-            try:
+            with _pushed_as(kwargs.get("repo_id")):
                 complete_quietly(folder)
-            finally:
-                hub_id.reset(token)
         return upload_folder(self, *args, **kwargs)
 
     return upload
+
+
+@contextmanager
+def _pushed_as(repo_id: str | None) -> Iterator[None]:
+    token = hub_id.set(repo_id)
+    try:
+        yield
+    finally:
+        hub_id.reset(token)
 
 
 def _template(method: str) -> Path:

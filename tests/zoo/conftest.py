@@ -16,7 +16,7 @@ def pytest_sessionfinish(session):
     tried = {(table, row) for table, row, _ in _cells}
     complete = {("architectures", name) for name in ARCHITECTURES} <= tried and len({t for t, _ in tried}) == 4
     if not hasattr(session.config, "workerinput") and complete and not session.testsfailed:
-        order = [*(name for name in ARCHITECTURES), *_order()]
+        order = [*ARCHITECTURES, *_order()]
         cells = dict(sorted(_cells.items(), key=lambda cell: order.index(cell[0][1])))
         write(
             cells,
