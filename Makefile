@@ -43,13 +43,13 @@ evidence: $(STAMP) ## every comparison on pretrained models: some three and a ha
 	$(BIN)/python examples/evidence.py $(ARGS)
 
 test: $(STAMP) ## peft_ext's tests
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -o cache_dir=$(CACHE)/pytest $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -o cache_dir=$(CACHE)/pytest $(ARGS)
 
 test-peft: $(STAMP) ## PEFT's own test-suite, run against every sparse method
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/upstream/run.py $(ARGS)
 
 test-zoo: $(STAMP) ## every verb, trainer, quantisation and architecture: docs/compatibility.md
-	ZOO=all HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -o cache_dir=$(CACHE)/pytest tests/zoo $(ARGS)
+	ZOO=all HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -o cache_dir=$(CACHE)/pytest tests/zoo $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .
