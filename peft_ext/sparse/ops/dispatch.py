@@ -76,6 +76,8 @@ def choose_conv_backend(requested: str, x: Tensor, weight: Tensor | None, entrie
     The path to take for one call of a convolution; see [`choose_backend`]. The folded path takes any support, and
     `"copied"` is one more that only `"auto"` takes: without gradients, where a copy of W is soon made.
     """
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        requested = "reference"  # the one with rules for torch.func
     path = _settled_path(requested, x, weight, entries)
     if path is not None or weight is None:
         return path or "bypass"
@@ -86,7 +88,7 @@ def choose_conv_backend(requested: str, x: Tensor, weight: Tensor | None, entrie
         return "bypass"
     if not torch.is_grad_enabled():
         is_small = weight.device.type == "cpu" and weight.numel() <= COPIED_CONV_UP_TO
-        return "copied" if is_small and not torch._C._are_functorch_transforms_active() else "bypass"
+        return "copied" if is_small else "bypass"
     if why_not_ours(weight) is not None:  # the dense path of convolutions folds too
         return "bypass"
     share = min(DENSE_CONV_ABOVE * groups, DENSE_GROUPED_CONV_ABOVE)

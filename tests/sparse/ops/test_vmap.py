@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from peft_ext.sparse.ops.bypass import sparse_add, sparse_grad_input, sparse_grad_values
 
@@ -65,12 +66,21 @@ def test_activations_that_share_values_are_one_product():
     assert bags(lambda: torch.func.vmap(product)(several)) == bags(lambda: product(inputs.grad)) > 0
 
 
+BASES = {
+    "linear": (lambda: random_linear(9, 6), (5, 9)),
+    "convolution": (lambda: nn.Conv2d(4, 6, 3, padding=1), (2, 4, 5, 5)),
+    "groups": (lambda: nn.Conv2d(4, 6, 3, stride=2, groups=2), (2, 4, 5, 5)),
+}
+
+
 @pytest.mark.parametrize("backend", ["auto", "bypass", "folded", "dense"])
-def test_layers_give_gradients_per_task(backend):
-    layer = adapt(random_linear(9, 6), k=2, backend=backend)
+@pytest.mark.parametrize("base", BASES)
+def test_layers_give_gradients_per_task(base, backend):
+    make, shape = BASES[base]
+    layer = adapt(make().requires_grad_(False), k=2, backend=backend)
     name = "neuroada_delta.default.weight"
     values, frozen = dict(layer.named_parameters())[name].detach(), dict(layer.named_buffers())
-    xs = torch.randn(TASKS, 5, 9)
+    xs = torch.randn(TASKS, *shape)
 
     def loss(values, x):
         return torch.func.functional_call(layer, {name: values, **frozen}, (x,)).square().sum()
