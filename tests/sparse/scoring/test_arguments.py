@@ -111,6 +111,10 @@ def test_batches_without_labels_are_the_cause_of_a_loss_that_is_not_finite(tiny,
     _refused(
         ["batch 0 is nan", "-100", "leave the batch out"], lambda: gradient_scores(tiny("bert"), [batch], "model")
     )
+    batch = inputs_of("gpt2")
+    batch["labels"] = batch["input_ids"].clone()
+    batch["labels"][:, 1:] = -100
+    _refused(["batch 0 is nan", "first tokens"], lambda: gradient_scores(tiny("gpt2"), [batch], "model"))
 
 
 def test_a_folder_may_be_a_path(tmp_path):

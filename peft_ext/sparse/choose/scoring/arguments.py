@@ -45,6 +45,11 @@ def check_loss(value: Any, number: int, batch: Any) -> Tensor:
         cause = ""
         if isinstance(labels, Tensor) and bool((labels == IGNORED).all()):
             cause = f" All of its labels are {IGNORED}, which marks what is not to be learned; leave the batch out."
+        elif isinstance(labels, Tensor) and labels.dim() > 1 and bool((labels[:, 1:] == IGNORED).all()):
+            cause = (
+                f" All of its labels but those of first tokens are {IGNORED}, and a causal language model has nothing "
+                "to predict its first token from; leave the batch out."
+            )
         raise ValueError(f"The loss of batch {number} is {value.item()}, so no entries can be ranked.{cause}")
     if not value.requires_grad:
         raise ValueError(
