@@ -23,16 +23,10 @@ CONVERTIBLE = tuple(kind for kind in (PeftType.SHIRA, SUPERTUNING) if kind is no
 
 @dataclass
 class Entries:
-    """
-    The entries that an adapter trains in one weight.
+    """The entries that an adapter trains in one weight."""
 
-    Args:
-        support ([`Support`]): which ones.
-        values (`torch.Tensor`): what is added to them, in the shape of `support.indices`.
-    """
-
-    support: Support
-    values: Tensor
+    support: Support  # which ones
+    values: Tensor  # what is added to them, in the shape of `support.indices`
 
 
 def check_convertible(adapter_name: str, config: PeftConfig) -> None:

@@ -29,20 +29,12 @@ _PARTS = {"weight", "bias", "indices", "offsets", "fingerprint"}
 
 @dataclass(frozen=True)
 class Entries:
-    """
-    What an adapter trains in one module.
+    """What an adapter trains in one module."""
 
-    Attributes:
-        support ([`Support`]): which entries, of the weight as `[rows, fan_in]`.
-        values (`torch.Tensor`): what is added to them, in the shape of the support's indices.
-        fingerprint (`torch.Tensor`): of the base weight.
-        bias (`torch.Tensor`, *optional*): what is added to the layer's bias.
-    """
-
-    support: Support
-    values: Tensor
-    fingerprint: Tensor
-    bias: Tensor | None
+    support: Support  # which entries, of the weight as `[rows, fan_in]`
+    values: Tensor  # what is added to them, in the shape of the support's indices
+    fingerprint: Tensor  # of the base weight
+    bias: Tensor | None  # what is added to the layer's bias
 
 
 class AdapterFile:

@@ -18,14 +18,10 @@ from .names import Names, Place
 
 @dataclass(frozen=True)
 class Change:
-    """
-    One change of a tensor.
+    """One change of a tensor."""
 
-    Attributes:
-        values (`Callable`): from the tensor to positions in it when flattened, int64 (`None` for all of it), and the
-            new values there, in its dtype.
-    """
-
+    # From the tensor to positions in it when flattened, int64 (`None` for all of it), and the new values there, in its
+    # dtype
     values: Callable[[Tensor], tuple[Tensor | None, Tensor]]
 
 

@@ -37,21 +37,13 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Stored:
-    """
-    Where a tensor lies.
+    """Where a tensor lies."""
 
-    Attributes:
-        file (`str`): name of the file in the checkpoint's folder.
-        dtype (`str`): as safetensors names it, such as `"BF16"`.
-        shape (`tuple[int, ...]`): its shape.
-        start, end (`int`): its bytes in the file.
-    """
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
+    file: str  # name of the file in the checkpoint's folder
+    dtype: str  # as safetensors names it, such as `"BF16"`
+    shape: tuple[int, ...]  # its shape
+    start: int  # its first byte in the file
+    end: int  # the byte after its last
 
 
 class Checkpoint:

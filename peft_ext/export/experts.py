@@ -16,19 +16,12 @@ from .checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class Piece:
-    """
-    Some neurons of a fused weight.
+    """Some neurons of a fused weight."""
 
-    Attributes:
-        key (`str`): the tensor of the checkpoint.
-        first_row, rows (`int`): which of the weight's rows it holds.
-        of_expert (`int`, *optional*): of a tensor `[experts, fan_in, rows]`, the rows of one expert.
-    """
-
-    key: str
-    first_row: int
-    rows: int
-    of_expert: int | None = None
+    key: str  # the tensor of the checkpoint
+    first_row: int  # the first of the weight's rows that it holds
+    rows: int  # how many it holds
+    of_expert: int | None = None  # of a tensor `[experts, fan_in, rows]`, the rows of one expert
 
     def within(self, support: Support) -> tuple[Tensor, Tensor]:
         """Which of a support's entries lie in the tensor (bool `[entries]`), and where in it when flattened."""

@@ -22,21 +22,13 @@ from .experts import Piece, pieces_of, sources_of, whole_bank
 
 @dataclass(frozen=True)
 class Place:
-    """
-    A weight `[rows, fan_in]` inside a tensor of a checkpoint.
+    """A weight `[rows, fan_in]` inside a tensor of a checkpoint."""
 
-    Attributes:
-        key (`str`): name of the tensor.
-        rows, fan_in (`int`): shape of the weight seen as neurons.
-        transposed (`bool`): whether a neuron is a column of the tensor, as transformers' `Conv1D` keeps it.
-        first_row (`int`): where the weight begins, in a tensor that holds several.
-    """
-
-    key: str
-    rows: int
+    key: str  # name of the tensor
+    rows: int  # of the weight seen as neurons
     fan_in: int
-    transposed: bool = False
-    first_row: int = 0
+    transposed: bool = False  # whether a neuron is a column of the tensor, as transformers' `Conv1D` keeps it
+    first_row: int = 0  # where the weight begins, in a tensor that holds several
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """The weight, a view of the tensor."""

@@ -17,20 +17,12 @@ SHORT = "\nAnswer the question using a single word or phrase."
 
 @dataclass
 class Question:
-    """
-    A question of a benchmark.
+    """A question of a benchmark."""
 
-    Args:
-        sample ([`Sample`]): what the model is asked.
-        references (`list[str]`): the right answer, or several people's.
-        group (`str`): what questions are scored together by: an image of MME, a part of POPE.
-        options (`int`): number of choices.
-    """
-
-    sample: Sample
-    references: list[str]
-    group: str = ""
-    options: int = 0
+    sample: Sample  # what the model is asked
+    references: list[str]  # the right answer, or several people's
+    group: str = ""  # what questions are scored together by: an image of MME, a part of POPE
+    options: int = 0  # number of choices
     extra: dict[str, Any] = field(default_factory=dict)
 
 

@@ -53,16 +53,10 @@ _NOT_IN_TABLE = {
 
 @dataclass(frozen=True)
 class CardFacts:
-    """
-    An adapter's options and the sizes of its tensors.
+    """An adapter's options and the sizes of its tensors."""
 
-    Args:
-        folder (`Path`): where its files are.
-        config (`dict`): its `adapter_config.json`.
-    """
-
-    folder: Path
-    config: dict[str, Any]
+    folder: Path  # where its files are
+    config: dict[str, Any]  # its `adapter_config.json`
 
     @classmethod
     def of(cls, folder: Path) -> CardFacts | None:

@@ -22,26 +22,16 @@ STATE_NAME = "mtl_state.pt"
 
 @dataclass
 class MTLState:
-    """
-    What multi-task training carries from one optimiser step to the next.
+    """What multi-task training carries from one optimiser step to the next."""
 
-    Attributes:
-        method (`str`): name of the method.
-        tasks (`list[str]`): names of the tasks.
-        aggregator ([`Aggregator`]): the method.
-        conflicts ([`ConflictRecorder`]): the gradient conflicts recorded so far.
-        gradients ([`TaskGradients`], *optional*): the tasks' gradients; from the first step on.
-        logged_losses (`list[np.ndarray]`): the tasks' losses `[tasks]` of every step since the last log.
-        skipped_steps (`int`): steps left out because their gradients were not finite.
-    """
-
-    method: str
-    tasks: list[str]
-    aggregator: Aggregator
-    conflicts: ConflictRecorder
-    gradients: TaskGradients | None = None
+    method: str  # name of the method
+    tasks: list[str]  # names of the tasks
+    aggregator: Aggregator  # the method
+    conflicts: ConflictRecorder  # the gradient conflicts recorded so far
+    gradients: TaskGradients | None = None  # the tasks' gradients; from the first step on
+    # The tasks' losses `[tasks]` of every step since the last log
     logged_losses: list[Array] = field(default_factory=list)
-    skipped_steps: int = 0
+    skipped_steps: int = 0  # steps left out because their gradients were not finite
 
     def __post_init__(self) -> None:
         self.untrained = copy.deepcopy(self.aggregator.state_dict())

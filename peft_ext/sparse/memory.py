@@ -22,17 +22,12 @@ class Region:
     """
     The memory of a tensor, from its first byte to its last. A tensor without memory (meta, sharded, packed) is one of
     its own, known by the object.
-
-    Args:
-        space (`Hashable`): device and address of the storage, or the tensor's `id`.
-        start, end (`int`): bytes within the storage.
-        layout (`Hashable`): what else tells two tensors over the same bytes apart.
     """
 
-    space: Hashable
-    start: int = 0
-    end: int = 1
-    layout: Hashable = None
+    space: Hashable  # device and address of the storage, or the tensor's `id`
+    start: int = 0  # the first byte within the storage
+    end: int = 1  # the byte after the last
+    layout: Hashable = None  # what else tells two tensors over the same bytes apart
 
     @classmethod
     def of(cls, tensor: Tensor) -> Region:

@@ -13,21 +13,13 @@ from .fingerprint import check_fingerprint, difference, fingerprint_of, is_unkno
 
 @dataclass(frozen=True, eq=False)
 class Support:
-    """
-    The chosen entries of one weight seen as `[rows, fan_in]`, where a row is a neuron.
+    """The chosen entries of one weight seen as `[rows, fan_in]`, where a row is a neuron."""
 
-    Args:
-        indices (`torch.Tensor`):
-            int32 column indices, increasing within a row. `[rows, k]` if each row has k entries (table form), else
-            `[entries]` (ragged form).
-        fan_in (`int`):
-            Number of columns of the weight.
-        offsets (`torch.Tensor`, *optional*):
-            Ragged form only: int32 `[rows + 1]`; row i owns the entries `offsets[i]:offsets[i + 1]`.
-    """
-
+    # int32 column indices, increasing within a row. `[rows, k]` if each row has k entries (table form), else
+    # `[entries]` (ragged form)
     indices: Tensor
-    fan_in: int
+    fan_in: int  # Number of columns of the weight
+    # Ragged form only: int32 `[rows + 1]`; row i owns the entries `offsets[i]:offsets[i + 1]`
     offsets: Tensor | None = None
 
     @classmethod

@@ -39,17 +39,13 @@ def check_mask(mask: Any, name: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Edges:
-    """
-    The edges of one pair: `target` may no longer attend to `source` (rows are targets).
+    """The edges of one pair: `target` may no longer attend to `source` (rows are targets)."""
 
-    Attributes:
-        source, target (`torch.Tensor`): bool `[batch, sequence]`, over the prompt.
-        source_follows, target_follows (`bool`): whether the group is the last position, which each generated token
-            takes over. A generated token's edge to a source that follows is the one to itself.
-    """
-
+    # Bool `[batch, sequence]`, over the prompt
     source: Tensor
     target: Tensor
+    # Whether the group is the last position, which each generated token takes over. A generated token's edge to a
+    # source that follows is the one to itself
     source_follows: bool = False
     target_follows: bool = False
 

@@ -23,40 +23,24 @@ _NORM = ("norm", "final_layernorm", "final_layer_norm", "layer_norm", "embedding
 
 @dataclass(frozen=True)
 class Layer:
-    """
-    One decoder layer.
+    """One decoder layer."""
 
-    Attributes:
-        index (`int`): its number, from 0.
-        module (`torch.nn.Module`): the layer.
-        attention (`torch.nn.Module`, *optional*): its self-attention; `None` where it has none that takes a mask.
-        mlp (`torch.nn.Module`, *optional*): its feed-forward part.
-        problem (`str`): why there is no attention to knock out; empty if there is one.
-    """
-
-    index: int
-    module: nn.Module
-    attention: nn.Module | None
-    mlp: nn.Module | None
-    problem: str = ""
+    index: int  # its number, from 0
+    module: nn.Module  # the layer
+    attention: nn.Module | None  # its self-attention; `None` where it has none that takes a mask
+    mlp: nn.Module | None  # its feed-forward part
+    problem: str = ""  # why there is no attention to knock out; empty if there is one
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """
-    Attributes:
-        model (`torch.nn.Module`): the model itself, without PEFT's wrapper.
-        decoder (`torch.nn.Module`): the text decoder.
-        layers (`list[Layer]`): its layers in order.
-        text_config (`Any`): the decoder's configuration.
-        virtual_tokens (`int`): embeddings that prompt tuning puts before the prompt.
-    """
+    """The parts of a model that knockouts need."""
 
-    model: nn.Module
-    decoder: nn.Module
-    layers: list[Layer]
-    text_config: Any
-    virtual_tokens: int = 0
+    model: nn.Module  # the model itself, without PEFT's wrapper
+    decoder: nn.Module  # the text decoder
+    layers: list[Layer]  # its layers in order
+    text_config: Any  # the decoder's configuration
+    virtual_tokens: int = 0  # embeddings that prompt tuning puts before the prompt
 
     @property
     def norm(self) -> nn.Module:

@@ -13,16 +13,10 @@ from transformers import Cache
 
 
 class Span(NamedTuple):
-    """
-    Where one call to a layer stands in the whole sequence, the cache included.
+    """Where one call to a layer stands in the whole sequence, the cache included."""
 
-    Attributes:
-        queries (`range`): positions of the tokens in this call.
-        keys (`range`): positions of the keys that it sees. A sliding cache has dropped the first ones.
-    """
-
-    queries: range
-    keys: range
+    queries: range  # positions of the tokens in this call
+    keys: range  # positions of the keys that it sees. A sliding cache has dropped the first ones
 
 
 def span_of_call(arguments: dict[str, Any], layer: int) -> Span:

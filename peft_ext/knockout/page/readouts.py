@@ -18,18 +18,11 @@ from ..read.modality import attention_rows, check_step, modality_attention, moda
 
 @dataclass
 class Lens:
-    """
-    The logit lens of one sample. Entry 0 is before the first layer, entry l + 1 after layer l.
+    """The logit lens of one sample. Entry 0 is before the first layer, entry l + 1 after layer l."""
 
-    Attributes:
-        answer (`str`): the token whose probability is read.
-        probability (`list[float]`): its probability, `[layers + 1]`.
-        words (`list[list[tuple[str, float]]]`): the most probable tokens and their probabilities, best first.
-    """
-
-    answer: str
-    probability: list[float]
-    words: list[list[tuple[str, float]]]
+    answer: str  # the token whose probability is read
+    probability: list[float]  # its probability, `[layers + 1]`
+    words: list[list[tuple[str, float]]]  # the most probable tokens and their probabilities, best first
 
 
 @torch.no_grad()

@@ -13,14 +13,10 @@ from ..prompts.spans import segments
 
 @dataclass
 class Piece:
-    """
-    Attributes:
-        text (`str`): empty for the image.
-        positions (`list[int]`): of its tokens.
-    """
+    """Some tokens of a prompt: text, or a run of image tokens."""
 
-    text: str
-    positions: list[int]
+    text: str  # empty for the image
+    positions: list[int]  # of its tokens
 
 
 def pieces_of(tokenizer: Any, sample: FlowSample, patches: list[int]) -> list[Piece]:

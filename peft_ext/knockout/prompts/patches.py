@@ -19,20 +19,12 @@ _SLOPES, _LONGEST = 2, 2048
 
 
 class Coverage(NamedTuple):
-    """
-    Per image token of a prompt, in their order.
+    """Per image token of a prompt, in their order."""
 
-    Attributes:
-        share (`torch.Tensor`): float32 `[tokens]`, how much of the token's patch the boxes cover.
-        peak (`torch.Tensor`): float32 `[tokens]`, the same for its most covered pixel.
-        place (`torch.Tensor`): bool `[tokens]`, whether it is a patch at all: not a newline, not a class token.
-        side (`float`): pixels along a patch's side, as the model sees it.
-    """
-
-    share: Tensor
-    peak: Tensor
-    place: Tensor
-    side: float = 1.0
+    share: Tensor  # float32 `[tokens]`, how much of the token's patch the boxes cover
+    peak: Tensor  # float32 `[tokens]`, the same for its most covered pixel
+    place: Tensor  # bool `[tokens]`, whether it is a patch at all: not a newline, not a class token
+    side: float = 1.0  # pixels along a patch's side, as the model sees it
 
 
 def image_size(image: Any) -> tuple[int, int]:

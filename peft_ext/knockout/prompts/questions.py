@@ -25,30 +25,21 @@ _OBJECTS = ("central object", "object1", "object2")
 
 @dataclass
 class Question:
-    """
-    Attributes:
-        name (`str`): unique in the data set.
-        text (`str`), answer (`str`): the question and the right answer.
-        image (`Any`): a PIL image, the path of one, or `{"bytes": …, "path": …}`.
-        true_option, false_option (`str`): what a choice offers; empty if it offers nothing.
-        objects (`list[str]`): what the question is about.
-        boxes (`list`): left, top, width and height of these objects, in pixels of the image as it is shown.
-        info (`dict`): more columns for the results.
-        size (`tuple[int, int]`, *optional*): width and height of the image that the boxes were drawn on.
-        problem (`str`): why it cannot be asked; empty if it can.
-    """
+    """A question about an image."""
 
-    name: str
-    text: str
-    answer: str
-    image: Any
+    name: str  # unique in the data set
+    text: str  # the question
+    answer: str  # the right answer
+    image: Any  # a PIL image, the path of one, or `{"bytes": …, "path": …}`
+    # What a choice offers; empty if it offers nothing
     true_option: str = ""
     false_option: str = ""
-    objects: list[str] = field(default_factory=list)
+    objects: list[str] = field(default_factory=list)  # what the question is about
+    # Left, top, width and height of these objects, in pixels of the image as it is shown
     boxes: list[tuple[float, float, float, float]] = field(default_factory=list)
-    info: dict[str, Any] = field(default_factory=dict)
-    size: tuple[int, int] | None = None
-    problem: str = ""
+    info: dict[str, Any] = field(default_factory=dict)  # more columns for the results
+    size: tuple[int, int] | None = None  # width and height of the image that the boxes were drawn on
+    problem: str = ""  # why it cannot be asked; empty if it can
 
     def open_image(self) -> Any:
         """

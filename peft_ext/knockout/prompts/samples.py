@@ -77,24 +77,14 @@ class LazySample:
 
 @dataclass
 class Prompt:
-    """
-    A sample ready to run.
+    """A sample ready to run."""
 
-    Attributes:
-        inputs (`dict`): on the model's device, with the answer's tokens before the one that is read.
-        edges (`dict[tuple[str, str], Edges]`): by (source, target).
-        readout (`torch.Tensor`): int64 `[batch]`, the position that predicts the answer's token.
-        answer (`torch.Tensor`, *optional*): int64 `[batch]`, that token; `None` for the model's own choice.
-        answer_tokens (`int`): the answer's tokens in the inputs.
-        names (`list[str]`): of the rows.
-    """
-
-    inputs: dict[str, Any]
-    edges: dict[tuple[str, str], Edges]
-    readout: Tensor
-    answer: Tensor | None
-    answer_tokens: int
-    names: list[str]
+    inputs: dict[str, Any]  # on the model's device, with the answer's tokens before the one that is read
+    edges: dict[tuple[str, str], Edges]  # by (source, target)
+    readout: Tensor  # int64 `[batch]`, the position that predicts the answer's token
+    answer: Tensor | None  # int64 `[batch]`, that token; `None` for the model's own choice
+    answer_tokens: int  # the answer's tokens in the inputs
+    names: list[str]  # of the rows
 
 
 def parse_pairs(pairs: Any) -> list[tuple[str, str]]:

@@ -22,16 +22,10 @@ _JAMO = range(0x1160, 0x1200)  # vowels and final consonants, which continue a K
 
 
 class Match(NamedTuple):
-    """
-    One occurrence of a phrase.
+    """One occurrence of a phrase."""
 
-    Attributes:
-        rank (`int`): how well it matches; 0 is best, see [`Segment.find`].
-        tokens (`list[int]`): positions in the sequence.
-    """
-
-    rank: int
-    tokens: list[int]
+    rank: int  # how well it matches; 0 is best, see [`Segment.find`]
+    tokens: list[int]  # positions in the sequence
 
     @property
     def whole(self) -> bool:
@@ -41,16 +35,11 @@ class Match(NamedTuple):
 
 @dataclass
 class Segment:
-    """
-    A run of text tokens without image tokens between them.
+    """A run of text tokens without image tokens between them."""
 
-    Attributes:
-        text (`str`): decoded.
-        owners (`list[list[int]]`): for each character, the positions in the sequence of the tokens that it lies in:
-            more than one where tokens hold parts of its bytes.
-    """
-
-    text: str
+    text: str  # decoded
+    # For each character, the positions in the sequence of the tokens that it lies in: more than one where tokens hold
+    # parts of its bytes
     owners: list[list[int]]
 
     def __post_init__(self) -> None:
@@ -87,18 +76,11 @@ class Segment:
 
 
 class _Folded(NamedTuple):
-    """
-    A text in a form for comparison, without spaces, since tokenizers differ in those that they decode to.
+    """A text in a form for comparison, without spaces, since tokenizers differ in those that they decode to."""
 
-    Attributes:
-        characters (`str`): of that form.
-        origin (`list[int]`): for each of them the character of the text that it comes from.
-        boundary (`list[bool]`): whether a word may begin or end before each of them, and at the end.
-    """
-
-    characters: str
-    origin: list[int]
-    boundary: list[bool]
+    characters: str  # of that form
+    origin: list[int]  # for each of them the character of the text that it comes from
+    boundary: list[bool]  # whether a word may begin or end before each of them, and at the end
 
 
 def _exact(text: str) -> str:

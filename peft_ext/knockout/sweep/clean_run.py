@@ -30,47 +30,32 @@ class _NotClosed(Exception):
 
 @dataclass
 class LayerRun:
-    """
-    What a layer saw in the clean pass. T tokens are kept, from the first target on.
+    """What a layer saw in the clean pass. T tokens are kept, from the first target on."""
 
-    Attributes:
-        hidden (`torch.Tensor`): `[batch, T, D]`, its input.
-        added (`torch.Tensor`, *optional*): `[batch, T, D]`, what the decoder adds to its output before the next layer
-            (Qwen3-VL's DeepStack); `None` for nothing.
-        keys, values (`torch.Tensor`): `[batch, heads, tokens, D/heads]` of all tokens.
-        allowed (`torch.Tensor`): bool `[batch or 1, 1, T, tokens]`, the model's own edges.
-        arguments (`dict`): its other arguments.
-        cache_name (`str`): the argument that holds the cache.
-    """
-
-    hidden: Tensor
+    hidden: Tensor  # `[batch, T, D]`, its input
+    # `[batch, heads, tokens, D/heads]` of all tokens
     keys: Tensor
     values: Tensor
-    allowed: Tensor
-    arguments: dict[str, Any]
-    cache_name: str
+    allowed: Tensor  # bool `[batch or 1, 1, T, tokens]`, the model's own edges
+    arguments: dict[str, Any]  # its other arguments
+    cache_name: str  # the argument that holds the cache
+    # `[batch, T, D]`, what the decoder adds to its output before the next layer (Qwen3-VL's DeepStack); `None` for
+    # nothing
     added: Tensor | None = None
 
 
 @dataclass
 class CleanRun:
-    """
-    Attributes:
-        logits (`torch.Tensor`): float32 `[batch, vocabulary]` at the readout position of each row.
-        firsts (`list[int]`): for each given first target, the position that its knockout's effects begin at: the
-            target's own, or the start of the block of tokens around it that attend both ways (Gemma 3's images).
-        start (`int`): the first kept position, the smallest of these.
-        length (`int`): tokens in the sequence.
-        layers (`list[LayerRun]`): empty if nothing was kept.
-        final (`torch.Tensor`, *optional*): `[batch, T, D]`, the last layer's output.
-    """
+    """A forward pass without knockouts."""
 
-    logits: Tensor
+    logits: Tensor  # float32 `[batch, vocabulary]` at the readout position of each row
+    # For each given first target, the position that its knockout's effects begin at: the target's own, or the start of
+    # the block of tokens around it that attend both ways (Gemma 3's images)
     firsts: list[int]
-    start: int
-    length: int
-    layers: list[LayerRun] = field(default_factory=list)
-    final: Tensor | None = None
+    start: int  # the first kept position, the smallest of these
+    length: int  # tokens in the sequence
+    layers: list[LayerRun] = field(default_factory=list)  # empty if nothing was kept
+    final: Tensor | None = None  # `[batch, T, D]`, the last layer's output
 
 
 def logits_at(

@@ -32,18 +32,11 @@ Span = tuple[int, int]
 
 
 class Passes(NamedTuple):
-    """
-    Log-probabilities of each row's answer, float32 `[batch]`.
+    """Log-probabilities of each row's answer, float32 `[batch]`."""
 
-    Attributes:
-        answer (`torch.Tensor`): int64 `[batch]`: the given answer, or the clean pass's most probable token.
-        clean (`torch.Tensor`): without a knockout.
-        knocked (`dict[tuple[tuple[str, str], tuple[int, int]], torch.Tensor]`): by pair and span of layers.
-    """
-
-    answer: Tensor
-    clean: Tensor
-    knocked: dict[tuple[Pair, Span], Tensor]
+    answer: Tensor  # int64 `[batch]`: the given answer, or the clean pass's most probable token
+    clean: Tensor  # without a knockout
+    knocked: dict[tuple[Pair, Span], Tensor]  # by pair and span of layers
 
 
 @torch.no_grad()

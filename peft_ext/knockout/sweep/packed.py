@@ -25,23 +25,14 @@ from .prefix_cache import InPlace, Prefix
 
 @dataclass(frozen=True)
 class Knock:
-    """
-    One knocked-out pass.
+    """One knocked-out pass."""
 
-    Attributes:
-        first (`int`): the first position that it may change.
-        start, end (`int`): its window of layers.
-        edges ([`Edges`], *optional*): the edges to block, or
-        positions (`torch.Tensor`, *optional*): bool `[batch, sequence]`, where `module` adds nothing.
-        module (`str`): `"attention"` or `"mlp"`.
-    """
-
-    first: int
-    start: int
-    end: int
-    edges: Edges | None = None
-    positions: Tensor | None = None
-    module: str = "attention"
+    first: int  # the first position that it may change
+    start: int  # the first layer of its window
+    end: int  # the layer after its last
+    edges: Edges | None = None  # the edges to block, or
+    positions: Tensor | None = None  # bool `[batch, sequence]`, where `module` adds nothing
+    module: str = "attention"  # `"attention"` or `"mlp"`
 
 
 class PackedPasses:

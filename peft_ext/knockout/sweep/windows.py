@@ -9,16 +9,11 @@ MODES = ("centred", "forward")
 
 
 class Window(NamedTuple):
-    """
-    Attributes:
-        layer (`int`): the layer that the result is reported for.
-        start (`int`): the first layer of the window.
-        end (`int`): the layer after its last.
-    """
+    """The layers that a knockout at one layer covers."""
 
-    layer: int
-    start: int
-    end: int
+    layer: int  # the layer that the result is reported for
+    start: int  # the first layer of the window
+    end: int  # the layer after its last
 
 
 def windows(num_layers: int, size: int = 9, mode: str = "centred") -> list[Window]:

@@ -25,18 +25,11 @@ _NO_DISPATCH = "Set accelerator_config={'dispatch_batches': False}, or give a ma
 
 @dataclass(frozen=True)
 class Source:
-    """
-    The samples that a batch was made of. Data loaders, accelerate and `Trainer` pass it on untouched.
+    """The samples that a batch was made of. Data loaders, accelerate and `Trainer` pass it on untouched."""
 
-    Attributes:
-        size (`int`): number of samples.
-        tasks (`list[int]`, *optional*): every sample's task, if samples have one each.
-        samples (`list`, *optional*): the samples, if they will be collated again.
-    """
-
-    size: int
-    tasks: list[int] | None = None
-    samples: list[Any] | None = None
+    size: int  # number of samples
+    tasks: list[int] | None = None  # every sample's task, if samples have one each
+    samples: list[Any] | None = None  # the samples, if they will be collated again
 
     def by_task(self) -> dict[int, list[Any]]:
         """The samples of each task."""

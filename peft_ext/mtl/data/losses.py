@@ -20,21 +20,13 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Window:
-    """
-    The micro-batches of one optimiser step, over all processes.
+    """The micro-batches of one optimiser step, over all processes."""
 
-    Attributes:
-        counts (`torch.Tensor`): labels (or samples) of each task in each micro-batch of this process, float64
-            `[micro-batches, tasks]`.
-        totals (`torch.Tensor`): their sum over micro-batches and processes, `[tasks]`.
-        anywhere (`torch.Tensor`): whether any process has the task in that micro-batch, bool `[micro-batches, tasks]`.
-        num_items (`dict[int, torch.Tensor]`): per task, what losses are divided by where they are sums, if known.
-    """
-
+    # Labels (or samples) of each task in each micro-batch of this process, float64 `[micro-batches, tasks]`
     counts: Tensor
-    totals: Tensor
-    anywhere: Tensor
-    num_items: dict[int, Any]
+    totals: Tensor  # their sum over micro-batches and processes, `[tasks]`
+    anywhere: Tensor  # whether any process has the task in that micro-batch, bool `[micro-batches, tasks]`
+    num_items: dict[int, Any]  # per task, what losses are divided by where they are sums, if known
 
     @property
     def present(self) -> Tensor:
@@ -51,22 +43,14 @@ class Window:
 
 @dataclass
 class StepLosses:
-    """
-    How far an optimiser step has come.
+    """How far an optimiser step has come."""
 
-    Attributes:
-        window ([`Window`]): the labels of its micro-batches.
-        begun (`int`): micro-batches begun.
-        sums (`np.ndarray`): the tasks' losses so far, weighted so that they add up to means, float64 `[tasks]`.
-        seen (`torch.Tensor`): which tasks have had a loss, bool `[tasks]`.
-        returned (`float`): the loss that `Trainer` has been given.
-    """
-
-    window: Window
-    begun: int = 0
+    window: Window  # the labels of its micro-batches
+    begun: int = 0  # micro-batches begun
+    # The tasks' losses so far, weighted so that they add up to means, float64 `[tasks]`
     sums: Array = field(init=False)
-    seen: Tensor = field(init=False)
-    returned: float = 0.0
+    seen: Tensor = field(init=False)  # which tasks have had a loss, bool `[tasks]`
+    returned: float = 0.0  # the loss that `Trainer` has been given
 
     def __post_init__(self) -> None:
         tasks = len(self.window.totals)

@@ -24,17 +24,11 @@ _FUNCTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 
 @dataclass(frozen=True)
 class OwnPadding:
-    """
-    The zeros that a convolution's own forward adds to its input.
+    """The zeros that a convolution's own forward adds to its input."""
 
-    Args:
-        geometry ([`ConvGeometry`]): of the convolution that follows, which adds none.
-        zeros (`tuple[int, ...]`, *optional*):
-            How many on each side, as `torch.nn.functional.pad` takes them. `None` stands for TensorFlow's "SAME": as
-            many as the output needs to be as large as the input divided by the stride.
-    """
-
-    geometry: ConvGeometry
+    geometry: ConvGeometry  # of the convolution that follows, which adds none
+    # How many on each side, as `torch.nn.functional.pad` takes them. `None` stands for TensorFlow's "SAME": as many as
+    # the output needs to be as large as the input divided by the stride
     zeros: tuple[int, ...] | None = None
 
     def zeros_at(self, size: Sequence[int]) -> tuple[int, ...]:

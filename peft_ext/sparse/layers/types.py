@@ -22,23 +22,16 @@ from .linear import SparseLinear
 @dataclass(frozen=True)
 class LayerTypes:
     """
-    The classes that hold a method's adapters. Every method has its own, so that the adapters of one method can be
-    told from another's around the same layer.
-
-    Attributes:
-        layer: what all of them are instances of; PEFT calls it `tuner_layer_cls`.
-        linear, conv: one per kind of base layer.
-        attention: for `nn.MultiheadAttention`, around linear layers.
-        bank: a layer of all experts.
-        experts: for fused experts, around their layers.
+    The classes that hold a method's adapters. Every method has its own, so that the adapters of one method can be told
+    from another's around the same layer.
     """
 
-    layer: type[SparseLayer]
+    layer: type[SparseLayer]  # what all of them are instances of; PEFT calls it `tuner_layer_cls`
     linear: type[SparseLinear]
     conv: type[SparseConv]
-    attention: type[SparseMultiheadAttention]
-    bank: type[SparseExpertBank]
-    experts: type[SparseExperts]
+    attention: type[SparseMultiheadAttention]  # for `nn.MultiheadAttention`, around linear layers
+    bank: type[SparseExpertBank]  # a layer of all experts
+    experts: type[SparseExperts]  # for fused experts, around their layers
 
     @property
     def own(self) -> tuple[type, ...]:

@@ -12,21 +12,16 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """
-    Kernel, stride, dilation, padding and groups of a convolution.
+    """Kernel, stride, dilation, padding and groups of a convolution."""
 
-    Args:
-        kernel, stride, dilation (`tuple[int, ...]`): one number per spatial dimension.
-        padding (`tuple[int, ...]`): zeros added on each side, as `torch.nn.functional.pad` takes them: last dimension
-            first. `"same"` may add more on one side than on the other.
-        groups (`int`): as in `torch.nn.Conv2d`.
-    """
-
+    # One number per spatial dimension
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
+    # Zeros added on each side, as `torch.nn.functional.pad` takes them: last dimension first. `"same"` may add more on
+    # one side than on the other
     padding: tuple[int, ...]
-    groups: int = 1
+    groups: int = 1  # as in `torch.nn.Conv2d`
 
     @classmethod
     def of(cls, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> ConvGeometry:

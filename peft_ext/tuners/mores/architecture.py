@@ -27,20 +27,13 @@ class Connector:
 
 @dataclass
 class Architecture:
-    """
-    Attributes:
-        layers (`dict[str, nn.Module]`): the decoder layers by name, in order.
-        hidden_size (`int`): D.
-        visual_token_ids (`tuple[int, ...]`): empty for a text model.
-        path (`list[nn.Module]`): the modules from the model to its decoder, both included.
-        connector ([`Connector`], *optional*): `None` if there is none.
-    """
+    """The parts of a model that MoReS needs."""
 
-    layers: dict[str, nn.Module]
-    hidden_size: int
-    visual_token_ids: tuple[int, ...]
-    path: list[nn.Module]
-    connector: Connector | None
+    layers: dict[str, nn.Module]  # the decoder layers by name, in order
+    hidden_size: int  # D
+    visual_token_ids: tuple[int, ...]  # empty for a text model
+    path: list[nn.Module]  # the modules from the model to its decoder, both included
+    connector: Connector | None  # `None` if there is none
 
 
 def inspect_model(model: nn.Module) -> Architecture:

@@ -19,31 +19,23 @@ MASK_ARGUMENT = "visual_token_mask"
 
 @dataclass
 class Call:
-    """
-    Attributes:
-        rows (`int`), tokens (`int`): shape of the decoder's states.
-        start (`int`): tokens in the cache before.
-        device (`torch.device`): of the inputs.
-        input_ids, attention_mask, position_ids, labels, visual_token_mask: the arguments; `None` if not passed.
-        learns (`bool`): whether a language model is trained by it.
-        cache (`Cache`, *optional*): that was passed.
-        trace ([`Trace`]): of what is in it.
-        visual (`tuple`, *optional*): what [`~coverage.visual.visual_tokens_of`] has found.
-    """
+    """One call to the model."""
 
+    # Shape of the decoder's states
     rows: int
     tokens: int
-    start: int
-    device: torch.device
+    start: int  # tokens in the cache before
+    device: torch.device  # of the inputs
+    # The arguments; `None` if not passed
     input_ids: Tensor | None
     attention_mask: Any
     position_ids: Any
     labels: Any
-    learns: bool
+    learns: bool  # whether a language model is trained by it
     visual_token_mask: Any
-    cache: Any
-    trace: Trace
-    visual: tuple[Tensor, int] | None = None
+    cache: Any  # that was passed
+    trace: Trace  # of what is in it
+    visual: tuple[Tensor, int] | None = None  # what [`~coverage.visual.visual_tokens_of`] has found
 
     @property
     def end(self) -> int:

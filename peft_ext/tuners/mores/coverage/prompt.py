@@ -15,21 +15,14 @@ from .trace import trace_of
 
 @dataclass
 class Prompt:
-    """
-    Attributes:
-        length (`int`): its tokens, those in the cache included.
-        input_ids (`torch.Tensor`, *optional*): `[batch, n]`, its last n tokens.
-        attention_mask (`torch.Tensor`, *optional*): `[batch, length]`; `None` if it was not passed.
-        embedded (`bool`): whether it was passed as embeddings.
-        assists (`bool`): whether it stands for the candidates of assisted generation.
-        chosen (`dict`): the steered tokens, as far as they have been found.
-    """
+    """The prompt of generate()."""
 
-    length: int
-    input_ids: Tensor | None = None
-    attention_mask: Tensor | None = None
-    embedded: bool = False
-    assists: bool = False
+    length: int  # its tokens, those in the cache included
+    input_ids: Tensor | None = None  # `[batch, n]`, its last n tokens
+    attention_mask: Tensor | None = None  # `[batch, length]`; `None` if it was not passed
+    embedded: bool = False  # whether it was passed as embeddings
+    assists: bool = False  # whether it stands for the candidates of assisted generation
+    # The steered tokens, as far as they have been found
     chosen: dict[Any, tuple[Tensor, int]] = field(default_factory=dict)
 
     def holds(self, call: Call) -> bool:

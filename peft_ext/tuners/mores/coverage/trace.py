@@ -17,37 +17,23 @@ _ATTRIBUTE = "_mores_trace"
 
 @dataclass
 class Steered:
-    """
-    Attributes:
-        chosen (`torch.Tensor`): bool `[rows, tokens]` from the cache's first token on; later ones are not steered.
-        prompt_end (`int`, *optional*): where the prompt ended whose last tokens were chosen; `None` while it may go
-            on.
-    """
+    """The tokens that adapters with the same options have steered."""
 
-    chosen: Tensor
-    prompt_end: int | None = None
+    chosen: Tensor  # bool `[rows, tokens]` from the cache's first token on; later ones are not steered
+    prompt_end: int | None = None  # where the prompt ended whose last tokens were chosen; `None` while it may go on
 
 
 @dataclass
 class Trace:
-    """
-    Attributes:
-        length (`int`): tokens that calls of the adapted model have put into the cache.
-        visual (`torch.Tensor`, *optional*): bool `[rows, tokens]` from the first token on; later ones are not visual.
-        known_from (`int`): of the tokens before, it is not known whether they are visual.
-        given (`int`, *optional*): number of the given mask that `visual` was taken from.
-        prompt_length (`int`, *optional*): of generate(), if that filled the cache.
-        apart (`bool`): whether generate() filled the cache with another text than its prompt.
-        steered (`dict`): by adapter options.
-    """
+    """What is known of the tokens in a cache."""
 
-    length: int = 0
-    visual: Tensor | None = None
-    known_from: int = 0
-    given: int | None = None
-    prompt_length: int | None = None
-    apart: bool = False
-    steered: dict[Any, Steered] = field(default_factory=dict)
+    length: int = 0  # tokens that calls of the adapted model have put into the cache
+    visual: Tensor | None = None  # bool `[rows, tokens]` from the first token on; later ones are not visual
+    known_from: int = 0  # of the tokens before, it is not known whether they are visual
+    given: int | None = None  # number of the given mask that `visual` was taken from
+    prompt_length: int | None = None  # of generate(), if that filled the cache
+    apart: bool = False  # whether generate() filled the cache with another text than its prompt
+    steered: dict[Any, Steered] = field(default_factory=dict)  # by adapter options
 
     def visual_before(self, end: int, rows: int, device: torch.device) -> tuple[Tensor, int]:
         """`(visual [rows, end], known_from)`."""

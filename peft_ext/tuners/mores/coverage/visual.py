@@ -25,22 +25,13 @@ class Given:
 
 @dataclass
 class Known:
-    """
-    What is known besides a call's own arguments.
+    """What is known besides a call's own arguments."""
 
-    Attributes:
-        visual_token_ids (`tuple[int, ...]`): placeholders of visual tokens in `input_ids`; empty for a text model.
-        given ([`Given`], *optional*): the prompt's visual tokens.
-        prompt ([`Prompt`], *optional*): that of generate(), while it runs.
-        unfinished (`bool`): whether more of the prompt follows the call.
-        apart (`bool`): whether the call is for another text than generate()'s prompt.
-    """
-
-    visual_token_ids: tuple[int, ...]
-    given: Given | None = None
-    prompt: Prompt | None = None
-    unfinished: bool = False
-    apart: bool = False
+    visual_token_ids: tuple[int, ...]  # placeholders of visual tokens in `input_ids`; empty for a text model
+    given: Given | None = None  # the prompt's visual tokens
+    prompt: Prompt | None = None  # that of generate(), while it runs
+    unfinished: bool = False  # whether more of the prompt follows the call
+    apart: bool = False  # whether the call is for another text than generate()'s prompt
 
     def of(self, call: Call) -> Known:
         """What of it is about a call."""
