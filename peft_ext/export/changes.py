@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,19 +16,14 @@ from .experts import Piece, mismatch
 from .names import Names, Place
 
 
-@dataclass(frozen=True)
-class Change:
-    """One change of a tensor."""
-
-    # From the tensor to positions in it when flattened, int64 (`None` for all of it), and the new values there, in its
-    # dtype
-    values: Callable[[Tensor], tuple[Tensor | None, Tensor]]
+# From a tensor to positions in it when flattened, int64 (`None` for all of it), and the new values in its dtype.
+Change = Callable[[Tensor], tuple[Tensor | None, Tensor]]
 
 
 def changes_of(checkpoint: Checkpoint, adapter: AdapterFile) -> dict[str, list[Change]]:
     """
     The changes that merging makes, by the names of the checkpoint's tensors. Nothing large is read before a change is
-    asked for its values.
+    called.
 
     Args:
         checkpoint ([`Checkpoint`]): of the base model.
@@ -46,19 +41,20 @@ def changes_of(checkpoint: Checkpoint, adapter: AdapterFile) -> dict[str, list[C
         ways = names.pieces(module, entries.support.rows, entries.support.fan_in)
         if ways:
             for piece in _fitting_way(checkpoint, adapter, module, ways):
-                changes[piece.key].append(_of_piece(adapter, module, piece))
+                changes[piece.key].append(partial(_of_piece, adapter, module, piece))
             if entries.bias is not None:
                 raise ValueError(f"{adapter.path} trains biases of the experts '{module}': merge it in Python.")
             continue
         places = names.places(module, entries.support.rows, entries.support.fan_in)
-        changes[places[0].key].append(_of_entries(adapter, module, places))
+        changes[places[0].key].append(partial(_of_entries, adapter, module, places))
         if entries.bias is not None:
             key, first = names.bias(module, entries.support.rows)
-            changes[key].append(_of_bias(adapter, module, first))
+            changes[key].append(partial(_of_bias, adapter, module, first))
     for name, file_key in adapter.whole():
-        changes[_known(names, checkpoint, name, adapter)].append(_of_whole(adapter, file_key))
+        changes[_known(names, checkpoint, name, adapter)].append(partial(_of_whole, adapter, file_key))
     for module, file_key, tokens in adapter.tokens():
-        changes[_known(names, checkpoint, f"{module}.weight", adapter)].append(_of_tokens(adapter, file_key, tokens))
+        key = _known(names, checkpoint, f"{module}.weight", adapter)
+        changes[key].append(partial(_of_tokens, adapter, file_key, tokens))
     return dict(changes)
 
 
@@ -72,15 +68,12 @@ def _known(names: Names, checkpoint: Checkpoint, name: str, adapter: AdapterFile
     return key
 
 
-def _of_entries(adapter: AdapterFile, module: str, places: list[Place]) -> Change:
-    def values(tensor: Tensor) -> tuple[Tensor, Tensor]:
-        entries = adapter.entries(module)
-        place = _fitting(adapter, module, tensor, places)
-        _check_float(place.key, tensor)
-        positions = place.positions(entries.support)
-        return positions, (tensor.view(-1)[positions] + entries.values.reshape(-1)).to(tensor.dtype)
-
-    return Change(values)
+def _of_entries(adapter: AdapterFile, module: str, places: list[Place], tensor: Tensor) -> tuple[Tensor, Tensor]:
+    entries = adapter.entries(module)
+    place = _fitting(adapter, module, tensor, places)
+    _check_float(place.key, tensor)
+    positions = place.positions(entries.support)
+    return positions, (tensor.view(-1)[positions] + entries.values.reshape(-1)).to(tensor.dtype)
 
 
 def _fitting_way(checkpoint: Checkpoint, adapter: AdapterFile, module: str, ways: list[list[Piece]]) -> list[Piece]:
@@ -99,15 +92,12 @@ def _fitting_way(checkpoint: Checkpoint, adapter: AdapterFile, module: str, ways
     return ways[reasons.index(None)]
 
 
-def _of_piece(adapter: AdapterFile, module: str, piece: Piece) -> Change:
-    def values(tensor: Tensor) -> tuple[Tensor, Tensor]:
-        entries = adapter.entries(module)
-        _check_float(piece.key, tensor)
-        inside, positions = piece.within(entries.support)
-        added = entries.values.reshape(-1)[inside]
-        return positions, (tensor.view(-1)[positions] + added).to(tensor.dtype)
-
-    return Change(values)
+def _of_piece(adapter: AdapterFile, module: str, piece: Piece, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    entries = adapter.entries(module)
+    _check_float(piece.key, tensor)
+    inside, positions = piece.within(entries.support)
+    added = entries.values.reshape(-1)[inside]
+    return positions, (tensor.view(-1)[positions] + added).to(tensor.dtype)
 
 
 def _check_float(key: str, tensor: Tensor) -> None:
@@ -137,34 +127,25 @@ def _fitting(adapter: AdapterFile, module: str, tensor: Tensor, places: list[Pla
     return fitting[0]
 
 
-def _of_bias(adapter: AdapterFile, module: str, first: int) -> Change:
-    def values(tensor: Tensor) -> tuple[Tensor, Tensor]:
-        added = adapter.entries(module).bias
-        assert added is not None
-        positions = torch.arange(first, first + added.numel())
-        return positions, (tensor[positions] + added).to(tensor.dtype)
-
-    return Change(values)
+def _of_bias(adapter: AdapterFile, module: str, first: int, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    added = adapter.entries(module).bias
+    assert added is not None
+    positions = torch.arange(first, first + added.numel())
+    return positions, (tensor[positions] + added).to(tensor.dtype)
 
 
-def _of_whole(adapter: AdapterFile, file_key: str) -> Change:
-    def values(tensor: Tensor) -> tuple[None, Tensor]:
-        new = adapter.tensor(file_key)
-        if new.shape != tensor.shape:
-            raise ValueError(
-                f"{adapter.path}: '{file_key}' has the shape {tuple(new.shape)}, the base {tuple(tensor.shape)}."
-            )
-        return None, new.to(tensor.dtype)
-
-    return Change(values)
+def _of_whole(adapter: AdapterFile, file_key: str, tensor: Tensor) -> tuple[None, Tensor]:
+    new = adapter.tensor(file_key)
+    if new.shape != tensor.shape:
+        raise ValueError(
+            f"{adapter.path}: '{file_key}' has the shape {tuple(new.shape)}, the base {tuple(tensor.shape)}."
+        )
+    return None, new.to(tensor.dtype)
 
 
-def _of_tokens(adapter: AdapterFile, file_key: str, tokens: list[int]) -> Change:
-    def values(tensor: Tensor) -> tuple[Tensor, Tensor]:
-        new, width = adapter.tensor(file_key), tensor.shape[1]
-        if new.shape != (len(tokens), width) or max(tokens) >= len(tensor):
-            raise ValueError(f"{adapter.path}: '{file_key}' does not fit an embedding {tuple(tensor.shape)}.")
-        positions = torch.tensor(tokens)[:, None] * width + torch.arange(width)
-        return positions.reshape(-1), new.to(tensor.dtype).reshape(-1)
-
-    return Change(values)
+def _of_tokens(adapter: AdapterFile, file_key: str, tokens: list[int], tensor: Tensor) -> tuple[Tensor, Tensor]:
+    new, width = adapter.tensor(file_key), tensor.shape[1]
+    if new.shape != (len(tokens), width) or max(tokens) >= len(tensor):
+        raise ValueError(f"{adapter.path}: '{file_key}' does not fit an embedding {tuple(tensor.shape)}.")
+    positions = torch.tensor(tokens)[:, None] * width + torch.arange(width)
+    return positions.reshape(-1), new.to(tensor.dtype).reshape(-1)

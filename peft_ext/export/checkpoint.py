@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".originals")
 _COPIED_AT_ONCE = 2**23  # bytes
+Result = TypeVar("Result")
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -90,26 +91,28 @@ class Checkpoint:
         with open(self.folder / stored.file, "rb") as file:
             return _read(file, key, stored)[1]
 
-    def copy_changed(self, out: Path, changes: Mapping[str, Callable[[Tensor], None]]) -> None:
+    def copy_changed(self, out: Path, changes: Mapping[str, Callable[[Tensor], Result]]) -> dict[str, Result]:
         """
         Write the checkpoint into another folder, file by file, with the configuration and tokenizer beside it.
 
         All bytes are copied but those of the tensors in `changes`, each of which is read, changed in place by its
-        function and written. One of them is in memory at a time.
+        function and written. One of them is in memory at a time. Returns the functions' results.
         """
+        results = {}
         for file in self._files():
             mine = [(key, stored) for key, stored in self.tensors.items() if stored.file == file and key in changes]
             with open(self.folder / file, "rb") as source, open(out / file, "wb") as target:
                 for key, stored in sorted(mine, key=lambda item: item[1].start):
                     _copy(source, target, stored.start - source.tell())
                     buffer, tensor = _read(source, key, stored)
-                    changes[key](tensor)
+                    results[key] = changes[key](tensor)
                     target.write(buffer)
                     del buffer, tensor  # or the next one would be read beside it
                 shutil.copyfileobj(source, target, _COPIED_AT_ONCE)
         for path in self.folder.iterdir():
             if path.is_file() and (path.name == INDEX_FILE or self._is_companion(path)):
                 shutil.copyfile(path, out / path.name)
+        return results
 
     @staticmethod
     def _is_companion(path: Path) -> bool:

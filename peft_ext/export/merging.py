@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -58,16 +57,15 @@ def merge_checkpoint(base: Name, adapter: Name, out: Name) -> int:
     checkpoint = Checkpoint(base)
     with filled_at_once(Path(out), last="config.json") as folder:
         if Path(adapter).is_file():
-            return _write_patched(checkpoint, *_patch_for(checkpoint, adapter), folder)
-        with AdapterFile(adapter) as opened:
-            originals: dict[str, SparsePatch] = {}
-
-            def merge(key: str, changes: list[Change], tensor: Tensor) -> None:
-                originals[key] = _combined(key, changes, tensor).apply(tensor)
-
-            edits = {key: partial(merge, key, made) for key, made in changes_of(checkpoint, opened).items()}
-            checkpoint.copy_changed(folder, edits)
-            return _write_originals(folder, originals, opened.checksum)
+            patches, _ = read_patch(adapter)
+            _check_names(checkpoint, adapter, patches)
+            originals, identity = _copy_patched(checkpoint, folder, patches), _identity(patches)
+        else:
+            with AdapterFile(adapter) as opened:
+                edits = {key: partial(_merge, key, made) for key, made in changes_of(checkpoint, opened).items()}
+                originals, identity = checkpoint.copy_changed(folder, edits), opened.checksum
+        write_patch(folder / ORIGINALS_FILE, originals.values(), adapter=identity or "unknown")
+    return _size(originals)
 
 
 @torch.no_grad()
@@ -106,7 +104,7 @@ def revert_checkpoint(merged: Name, adapter: Name, out: Name) -> int:
         raise ValueError(f"{path} holds what another adapter than {adapter!s} has replaced.")
     _check_names(checkpoint, path, patches)
     with filled_at_once(Path(out), last="config.json") as folder:
-        checkpoint.copy_changed(folder, {key: _applying(patch) for key, patch in patches.items()})
+        _copy_patched(checkpoint, folder, patches)
     return _size(patches)
 
 
@@ -142,7 +140,7 @@ def export_patch(adapter: Name, base: Name, out: Name) -> int:
 
 def _combined(key: str, changes: list[Change], tensor: Tensor) -> SparsePatch:
     """The changes of one tensor, in which several modules may lie, apart from each other."""
-    parts = [change.values(tensor) for change in changes]
+    parts = [change(tensor) for change in changes]
     positions = [where for where, _ in parts if where is not None]
     if len(positions) == len(parts):
         return SparsePatch.between(key, tensor, torch.cat(positions), torch.cat([new.reshape(-1) for _, new in parts]))
@@ -151,17 +149,14 @@ def _combined(key: str, changes: list[Change], tensor: Tensor) -> SparsePatch:
     return SparsePatch.between(key, tensor, *parts[0])
 
 
-def _applying(patch: SparsePatch) -> Callable[[Tensor], None]:
-    def edit(tensor: Tensor) -> None:
-        patch.apply(tensor)
-
-    return edit
+def _merge(key: str, changes: list[Change], tensor: Tensor) -> SparsePatch:
+    """Change a tensor in place; returns the patch that undoes it."""
+    return _combined(key, changes, tensor).apply(tensor)
 
 
-def _patch_for(checkpoint: Checkpoint, path: Name) -> tuple[dict[str, SparsePatch], str]:
-    patches, _ = read_patch(path)
-    _check_names(checkpoint, path, patches)
-    return patches, _identity(patches)
+def _copy_patched(checkpoint: Checkpoint, folder: Path, patches: dict[str, SparsePatch]) -> dict[str, SparsePatch]:
+    """Write a checkpoint with patches applied; returns those that undo them."""
+    return checkpoint.copy_changed(folder, {key: patch.apply for key, patch in patches.items()})
 
 
 def _identity(patches: dict[str, SparsePatch]) -> str:
@@ -172,21 +167,6 @@ def _check_names(checkpoint: Checkpoint, path: Name, patches: dict[str, SparsePa
     lacking = sorted(patches.keys() - checkpoint.tensors.keys())
     if lacking:
         raise ValueError(f"{path!s} changes '{lacking[0]}', which {checkpoint.folder} does not have.")
-
-
-def _write_patched(checkpoint: Checkpoint, patches: dict[str, SparsePatch], identity: str, folder: Path) -> int:
-    originals: dict[str, SparsePatch] = {}
-
-    def edit(key: str, tensor: Tensor) -> None:
-        originals[key] = patches[key].apply(tensor)
-
-    checkpoint.copy_changed(folder, {key: partial(edit, key) for key in patches})
-    return _write_originals(folder, originals, identity)
-
-
-def _write_originals(folder: Path, originals: dict[str, SparsePatch], identity: str | None) -> int:
-    write_patch(folder / ORIGINALS_FILE, originals.values(), adapter=identity or "unknown")
-    return _size(originals)
 
 
 def _size(patches: dict[str, SparsePatch]) -> int:

@@ -53,7 +53,7 @@ class Names:
 
     def key(self, name: str) -> str | None:
         """The checkpoint's name of one of the model's tensors, if it has that tensor as it is."""
-        return name if name in self.checkpoint.tensors else self._renamed.get(name)
+        return name if name in self.checkpoint.tensors else self._by_model_name[0].get(name)
 
     def places(self, module: str, rows: int, fan_in: int) -> list[Place]:
         """
@@ -109,21 +109,13 @@ class Names:
         whole = self.key(module)
         if whole is not None:
             return whole_bank(self.checkpoint, whole, rows, fan_in)
-        apart = pieces_of(self.checkpoint, self._fused.get(module, []), rows, fan_in)
+        apart = pieces_of(self.checkpoint, self._by_model_name[1].get(module, []), rows, fan_in)
         return [] if apart is None else [apart]
-
-    @property
-    def _renamed(self) -> dict[str, str]:
-        """By the model's names, the checkpoint's, for tensors that transformers loads one by one."""
-        return self._by_model_name[0]
-
-    @property
-    def _fused(self) -> dict[str, list[tuple[int, str]]]:
-        """By the model's names, the checkpoint's tensors that transformers fuses, each with its pattern's number."""
-        return self._by_model_name[1]
 
     @cached_property
     def _by_model_name(self) -> tuple[dict[str, str], dict[str, list[tuple[int, str]]]]:
+        """By the model's names, the checkpoint's tensors: those that transformers loads one by one, and those that it
+        fuses, each with its pattern's number."""
         model = empty_model(str(self.checkpoint.folder))
         if model is None:
             return {}, {}
