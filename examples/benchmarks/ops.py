@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from peft_ext.sparse.ops import gpu
-from peft_ext.sparse.ops.bypass import sparse_add, sparse_grad_input, sparse_grad_values
+from peft_ext.sparse.ops.bypass import bypass, sparse_grad_input, sparse_grad_values
 from peft_ext.sparse.ops.reference import dense_delta
 from peft_ext.sparse.support import Support
 
@@ -133,7 +133,7 @@ class Layer:
             in_place["forward in place"] = lambda: gpu.kernels().add(y, x, self.values, indices, None, y)
         return {
             **in_place,
-            "forward": lambda: sparse_add(y, x, self.values, indices, None),
+            "forward": lambda: bypass(y, x, self.values, indices, None, *self.transposed),
             "grad values": lambda: sparse_grad_values(y, x, indices, None),
             "grad input": lambda: sparse_grad_input(y, self.values, indices, None, *self.transposed, self.dtype),
         }

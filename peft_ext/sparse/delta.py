@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .another_base import accepts_another_base
 from .bases.sharded import is_first_of, make_equal
 from .fingerprint import FINGERPRINT_LENGTH
-from .ops import ConvGeometry, add_in_place, bypass, bypass_conv, expert_bypass, may_add_in_place
+from .ops import ConvGeometry, add_in_place, bypass, bypass_conv, may_add_in_place
 from .ops.standard import is_exporting_to_onnx, standard_update
 from .support import Support
 from .transposed import WithTransposedTable
@@ -240,7 +240,7 @@ class SparseDelta(WithTransposedTable):
         ends: Tensor | None = None,
     ) -> Tensor:
         """`result + S x` by the bypass, and the bias if there is one: `result` `[..., rows]`, `x` `[..., fan_in]`;
-        with `geometry`, as a convolution has them; with `ends`, as [`expert_bypass`] takes them. `owned`: nobody else
+        with `geometry`, as a convolution has them; with `ends`, as [`bypass`] takes them. `owned`: nobody else
         needs `result`, which may be overwritten."""
         if ends is not None:
             return self._add_to_experts(result, x, ends)
@@ -265,7 +265,7 @@ class SparseDelta(WithTransposedTable):
         if self.added_bias is not None:
             result = result + _of_experts(self.added_bias, ends, result)
         tables = (self.indices, self.offsets, self.transposed_entries, self.transposed_offsets)
-        return expert_bypass(result, x, self.values, *tables, ends)
+        return bypass(result, x, self.values, *tables, ends)
 
     def extra_repr(self) -> str:
         shape = "x".join(map(str, self.weight.shape))

@@ -4,7 +4,6 @@ from .bypass import bypass
 from .conv import bypass_conv
 from .dense import dense
 from .dispatch import BACKENDS, Backend, choose_backend, choose_conv_backend
-from .experts import expert_bypass
 from .folded import folded
 from .folded_conv import folded_conv
 from .geometry import ConvGeometry
@@ -21,7 +20,6 @@ __all__ = [
     "choose_backend",
     "choose_conv_backend",
     "dense",
-    "expert_bypass",
     "folded",
     "folded_conv",
     "may_add_in_place",

@@ -49,7 +49,7 @@ def _bag(table: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Te
 def add_into(
     out: Tensor, result: Tensor, x: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None
 ) -> Tensor:
-    """`result + S x`, written to `out`; see [`sparse_add`]."""
+    """`result + S x`, written to `out`; see [`bypass`]."""
     dtype = accumulation_dtype(result, x, values)
     if indices.numel() == 0:
         return out.copy_(result)

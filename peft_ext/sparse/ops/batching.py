@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 
+ENDS = 7  # place of the argument that only operators of experts are given
+
+
 def _folded(tensor: Tensor, dim: int | None, batch: int) -> Tensor:
     """`[batch * tokens, n]` from `[tokens, n]` with a batch dimension at `dim`, or repeated if it has none."""
     tensor = tensor.expand(batch, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
@@ -24,7 +27,8 @@ def vmap_rule(op: Any, activations: int) -> Callable[..., tuple[Tensor, int]]:
 
     def rule(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Tensor, int]:
         batch = info.batch_size
-        if batch and activations and all(dim is None for dim in in_dims[activations:]):
+        sorts_tokens = any(ends is not None for ends in arguments[ENDS:])  # by expert, sample by sample
+        if batch and activations and not sorts_tokens and all(dim is None for dim in in_dims[activations:]):
             folded = [
                 _folded(tensor, dim, batch)
                 for tensor, dim in zip(arguments[:activations], in_dims[:activations], strict=True)

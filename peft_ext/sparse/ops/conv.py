@@ -106,23 +106,12 @@ def _padded(x: Tensor, geometry: ConvGeometry) -> Tensor:
     return F.pad(x, geometry.padding) if any(geometry.padding) else x
 
 
-@torch.library.custom_op("peft_ext::conv_add", mutates_args=())
-def conv_add(
+@torch.library.custom_op("peft_ext::bypass_conv", mutates_args=())
+def _bypass_conv(
     result: Tensor, x: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, tap_entries: Tensor,
     tap_ends: Tensor, geometry: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    """
-    `result + S * x`, rounded once to the dtype of `result`.
-
-    Args:
-        result (`torch.Tensor`): `[samples, rows, *size]`, the base layer's output.
-        x (`torch.Tensor`): `[samples, channels, *input size]`.
-        values (`torch.Tensor`): `[rows, k]`, or `[entries]` with `offsets`.
-        indices (`torch.Tensor`): int32 in the shape of `values`: columns of the weight flattened to `[rows, fan_in]`.
-        offsets (`torch.Tensor`, *optional*): int32 `[rows + 1]` for a ragged support.
-        tap_entries, tap_ends (`torch.Tensor`): from [`entries_by_tap`].
-        geometry: a packed [`ConvGeometry`].
-    """
+    """[`bypass_conv`] for several samples, rounded once to the dtype of `result`."""
     dtype = accumulation_dtype(result, x, values)
     shape = ConvGeometry.unpack(geometry)
     support = _Entries.of(indices, offsets, tap_entries, tap_ends, shape, result.shape[1], x.shape[1])
@@ -139,7 +128,7 @@ def conv_add(
     return out
 
 
-@conv_add.register_fake
+@_bypass_conv.register_fake
 def _(result, x, values, indices, offsets, tap_entries, tap_ends, geometry):  # type: ignore[no-untyped-def]
     return torch.empty_like(result, memory_format=torch.contiguous_format)
 
@@ -149,7 +138,7 @@ def conv_grad_values(
     grad: Tensor, x: Tensor, indices: Tensor, offsets: Tensor | None, tap_entries: Tensor, tap_ends: Tensor,
     geometry: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    """The gradient of the weight at the support only, fp32 (or fp64); see [`conv_add`]."""
+    """The gradient of the weight at the support only, fp32 (or fp64); see [`bypass_conv`]."""
     dtype = accumulation_dtype(grad, x)
     shape = ConvGeometry.unpack(geometry)
     support = _Entries.of(indices, offsets, tap_entries, tap_ends, shape, grad.shape[1], x.shape[1])
@@ -174,7 +163,7 @@ def conv_grad_input(
     grad: Tensor, size: Sequence[int], dtype: torch.dtype, values: Tensor, indices: Tensor, offsets: Tensor | None,
     tap_entries: Tensor, tap_ends: Tensor, geometry: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    """The gradient of an input of `size` and `dtype`; see [`conv_add`]."""
+    """The gradient of an input of `size` and `dtype`; see [`bypass_conv`]."""
     accumulate = accumulation_dtype(grad, values)
     shape = ConvGeometry.unpack(geometry)
     support = _Entries.of(indices, offsets, tap_entries, tap_ends, shape, grad.shape[1], size[1])
@@ -193,19 +182,6 @@ def conv_grad_input(
 @conv_grad_input.register_fake
 def _(grad, size, dtype, values, indices, offsets, tap_entries, tap_ends, geometry):  # type: ignore[no-untyped-def]
     return grad.new_empty(tuple(size), dtype=dtype)
-
-
-@torch.library.custom_op("peft_ext::bypass_conv", mutates_args=())
-def _bypass_conv(
-    result: Tensor, x: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, tap_entries: Tensor,
-    tap_ends: Tensor, geometry: Sequence[int],
-) -> Tensor:  # fmt: skip
-    return conv_add(result, x, values, indices, offsets, tap_entries, tap_ends, geometry)
-
-
-@_bypass_conv.register_fake
-def _(result, x, values, indices, offsets, tap_entries, tap_ends, geometry):  # type: ignore[no-untyped-def]
-    return torch.empty_like(result, memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx, needed, inputs) -> None:  # type: ignore[no-untyped-def]
@@ -264,8 +240,16 @@ def bypass_conv(
     tap_ends: Tensor, geometry: ConvGeometry,
 ) -> Tensor:  # fmt: skip
     """
-    Add the sparse update to a convolution's output; differentiable in `result`, `x` and `values`. See [`conv_add`];
-    `result` and `x` may lack the dimension of samples. `x` is saved for backward as it is, in its dtype.
+    Add the sparse update to a convolution's output; differentiable in `result`, `x` and `values`.
+
+    Args:
+        result (`torch.Tensor`): `[samples, rows, *size]`, the base layer's output, or one sample of it.
+        x (`torch.Tensor`): `[samples, channels, *input size]`, or one sample; saved for backward as it is.
+        values (`torch.Tensor`): `[rows, k]`, or `[entries]` with `offsets`.
+        indices (`torch.Tensor`): int32 in the shape of `values`: columns of the weight flattened to `[rows, fan_in]`.
+        offsets (`torch.Tensor`, *optional*): int32 `[rows + 1]` for a ragged support.
+        tap_entries, tap_ends (`torch.Tensor`): from [`entries_by_tap`].
+        geometry: of the convolution.
     """
     support = (values, indices, offsets, tap_entries, tap_ends, geometry.pack())
     if result.dim() == len(geometry.kernel) + 1:

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from . import gpu
 from .bags import accumulation_dtype, add_into, input_gradient_into, values_gradient
-from .bypass import register_derivatives
-from .derivatives import call
 
 
 @dataclass(frozen=True)
@@ -56,18 +54,10 @@ def _own_offsets(expert: _Expert, offsets: Tensor | None) -> Tensor | None:
     return offsets[expert.rows.start : expert.rows.stop + 1] - expert.entries.start
 
 
-@torch.library.custom_op("peft_ext::expert_bypass", mutates_args=())
-def _expert_bypass(
-    result: Tensor,
-    x: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    transposed_entries: Tensor,
-    transposed_offsets: Tensor,
-    ends: Tensor,
+def add_of_experts(
+    out: Tensor, result: Tensor, x: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, ends: Tensor
 ) -> Tensor:
-    out = torch.empty_like(result, memory_format=torch.contiguous_format)
+    """[`add_into`] for experts, whose tokens end at `ends`; see [`bypass`]."""
     if indices.numel() and gpu.usable(result, x, values):
         return gpu.kernels().add(result, x, values, indices, offsets, out, ends.to(torch.int32))
     last = 0
@@ -82,22 +72,10 @@ def _expert_bypass(
     return out
 
 
-@_expert_bypass.register_fake
-def _(
-    result: Tensor,
-    x: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    transposed_entries: Tensor,
-    transposed_offsets: Tensor,
-    ends: Tensor,
+def values_gradient_of_experts(
+    grad: Tensor, x: Tensor, indices: Tensor, offsets: Tensor | None, ends: Tensor
 ) -> Tensor:
-    return torch.empty_like(result, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("peft_ext::expert_grad_values", mutates_args=())
-def _expert_grad_values(grad: Tensor, x: Tensor, indices: Tensor, offsets: Tensor | None, ends: Tensor) -> Tensor:
+    """[`values_gradient`] for experts."""
     if indices.numel() and len(x) and gpu.usable(grad, x):
         kernels = gpu.kernels()
         return kernels.grad_values(grad, x, indices, kernels.rows_of(indices, offsets), ends.to(torch.int32))
@@ -110,29 +88,16 @@ def _expert_grad_values(grad: Tensor, x: Tensor, indices: Tensor, offsets: Tenso
     return gradient
 
 
-@_expert_grad_values.register_fake
-def _(grad: Tensor, x: Tensor, indices: Tensor, offsets: Tensor | None, ends: Tensor) -> Tensor:
-    return grad.new_empty(indices.shape, dtype=accumulation_dtype(grad, x))
-
-
-@torch.library.custom_op("peft_ext::expert_grad_input", mutates_args=())
-def _expert_grad_input(
-    grad: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    transposed_entries: Tensor,
-    transposed_offsets: Tensor,
-    ends: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    fan_in = (len(transposed_offsets) - 1) // len(ends)
-    out = torch.empty(len(grad), fan_in, dtype=dtype, device=grad.device)
+def input_gradient_of_experts(
+    out: Tensor, grad: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, transposed_entries: Tensor,
+    transposed_offsets: Tensor, ends: Tensor,
+) -> Tensor:  # fmt: skip
+    """[`input_gradient_into`] for experts."""
     if indices.numel() and gpu.usable(grad, values, out):
         kernels = gpu.kernels()
         tables = (kernels.rows_of(indices, offsets), transposed_entries, transposed_offsets)
         return kernels.grad_input(grad, values, indices, *tables, out, ends.to(torch.int32))
-    last = 0
+    last, fan_in = 0, out.shape[1]
     for expert in _experts(ends, indices, offsets):
         out[last : expert.tokens.start] = 0
         last = expert.tokens.stop
@@ -144,47 +109,3 @@ def _expert_grad_input(
         )  # fmt: skip
     out[last:] = 0
     return out
-
-
-@_expert_grad_input.register_fake
-def _(
-    grad: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    transposed_entries: Tensor,
-    transposed_offsets: Tensor,
-    ends: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    return grad.new_empty(grad.shape[0], (transposed_offsets.shape[0] - 1) // ends.shape[0], dtype=dtype)
-
-
-register_derivatives(_expert_bypass, _expert_grad_values, _expert_grad_input)
-
-
-def expert_bypass(
-    result: Tensor,
-    x: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    transposed_entries: Tensor,
-    transposed_offsets: Tensor,
-    ends: Tensor,
-) -> Tensor:
-    """
-    Add each expert's sparse update to what it computes of its tokens; differentiable in `result`, `x` and `values`.
-
-    Args:
-        result (`torch.Tensor`): `[tokens, rows]`, sorted by expert; rows of one expert.
-        x (`torch.Tensor`): `[tokens, fan_in]`, in the same order.
-        values, indices, offsets: the support over the rows of all experts, `[experts * rows, k]` or ragged.
-        transposed_entries, transposed_offsets: from [`Support.transposed`] with the number of experts.
-        ends (`torch.Tensor`): integer `[experts]`, where the tokens of each expert end. What lies behind the last one
-            stays as it is.
-
-    Returns:
-        `torch.Tensor`: in the shape and dtype of `result`.
-    """
-    return call(_expert_bypass, result, x, values, indices, offsets, transposed_entries, transposed_offsets, ends)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peft_ext.sparse.ops import expert_bypass
+from peft_ext.sparse.ops import bypass
 
 from .._asserts import dense_update
 from .._inputs import random_support
@@ -40,7 +40,7 @@ def make_case(entries, load, dtype=torch.float64, behind=2, device="cpu"):
     ends = torch.tensor(loads, device=device).cumsum(0).to(torch.int32)
     support = support.to(device)
     tables = (support.indices, support.offsets, *support.transposed(EXPERTS), ends)
-    return leaves, lambda r, x, v: expert_bypass(r, x, v, *tables), lambda r, x, v: _dense(r, x, v, support, loads)
+    return leaves, lambda r, x, v: bypass(r, x, v, *tables), lambda r, x, v: _dense(r, x, v, support, loads)
 
 
 @pytest.mark.parametrize("entries", [1, 3, UNEVEN], ids=["k1", "k3", "uneven"])

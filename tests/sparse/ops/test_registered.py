@@ -13,7 +13,6 @@ from .._inputs import SHAPES, make_inputs, random_support
 OPS = (
     "folded_linear",
     "folded_grad_input",
-    "sparse_add",
     "sparse_grad_values",
     "sparse_grad_input",
     "bypass_linear",
@@ -23,14 +22,13 @@ OPS = (
 )
 CONV_OPS = (
     "bypass_conv",
-    "conv_add",
     "conv_grad_input",
     "conv_grad_values",
     "dense_conv_grad_values",
     "folded_conv",
     "folded_conv_grad_input",
 )
-EXPERT_OPS = ("expert_bypass", "expert_grad_values", "expert_grad_input")
+EXPERT_OPS = ("bypass_linear", "sparse_grad_values", "sparse_grad_input")  # with `ends`
 
 
 def _arguments(op, inputs):
@@ -41,7 +39,6 @@ def _arguments(op, inputs):
     entries, column_offsets = support.transposed()
     frozen = values.detach()
     return {
-        "sparse_add": (grad, x.detach(), frozen, support.indices, support.offsets),
         "sparse_grad_values": (grad, x.detach(), support.indices, support.offsets),
         "sparse_grad_input": (grad, frozen, support.indices, support.offsets, entries, column_offsets, x.dtype),
         "bypass_linear": (
@@ -74,7 +71,7 @@ def test_op_passes_torch_library_opcheck(op, shape, dtypes, layout):
 
 def test_every_registered_op_is_checked():
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("peft_ext::")}
-    assert registered == {f"peft_ext::{op}" for op in (*OPS, *CONV_OPS, *EXPERT_OPS)}
+    assert registered == {f"peft_ext::{op}" for op in (*OPS, *CONV_OPS)}
 
 
 EXPERT_CASES = pytest.mark.parametrize(
@@ -91,12 +88,12 @@ def _expert_arguments(op, dtype, entries):
     values = torch.randn(support.indices.shape, generator=generator)
     rows, tables = (support.indices, support.offsets), support.transposed(3)
     return {
-        "expert_bypass": (
+        "bypass_linear": (
             grad.clone().requires_grad_(), x.clone().requires_grad_(), values.clone().requires_grad_(), *rows, *tables,
             ends,
         ),
-        "expert_grad_values": (grad, x, *rows, ends),
-        "expert_grad_input": (grad, values, *rows, *tables, ends, dtype),
+        "sparse_grad_values": (grad, x, *rows, ends),
+        "sparse_grad_input": (grad, values, *rows, *tables, dtype, ends),
     }[op]  # fmt: skip
 
 
@@ -123,7 +120,6 @@ def _conv_arguments(op, case, dtype, entries):
     grad, trained = torch.randn_like(y), values.clone().requires_grad_()
     return {
         "bypass_conv": (y.requires_grad_(), x, trained, *tables, packed),
-        "conv_add": (y.detach(), x.detach(), values, *tables, packed),
         "conv_grad_input": (grad, size, x.dtype, values, *tables, packed),
         "conv_grad_values": (grad, x.detach(), *tables, packed),
         "dense_conv_grad_values": (grad, x.detach(), weight, *tables[:2], packed),

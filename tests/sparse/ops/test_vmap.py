@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_ext.sparse.ops.bypass import sparse_add, sparse_grad_input, sparse_grad_values
+from peft_ext.sparse.ops.bypass import bypass, sparse_grad_input, sparse_grad_values
 
 from .._inputs import SHAPES, adapt, make_inputs, random_linear
 from ._paths import PATHS
@@ -43,10 +43,11 @@ def test_any_dimension_may_be_the_batch(dim):
     inputs, xs, _ = _tasks("k2")
     support, values = inputs.support, inputs.values.detach()
     moved = xs.movedim(0, dim)
-    add = torch.func.vmap(lambda x: sparse_add(inputs.grad, x, values, support.indices, None), dim)
+    tables = (values, support.indices, None, *support.transposed())
+    add = torch.func.vmap(lambda x: bypass(inputs.grad, x, *tables), dim)
     grad = torch.func.vmap(lambda x: sparse_grad_values(inputs.grad, x, support.indices, None), dim)
     for task in range(TASKS):
-        torch.testing.assert_close(add(moved)[task], sparse_add(inputs.grad, xs[task], values, support.indices, None))
+        torch.testing.assert_close(add(moved)[task], bypass(inputs.grad, xs[task], *tables))
         torch.testing.assert_close(grad(moved)[task], sparse_grad_values(inputs.grad, xs[task], support.indices, None))
 
 

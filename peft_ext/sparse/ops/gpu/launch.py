@@ -227,8 +227,7 @@ def add(
     result: Tensor, x: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, out: Tensor,
     of_experts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`out = result + S x`; arguments as of `sparse_add`, `out` may be `result`. `of_experts` int32: where the tokens
-    of each expert end, see `expert_bypass`."""
+    """`out = result + S x`; arguments as of `bypass`, `out` may be `result`. `of_experts` int32: its `ends`."""
     k = indices.shape[1] if offsets is None else 0
     owners = None if offsets is None else partial(rows_of, indices, offsets)
     gather_sum(result, x, _flat(values), _flat(indices), offsets, None, owners, k, out, of_experts)
