@@ -146,8 +146,7 @@ class GradientConflictCallback(TrainerCallback):
         if any(is_sharded(parameter) for parameter in bare.parameters()):
             raise ValueError("GradientConflictCallback does not work with FSDP; MTLTrainer records conflicts there.")
         device = next(bare.parameters()).device
-        with undisturbed(bare, device, self.collator and self.collator.collator):
-            bare.train()
+        with undisturbed(bare, self.collator and self.collator.collator):
             found = self._losses(bare, device, halves=False)
             if self.recorder is None:
                 names = [str(name) for name in self.probe]

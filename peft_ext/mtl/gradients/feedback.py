@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from ...sparse.choose.scoring.preserve import preserved
 from ..aggregators.base import Array
 from ..data.losses import StepLosses, fork_state, restore_state
-from .probe import undisturbed, unlogged
+from .probe import unlogged
 
 
 class Feedback(TrainerCallback):
@@ -37,7 +38,7 @@ class Feedback(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         if self.batches and not trainer.accelerator.optimizer_step_was_skipped:
-            with unlogged(trainer), undisturbed(trainer.model_wrapped, args.device), torch.no_grad():
+            with unlogged(trainer), preserved(trainer.model_wrapped, training=True), torch.no_grad():
                 losses = self._replayed(trainer.step_losses)
             trainer.aggregator.feedback(trainer.step_losses.averaged(losses, args.device))
         self.drop()

@@ -13,57 +13,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...sparse.choose.scoring.preserve import preserved
 from ..aggregators.base import Array
 from ..conflicts.recorder import cosines_of
 from ..data.collation import SOURCE, Source, halves_of
-from ..data.losses import fork_state, restore_state
 from .task_gradients import TaskGradients
 
 
 @contextmanager
-def undisturbed(model: nn.Module, device: torch.device, collator: Any = None) -> Iterator[None]:
-    """Leave random streams, a collator's own among them, buffers, gradients and the training mode as they were."""
-    streams = fork_state(device), np.random.get_state(), random.getstate()
+def undisturbed(model: nn.Module, collator: Any) -> Iterator[None]:
+    """[`preserved`] in training mode, which leaves a collator's own random streams as they were too."""
     own = dict(getattr(collator, "__dict__", {}))
     own_streams = [(value, _state_of(value)) for value in own.values()]
-    buffers = mutable_buffers(model)
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.requires_grad]
-    modes = [(module, module.training) for module in model.modules()]
-    for parameter, _ in gradients:
-        parameter.grad = None
     try:
-        yield
+        with preserved(model, training=True):
+            yield
     finally:
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        restore_buffers(buffers)
-        for module, training in modes:
-            module.training = training
-        restore_state(streams[0], device)
-        np.random.set_state(streams[1])
-        random.setstate(streams[2])
         if hasattr(collator, "__dict__"):
             collator.__dict__.clear()  # some make their stream when they are first called
             collator.__dict__.update(own)
         for stream, state in own_streams:
             _set_state(stream, state)
-
-
-def mutable_buffers(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Buffers that a forward pass in training mode may change, such as batch normalisation's, with copies of them."""
-    return [
-        (buffer, buffer.clone())
-        for buffer in model.buffers()
-        if not buffer.is_meta and (buffer.is_floating_point() or not buffer.ndim)  # not tables of integers
-    ]
-
-
-@torch.no_grad()
-def restore_buffers(buffers: list[tuple[Tensor, Tensor]]) -> None:
-    """Put the copies back where something changed."""
-    for buffer, saved in buffers:
-        if not torch.equal(buffer, saved):
-            buffer.copy_(saved)
 
 
 def _state_of(stream: Any) -> Any:
@@ -162,7 +132,7 @@ def noise_floor(trainer: Any, model: nn.Module, source: Source | None) -> Array:
             "trainer.task_collator() in a data loader of your own."
         )
     bare = trainer.accelerator.unwrap_model(model)
-    with unlogged(trainer), undisturbed(bare, trainer.args.device, trainer.data_collator):
+    with unlogged(trainer), undisturbed(bare, trainer.data_collator):
         return cosines_of_halves(trainer.mtl_state.gradients, _losses_of_halves(trainer, bare, source))
 
 

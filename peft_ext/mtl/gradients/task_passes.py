@@ -9,10 +9,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ...sparse.choose.scoring.preserve import preserved
 from ..data.collation import SOURCE, parts_of
 from ..data.losses import Window, checked_losses, split_labels
 from ..parallel import processes, task_backward
-from .probe import undisturbed, unheard
+from .probe import unheard
 from .task_gradients import TaskGradients
 
 
@@ -217,8 +218,7 @@ def names_of_losses(trainer: Any, batch: Any) -> list[str]:
     if trainer.args.task_loss_scale == "window" or processes() > 1:
         raise ValueError("Set task_names in the config: they are needed before the first losses are computed.")
     model = trainer.accelerator.unwrap_model(trainer.model)
-    with undisturbed(model, trainer.args.device), torch.no_grad(), trainer.compute_loss_context_manager():
-        model.eval()
+    with preserved(model, training=False), torch.no_grad(), trainer.compute_loss_context_manager():
         inputs = trainer._prepare_inputs(batch)
         inputs.pop(SOURCE, None)
         return list(trainer.compute_task_losses(model, inputs))

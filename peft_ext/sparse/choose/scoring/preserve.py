@@ -1,4 +1,4 @@
-"""A scoring pass leaves no trace on the model."""
+"""A pass for scores or measurements leaves no trace on the model."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ def preserved(model: nn.Module, training: bool) -> Iterator[None]:
     """
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    # Batch statistics move in training mode only.
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if training else []
+    # Batch statistics move in training mode only, and tables of integers not at all.
+    moving = (b for b in model.buffers() if not b.is_meta and (b.is_floating_point() or not b.ndim))
+    buffers = [(buffer, buffer.clone()) for buffer in moving] if training else []
     python, numpy = random.getstate(), np.random.get_state()
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(device.index or 0 for device in devices)):
@@ -40,5 +41,5 @@ def preserved(model: nn.Module, training: bool) -> Iterator[None]:
                 parameter.grad = gradient
             with torch.no_grad():
                 for buffer, before in buffers:
-                    if not buffer.is_meta and not torch.equal(buffer, before):  # not into memory that others may read
+                    if not torch.equal(buffer, before):  # not into memory that others may read
                         buffer.copy_(before)
