@@ -13,13 +13,8 @@ class MissingExtra(ImportError):
 @contextmanager
 def needs(extra: str) -> Iterator[None]:
     """
-    Name the extra where an import inside fails.
-
-    Args:
-        extra (`str`): of this package, such as `plot`.
-
-    Raises:
-        [`MissingExtra`]: naming the package and the command that installs it.
+    Name the extra of this package, such as `plot`, where an import inside fails. Raises [`MissingExtra`], with the
+    command that installs it.
     """
     try:
         yield

@@ -37,15 +37,10 @@ _INDICES = (".shira_indices", ".supertuning_indices")
 
 def read_config(path: str, **places: Any) -> PeftConfig:
     """
-    The configuration of an adapter that can be converted.
+    The configuration of an adapter that can be converted, in a folder or on the Hub (`places`: see `PLACES`).
 
-    Args:
-        path (`str`): a folder, or an id on the Hub.
-        places: where on the Hub, see `PLACES`.
-
-    Raises:
-        `TypeError`: if the adapter is of another method.
-        `ValueError`: if there is none, or it has parts that are not sparse.
+    Raises `TypeError` if the adapter is of another method, and `ValueError` if there is none, or it has parts that are
+    not sparse.
     """
     try:
         config = PeftConfig.from_pretrained(path, **places)
@@ -68,15 +63,8 @@ def read_config(path: str, **places: Any) -> PeftConfig:
 @contextmanager
 def loaded(path: str, base_model: Any, options: Mapping[str, Any]) -> Iterator[PeftModel]:
     """
-    An adapter on its base model. If loading it or the work that follows fails, the base model is left as it was.
-
-    Args:
-        path (`str`): a folder, or an id on the Hub.
-        base_model (`torch.nn.Module`): the model to load it onto.
-        options (`dict`): some of `LOAD_OPTIONS`.
-
-    Raises:
-        `TypeError`, `ValueError`: see [`peft_ext.convert`].
+    An adapter, of a folder or the Hub, on its base model; `options` are some of `LOAD_OPTIONS`. If loading it or the
+    work that follows fails, the base model is left as it was. Raises as [`peft_ext.convert`] does.
     """
     unknown = sorted(options.keys() - set(LOAD_OPTIONS))
     if unknown:

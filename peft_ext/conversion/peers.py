@@ -57,15 +57,10 @@ def selection_of(config: Any) -> str:
 
 def entries_of(model: nn.Module, adapter_name: str) -> dict[str, Entries]:
     """
-    The entries of an adapter, by the name of their module.
+    The entries of an adapter of SHiRA or Super-Tuning, by the name of their module.
 
-    Args:
-        model (`torch.nn.Module`): a model with layers of SHiRA or Super-Tuning.
-        adapter_name (`str`): the adapter.
-
-    Raises:
-        `ValueError`: if a layer lacks its indices, they do not fit its weight, or they are those of packed bytes; or
-            if values are not finite.
+    Raises `ValueError` if a layer lacks its indices, they do not fit its weight, or they are those of packed bytes; or
+    if values are not finite.
     """
     found = {}
     for name, layer, values in _layers(model, adapter_name):

@@ -23,11 +23,8 @@ class _Layer:
 
 class Switches:
     """
-    Of each layer which adapters are active, and whether they are disabled; of each parameter whether it is trainable;
-    of each module whether it is in training mode.
-
-    Args:
-        base (`torch.nn.Module`): a base model with layers of an adapter in it.
+    Of each layer of a base model which adapters are active, and whether they are disabled; of each parameter whether
+    it is trainable; of each module whether it is in training mode.
     """
 
     def __init__(self, base: nn.Module) -> None:

@@ -14,9 +14,6 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     Around work that replaces modules and sets attributes of a model: on an error, put all of them back.
 
     Modules, parameters, hooks, modes and what requires gradients are kept track of, the content of tensors is not.
-
-    Args:
-        model (`torch.nn.Module`): any model.
     """
     # Tables are put back into the same objects: a hook's handle, for one, knows its table and not its module.
     modules = [(vars(module), dict(vars(module))) for module in model.modules()]

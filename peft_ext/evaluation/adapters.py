@@ -9,14 +9,8 @@ from peft import PeftConfig
 
 def adapters_of(adapters: Sequence[str], base: str | None = None) -> tuple[str, str | None]:
     """
-    The base model and the task type that adapters have in common.
-
-    Args:
-        adapters (`list[str]`): folders or Hub ids.
-        base (`str`, *optional*): the base model to use, whatever the adapters name.
-
-    Raises:
-        `ValueError`: if something is no adapter, or the adapters don't fit into one table.
+    The base model (`base`, if it is given) and the task type that adapters have in common. Raises `ValueError` if
+    something is no adapter, or the adapters don't fit into one table.
     """
     configs = {}
     for adapter in adapters:

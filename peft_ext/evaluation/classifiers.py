@@ -33,14 +33,9 @@ _SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parq
 
 def evaluate_adapters(base: str, options: Namespace) -> dict[str, dict[str, dict[str, Any]]]:
     """
-    Per adapter and task, GLUE's metrics on the validation split.
+    Per adapter and task, GLUE's metrics on the validation split; `options` are those of `peft-ext eval`.
 
-    Args:
-        base (`str`): folder or Hub id of the base model.
-        options (`Namespace`): those of `peft-ext eval`.
-
-    Raises:
-        `ValueError`: if a task is not one of GLUE or its data are missing, before a model is loaded.
+    Raises `ValueError` if a task is not one of GLUE or its data are missing, before a model is loaded.
     """
     unknown = [task for task in options.tasks if task not in TASKS]
     if unknown:

@@ -13,14 +13,9 @@ from lm_eval.utils import simple_parse_args_string
 
 def evaluate_adapters(base: str, options: Namespace) -> dict[str, dict[str, dict[str, Any]]]:
     """
-    Per adapter and task, lm_eval's metrics and their standard errors.
+    Per adapter and task, lm_eval's metrics and their standard errors; `options` are those of `peft-ext eval`.
 
-    Args:
-        base (`str`): folder or Hub id of the base model.
-        options (`Namespace`): those of `peft-ext eval`.
-
-    Raises:
-        `ValueError`: if a task is not known or its data are missing, before a model is loaded.
+    Raises `ValueError` if a task is not known or its data are missing, before a model is loaded.
     """
     manager = _manager(options)
     results = {}

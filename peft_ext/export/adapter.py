@@ -39,19 +39,8 @@ class Entries:
 
 class AdapterFile:
     """
-    An adapter in a folder or on the Hub, read tensor by tensor. A context manager, which keeps the file open.
-
-    Args:
-        adapter (`str`): the folder or Hub id.
-
-    Attributes:
-        name (`str`): as it was given.
-        folder (`Path`): where its files are.
-        config (`PeftConfig`): its options.
-        sizes (`dict[str, int]`): numbers per tensor.
-
-    Raises:
-        `ValueError`: if there is no adapter, or its file is damaged.
+    An adapter in a folder or on the Hub, read tensor by tensor: a context manager, which keeps the file open. Raises
+    `ValueError` if there is no adapter, or its file is damaged.
     """
 
     def __init__(self, adapter: str | os.PathLike[str]) -> None:

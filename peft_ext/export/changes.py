@@ -23,14 +23,7 @@ Change = Callable[[Tensor], tuple[Tensor | None, Tensor]]
 def changes_of(checkpoint: Checkpoint, adapter: AdapterFile) -> dict[str, list[Change]]:
     """
     The changes that merging makes, by the names of the checkpoint's tensors. Nothing large is read before a change is
-    called.
-
-    Args:
-        checkpoint ([`Checkpoint`]): of the base model.
-        adapter ([`AdapterFile`]): a sparse adapter.
-
-    Raises:
-        `ValueError`: if the adapter is not a sparse one, or trains what the checkpoint does not have.
+    called. Raises `ValueError` if the adapter is not a sparse one, or trains what the checkpoint does not have.
     """
     adapter.require_sparse("merging files")
     names, changes = Names(checkpoint), defaultdict(list)

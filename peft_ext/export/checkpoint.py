@@ -49,13 +49,8 @@ class Stored:
 
 class Checkpoint:
     """
-    The weights of a model in a folder, in one safetensors file or several.
-
-    Args:
-        base (`str`): the folder, or a Hub id, whose files are downloaded.
-
-    Raises:
-        `ValueError`: if there are no such weights, or a file is cut short.
+    The weights of a model in a folder, in one safetensors file or several; those of a Hub id are downloaded. Raises
+    `ValueError` if there are no such weights, or a file is cut short.
     """
 
     def __init__(self, base: str | os.PathLike[str]) -> None:

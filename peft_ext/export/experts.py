@@ -47,15 +47,8 @@ def sources_of(converter: WeightConverter) -> list[str] | None:
 
 def pieces_of(checkpoint: Checkpoint, keys: list[tuple[int, str]], rows: int, fan_in: int) -> list[Piece] | None:
     """
-    The tensors of a fused weight in the order of its rows.
-
-    Args:
-        checkpoint ([`Checkpoint`]): the checkpoint.
-        keys: per tensor, the number of its pattern and its name.
-        rows, fan_in (`int`): shape of the weight, all experts' neurons one after the other.
-
-    Returns:
-        `list[Piece]`, or `None` if the tensors do not make up a weight of this shape.
+    The tensors of a fused weight in the order of its rows, all experts' neurons one after the other. `keys`: per
+    tensor, the number of its pattern and its name. `None` if the tensors do not make up a weight of this shape.
     """
     pieces, first = [], 0
     for _, key in sorted(keys, key=lambda item: (_number(item[1]), item[0])):

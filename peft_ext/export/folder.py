@@ -13,14 +13,9 @@ from pathlib import Path
 def filled_at_once(out: Path, last: str) -> Iterator[Path]:
     """
     A folder to write into, whose files are moved to `out` at the end. So an error or an interruption leaves nothing
-    half done there.
+    half done there. The file `last` is moved last, since others know by it that the folder is complete.
 
-    Args:
-        out (`Path`): where the files belong.
-        last (`str`): the file that is moved last, the one by which others know that the folder is complete.
-
-    Raises:
-        `ValueError`: if nothing can be written there, before any work is done.
+    Raises `ValueError` if nothing can be written there, before any work is done.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         what = "has files in it" if out.is_dir() else "is a file"

@@ -117,14 +117,8 @@ def exact_rank(entries: Entries) -> int:
 
 def factors(entries: Entries, rank: int) -> tuple[Tensor, Tensor, float]:
     """
-    A module's update as a product.
-
-    Args:
-        entries ([`Entries`]): the update.
-        rank (`int`): of the product; filled up with zeros where fewer are needed.
-
-    Returns:
-        fp32 A `[rank, fan_in]` and B `[rows, rank]`, and the Frobenius norm of `B A` minus the update.
+    A module's update as a product: fp32 A `[rank, fan_in]` and B `[rows, rank]`, filled up with zeros where a lower
+    rank does, and the Frobenius norm of `B A` minus the update.
     """
     support = entries.support
     row, column = _places(entries)

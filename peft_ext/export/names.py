@@ -41,12 +41,7 @@ class Place:
 
 
 class Names:
-    """
-    From names in a model to names in its checkpoint: equal, or as transformers renames them when it loads.
-
-    Args:
-        checkpoint ([`Checkpoint`]): the checkpoint.
-    """
+    """From names in a model to names in its checkpoint: equal, or as transformers renames them when it loads."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint

@@ -106,14 +106,7 @@ def checksum(values: Tensor) -> int:
 
 
 def write_patch(path: str | os.PathLike[str], patches: Iterable[SparsePatch], **notes: str) -> None:
-    """
-    Write a patch file.
-
-    Args:
-        path (`str`): the file.
-        patches: per tensor.
-        notes: further metadata.
-    """
+    """Write a patch file; `notes` are further metadata."""
     tensors: dict[str, Tensor] = {}
     shapes, replaces = {}, {}
     for patch in patches:

@@ -44,10 +44,8 @@ def tokens_of(features: Tensor) -> Tensor:
 
 class Connector(nn.Module):
     """
-    Base of the connectors that transformers' Llava lacks.
-
-    Args:
-        config (`PreTrainedConfig`): a configuration with `vision_config`, `text_config` and `connector_config`.
+    Base of the connectors that transformers' Llava lacks, made from a configuration with `vision_config`,
+    `text_config` and `connector_config`.
     """
 
     def __init__(self, config: Any) -> None:

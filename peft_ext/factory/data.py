@@ -251,11 +251,8 @@ def read_llava(path: Path, images: Path, limit: int | None = None) -> list[dict[
 
 class Collator:
     """
-    Rows to what a Llava is trained on, padded on the right.
-
-    Args:
-        processor (`LlavaProcessor`): the model's.
-        max_length (`int`, *optional*): longer conversations are cut at the end.
+    Rows to what a Llava is trained on, padded on the right. Conversations of more than `max_length` tokens are cut at
+    the end.
     """
 
     def __init__(self, processor: Any, max_length: int | None = None) -> None:

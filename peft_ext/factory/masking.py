@@ -47,19 +47,10 @@ def encode(
     processor: Any, messages: Messages, image_tokens: list[int], max_length: int | None = None
 ) -> tuple[list[int], list[int]]:
     """
-    Token ids and labels of a conversation.
+    Token ids of a conversation, and labels that are -100 outside answers; more than `max_length` tokens are cut at the
+    end. `image_tokens`: the number of tokens of each image.
 
-    Args:
-        processor (`LlavaProcessor`): with a fast tokenizer and a chat template.
-        messages (`list[dict]`): roles and contents, each a string or parts of type `image` and `text`.
-        image_tokens (`list[int]`): number of tokens of each image.
-        max_length (`int`, *optional*): longer conversations are cut at the end.
-
-    Returns:
-        `tuple[list[int], list[int]]`: ids, and labels that are -100 outside answers.
-
-    Raises:
-        `ValueError`: if the conversation has another number of images, or an image does not fit `max_length`.
+    Raises `ValueError` if the conversation has another number of images, or an image does not fit `max_length`.
     """
     text, spans = answer_spans(processor, messages)
     encoded = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

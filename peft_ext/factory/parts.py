@@ -140,16 +140,7 @@ def adapt(model: Any, method: str | Method) -> Any:
 
 
 def counts(model: str, methods: list[str]) -> dict[str, dict[str, int]]:
-    """
-    What methods train in a model, without its weights.
-
-    Args:
-        model (`str`): Hub id or folder with a configuration.
-        methods (`list[str]`): their names.
-
-    Returns:
-        `dict`: [`trained_by_part`] of each method.
-    """
+    """What methods train in a model, without its weights: [`trained_by_part`] of each method."""
     config = AutoConfig.from_pretrained(model)
     results = {}
     for name in methods:

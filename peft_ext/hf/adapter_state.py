@@ -143,18 +143,9 @@ def _kind(dtype: torch.dtype) -> str:
 
 def check_others(model: nn.Module, state: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
     """
-    Tensors that are not the adapter's: none of the base model but embeddings.
-
-    Args:
-        model (`torch.nn.Module`): the model.
-        state (`dict[str, torch.Tensor]`): its state dict.
-        others (`dict[str, torch.Tensor]`): the tensors, by their names in the model.
-
-    Returns:
-        `bool`: whether loading them changes the base model.
-
-    Raises:
-        [`MalformedAdapter`]: if one would overwrite a frozen tensor of the model, or does not fit.
+    Check tensors that are not the adapter's: none of the base model but embeddings. Returns whether loading them
+    changes the base model. Raises [`MalformedAdapter`] if one would overwrite a frozen tensor of the model, or does
+    not fit.
     """
     base = {_plain(key): tensor for key, tensor in state.items()}
     places = {key: base[_plain(key)] for key in sorted(others) if _plain(key) in base}

@@ -30,13 +30,10 @@ _OF_A_PUSH = (  # what transformers' push_to_hub writes into an empty one
 
 def complete_card(folder: str | os.PathLike[str]) -> None:
     """
-    Write or complete the card of one of our adapters; other folders are left alone.
+    Write or complete the card of one of our adapters in a folder with both of its files; other folders are left alone.
 
     A folder without a card, or with PEFT's empty one, gets that of the method (`model_cards/`). In any other card the
     part between our marks is renewed, or added at the end. Front matter that others wrote is kept.
-
-    Args:
-        folder (`str`): the adapter's folder, with both of its files.
     """
     facts = CardFacts.of(Path(folder))
     if facts is None:

@@ -27,11 +27,8 @@ def write_weights(
     save_file: Callable[..., None], tensors: Mapping[str, Tensor], path: str, metadata: dict[str, str] | None
 ) -> None:
     """
-    Write an adapter's file, which appears whole or not at all and carries a checksum of its content.
-
-    Args:
-        save_file (`Callable`): safetensors' `save_file`.
-        tensors (`dict[str, torch.Tensor]`), path (`str`), metadata (`dict[str, str]`, *optional*): what it is given.
+    Write an adapter's file by safetensors' `save_file`. It appears whole or not at all, and carries a checksum of its
+    content.
     """
     metadata = {**(metadata or {}), CHECKSUM_KEY: _checksum(tensors)}
     replace(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
@@ -48,12 +45,8 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
 
 def local_adapter(path: str, subfolder: str, options: Mapping[str, Any]) -> str:
     """
-    The folder of an adapter's files: of one on the Hub, after its weights were downloaded to the cache.
-
-    Args:
-        path (`str`): a folder or Hub id.
-        subfolder (`str`): in it.
-        options: where on the Hub, as `hf_hub_download` takes it; others are ignored.
+    The folder of an adapter's files: of one on the Hub, after its weights were downloaded to the cache. Of `options`
+    those are used that `hf_hub_download` takes.
     """
     folder = os.path.join(path, subfolder)
     if os.path.isdir(path):

@@ -19,10 +19,8 @@ _begin: ContextVar[Begin | None] = ContextVar("begin", default=None)
 @contextmanager
 def loading(begin: Begin) -> Iterator[None]:
     """
-    Around a call that adds an adapter and then reads its tensors from a checkpoint; see `install/loading.py`.
-
-    Args:
-        begin (`Callable`): called with an adapter's config when one of our tuners is about to inject it.
+    Around a call that adds an adapter and then reads its tensors from a checkpoint; see `install/loading.py`. `begin`
+    is called with the config of an adapter that one of our tuners is about to inject.
     """
     token = _begin.set(begin)
     try:
@@ -68,13 +66,8 @@ def check_adapter_name(name: Any) -> None:
 @contextmanager
 def clean_refusal(peft_config: dict[str, Any], model: nn.Module, adapter_name: str) -> Iterator[None]:
     """
-    Around the injection of an adapter: check its name, tell a load that it begins, and on an error forget the adapter
-    again.
-
-    Args:
-        peft_config (`dict`): the tuner's table of configurations, which has the adapter's already.
-        model (`torch.nn.Module`): the base model.
-        adapter_name (`str`): the adapter.
+    Around the injection of an adapter, which `peft_config` has already: check its name, tell a load that it begins,
+    and on an error forget the adapter again.
     """
     config = peft_config[adapter_name]
     begin = _begin.get()

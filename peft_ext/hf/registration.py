@@ -31,14 +31,10 @@ def peft_type(name: str) -> PeftType:
 
 def register(name: str, config_cls: type, model_cls: type) -> bool:
     """
-    Register a tuner. Calling it again, also after a reload, changes nothing but the classes.
+    Register a tuner under a lower-case name; its parameters begin with `<name>_`. Calling it again, also after a
+    reload, changes nothing but the classes.
 
-    Args:
-        name (`str`): lower-case name of the method; its parameters are prefixed with `<name>_`.
-        config_cls (`type`), model_cls (`type`): subclasses of `PeftConfig` and `BaseTuner`.
-
-    Returns:
-        `bool`: `False`, with a warning, if PEFT itself has a method of this name, which then is used.
+    Returns `False`, with a warning, if PEFT itself has a method of this name, which then is used.
     """
     member = peft_type(name)
     known = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(member)

@@ -31,13 +31,7 @@ from .snapshot import Snapshot
 
 
 class _Attempt:
-    """
-    One call that loads. It does nothing until one of our tuners begins to inject an adapter.
-
-    Args:
-        model (`torch.nn.Module`): where the adapter goes.
-        adapter_name (`str`): its name.
-    """
+    """One call that loads an adapter. It does nothing until one of our tuners begins to inject it."""
 
     def __init__(self, model: Any, adapter_name: str) -> None:
         self.model = model
@@ -90,11 +84,8 @@ def whole_model(from_pretrained: Callable[..., Any]) -> Callable[..., Any]:
 
 def all_or_nothing(load_adapter: Callable[..., Any], path_argument: str) -> Callable[..., Any]:
     """
-    Wrap `PeftModel.load_adapter` or transformers' `PeftAdapterMixin.load_adapter`.
-
-    Args:
-        load_adapter (`Callable`): the method.
-        path_argument (`str`): its argument that holds the adapter's folder or Hub id.
+    Wrap `PeftModel.load_adapter` or transformers' `PeftAdapterMixin.load_adapter`. `path_argument` names the argument
+    that holds the adapter's folder or Hub id.
     """
     signature = inspect.signature(load_adapter)
 

@@ -11,12 +11,9 @@ from ..hf.internals import AuxiliaryTrainingWrapper, BaseTunerLayer
 
 class Snapshot:
     """
-    Modes, trainable parameters, biases, and which adapters were active and merged.
+    Modes, trainable parameters, biases, and which adapters were active and merged, of a `PeftModel` or another one.
 
     Weights are not copied: loading an adapter writes into none of the base's but biases.
-
-    Args:
-        model (`torch.nn.Module`): a `PeftModel`, or a model with or without adapters.
     """
 
     def __init__(self, model: Any) -> None:
@@ -39,12 +36,7 @@ class Snapshot:
         self.active = [(t, t.active_adapter) for t in tuners if t is not None and "active_adapter" in vars(t)]
 
     def restore(self, tuner: Any) -> None:
-        """
-        Undo a load.
-
-        Args:
-            tuner (`type`): the tuner class of the adapter, which has been deleted from the layers that stay.
-        """
+        """Undo a load of an adapter of `tuner`, which has been deleted from the layers that stay."""
         for name, module in list(self.model.named_modules()):
             if module in self.modules or not name:
                 continue

@@ -104,15 +104,7 @@ def plot_jaccard(
 
 
 def bootstrap(values: np.ndarray, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """
-    Mean and percentile interval over samples.
-
-    Args:
-        values (`numpy.ndarray`): `[samples, layers]`.
-
-    Returns:
-        `tuple`: mean, low and high, each `[layers]`.
-    """
+    """Mean and percentile interval (low, high) over samples, each `[layers]`, of `values` `[samples, layers]`."""
     if resamples < 1:
         raise ValueError(f"resamples is {resamples}: must be at least 1.")
     generator = np.random.default_rng(seed)

@@ -129,10 +129,7 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
 
 def mean_over_processes(gradients: Mapping[int, Tensor]) -> None:
     """
-    Average gradients over processes, in place, in few messages.
-
-    Args:
-        gradients (`dict[int, torch.Tensor]`): the same keys, in the same order, in every process.
+    Average gradients over processes, in place, in few messages. Every process has the same keys in the same order.
     """
     count = processes()
     if count == 1 or not gradients:

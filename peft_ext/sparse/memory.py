@@ -96,12 +96,8 @@ def why_not_ours(tensor: Tensor, maps: Maps | None = None) -> str | None:
     Why this process must not write into a tensor's memory, even if it writes the old values back: `SEEN_BY_OTHERS` or
     `READ_ONLY`. `None` if it may, as into its private copy of a mapped file (`safetensors`, `torch.load(mmap=True)`).
 
-    Memory that is new is looked up in Linux's `/proc/self/maps`. On other systems only tensors in torch's own shared
-    memory are found out.
-
-    Args:
-        tensor (`torch.Tensor`): the tensor.
-        maps ([`Maps`], *optional*): for many tensors at once.
+    Memory that is new is looked up in Linux's `/proc/self/maps`, which `maps` holds for many tensors at once. On other
+    systems only tensors in torch's own shared memory are found out.
     """
     address = _address(tensor)
     if not address:

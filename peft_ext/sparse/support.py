@@ -207,12 +207,8 @@ def union(supports: list[Support]) -> tuple[Support, list[Tensor]]:
 
 def support_of(positions: Tensor, rows: int, fan_in: int) -> Support:
     """
-    The support with the given entries: a table where every row has equally many, else ragged.
-
-    Args:
-        positions (`torch.Tensor`): int64 `[entries]`, strictly increasing: where each entry lies in the flattened
-            `[rows, fan_in]`.
-        rows, fan_in (`int`): shape of the weight.
+    The support with entries at `positions` of the flattened `[rows, fan_in]`, int64 and strictly increasing: a table
+    where every row has equally many, else ragged.
     """
     columns = (positions % fan_in).to(torch.int32)
     counts = torch.bincount(positions // fan_in, minlength=rows)

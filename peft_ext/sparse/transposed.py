@@ -15,11 +15,8 @@ from .support import Support
 
 class WithTransposedTable(nn.Module):
     """
-    A module that holds a support and, from the first use on, its transposed table.
-
-    Attributes:
-        transposed_entries, transposed_offsets (`torch.Tensor`): see [`SparseDelta`].
-        stale (`bool`): whether the indices changed since they were last checked.
+    A module that holds a support and, from the first use on, its transposed table; see [`SparseDelta`]. `stale`: the
+    indices changed since they were last checked.
     """
 
     indices: Tensor

@@ -72,14 +72,8 @@ class _Parser(TrlParser):
 
 def read_run(path: str, options: Sequence[str] = ()) -> Run:
     """
-    Read a run.
-
-    Args:
-        path (`str`): the YAML file.
-        options (`list[str]`): further ones, as on a command line; they come before those of the file.
-
-    Raises:
-        [`ConfigError`]: naming file, line and key.
+    Read a run from a YAML file; `options`, as on a command line, come before those of the file. Raises [`ConfigError`]
+    naming file, line and key.
     """
     content, lines = _load(path)
 

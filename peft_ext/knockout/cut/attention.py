@@ -146,11 +146,8 @@ class AttentionKnockout(KnockoutScope):
 
 def zero_output(output: Any, positions: Tensor) -> Any:
     """
-    A module's output with zeros at some positions.
-
-    Args:
-        output (`torch.Tensor` or `tuple`): `[batch, tokens, D]`, the first part of a tuple.
-        positions (`torch.Tensor`): bool `[batch or 1, tokens]`.
+    A module's output, `[batch, tokens, D]` or a tuple that begins with it, with zeros at `positions`, bool `[batch or
+    1, tokens]`.
     """
     first = output[0] if isinstance(output, tuple) else output
     first = first.masked_fill(positions.to(first.device).unsqueeze(-1), 0)

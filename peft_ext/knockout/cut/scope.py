@@ -14,12 +14,7 @@ Scope = TypeVar("Scope", bound="KnockoutScope")
 
 
 class KnockoutScope:
-    """
-    Base of the knockouts.
-
-    Attributes:
-        position ([`PromptPosition`]): follows the calls to the model.
-    """
+    """Base of the knockouts. `position` follows the calls to the model."""
 
     position: PromptPosition
     _stack: ExitStack | None = None

@@ -65,14 +65,8 @@ class Architecture:
 
     def logits(self, hidden: Tensor, norm: bool = True) -> Tensor:
         """
-        What the model would predict from states after its last layer.
-
-        Args:
-            hidden (`torch.Tensor`): `[…, D]`, the residual stream.
-            norm (`bool`): whether the final norm comes first, as in the model.
-
-        Returns:
-            `torch.Tensor`: float32 `[…, vocabulary]`.
+        What the model would predict, float32 `[…, vocabulary]`, from states `[…, D]` after its last layer; `norm` says
+        whether the final norm comes first, as in the model.
         """
         head = self._head()
         weight = next(self.norm.parameters(), hidden)
@@ -120,13 +114,8 @@ class Architecture:
 
 def inspect_model(model: nn.Module) -> Architecture:
     """
-    Find the parts of a model.
-
-    Args:
-        model (`torch.nn.Module`): a decoder of transformers, with or without vision, with or without PEFT adapters.
-
-    Raises:
-        `ValueError`: naming what the model lacks.
+    Find the parts of a decoder of transformers, with or without vision, with or without PEFT adapters. Raises
+    `ValueError` naming what the model lacks.
     """
     if hasattr(model, "named_modules"):
         _check_not_compiled(model)

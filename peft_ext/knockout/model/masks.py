@@ -21,11 +21,8 @@ class Span(NamedTuple):
 
 def span_of_call(arguments: dict[str, Any], layer: int) -> Span:
     """
-    The positions of a call, before the layer has added its keys to the cache.
-
-    Args:
-        arguments (`dict`): the call's arguments by name; `hidden_states` `[batch, tokens, D]`.
-        layer (`int`): the layer's number in the cache.
+    The positions of a call, before the layer has added its keys to the cache. `arguments` are the call's by name;
+    `layer` is the layer's number in the cache.
     """
     tokens = arguments["hidden_states"].shape[1]
     cache, mask = arguments.get(cache_name(arguments)), arguments.get("attention_mask")
@@ -78,13 +75,9 @@ def encode(allowed: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
 
 def open_one(allowed: Tensor, rows: Tensor, span: Span) -> Tensor:
     """
-    Give rows without any edge the edge to their own token. Kernels differ on empty rows (zeros, NaN, or the mean over
-    all keys, future ones included), so these rows get a harmless entry here and their output is overwritten later.
-
-    Args:
-        allowed (`torch.Tensor`): bool `[batch, heads, queries, keys]`; changed in place.
-        rows (`torch.Tensor`): bool `[batch, heads, queries]`.
-        span (`Span`): of the call.
+    Give `rows` without any edge, bool `[batch, heads, queries]`, the edge to their own token, in place. Kernels differ
+    on empty rows (zeros, NaN, or the mean over all keys, future ones included), so these rows get a harmless entry
+    here and their output is overwritten later.
     """
     own = torch.arange(len(span.queries), device=allowed.device) + (span.queries.start - span.keys.start)
     diagonal = torch.zeros(allowed.shape[-2:], dtype=torch.bool, device=allowed.device)

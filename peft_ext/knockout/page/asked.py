@@ -27,16 +27,8 @@ def report_questions(
     **options: Any,
 ) -> Report:
     """
-    Measure the first questions anew for their views, and write the page.
-
-    Args:
-        asker ([`Asker`]): with the model.
-        questions (`list[Question]`): those that were used.
-        records (`list[dict]`): of the sweep.
-        path (`str`): of the page.
-        limit (`int`): questions that get a view; the others show their curves alone.
-        title (`str`), skipped (`list[dict]`): of [`report`].
-        options: of [`sample_view`].
+    Measure the first questions anew for their views, and write the page. Questions beyond `limit` show their curves
+    alone. `title` and `skipped` are those of [`report`], `options` those of [`sample_view`].
     """
     views: list[SampleView] = []
     for question in tqdm(questions[:limit], desc="views"):

@@ -91,17 +91,10 @@ def box_coverage(
     options: Mapping[str, Any],
 ) -> Coverage:
     """
-    How much of each image token's patch lies in any of the boxes.
+    How much of each image token's patch lies in any of the boxes, `(left, top, right, bottom)` in pixels of an image
+    of this size. `options`: what the processor was called with for images, such as `do_pad=True`.
 
-    Args:
-        processor (`ProcessorMixin`): that made the inputs.
-        size (`tuple[int, int]`): the image's width and height.
-        boxes (`list`): `(left, top, right, bottom)` in its pixels.
-        tokens (`int`): image tokens in the prompt.
-        options (`dict`): what the processor was called with for images, such as `do_pad=True`.
-
-    Raises:
-        `ValueError`: for processors whose order of patches is not known here.
+    Raises `ValueError` for processors whose order of patches is not known here.
     """
     if type(processor).__name__.startswith(_QUERIES):
         raise ValueError(

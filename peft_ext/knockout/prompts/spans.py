@@ -147,14 +147,7 @@ def _in_word(character: str) -> bool:
 
 
 def segments(tokenizer: Any, tokens: Sequence[int], kept: Sequence[bool]) -> list[Segment]:
-    """
-    The text of a row.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): that made the tokens.
-        tokens (`Sequence[int]`): the row of input_ids.
-        kept (`Sequence[bool]`): which of them are text, neither image nor padding.
-    """
+    """The text of a row of `input_ids`; `kept` says which tokens are text, neither image nor padding."""
     found, run = [], list[int]()
     for at in range(len(tokens) + 1):
         if at < len(tokens) and kept[at]:

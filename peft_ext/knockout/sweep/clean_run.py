@@ -62,10 +62,7 @@ def logits_at(
     architecture: Architecture, model: nn.Module, inputs: dict[str, Any], readout: Tensor, **more: Any
 ) -> Tensor:
     """
-    A forward pass's logits, float32 `[batch, vocabulary]`, at one position of each row.
-
-    Args:
-        readout (`torch.Tensor`): int64 `[batch]`.
+    A forward pass's logits, float32 `[batch, vocabulary]`, at one position of each row: `readout`, int64 `[batch]`.
     """
     length = _length(inputs)
     if (
@@ -88,14 +85,11 @@ def clean_run(
     architecture: Architecture, model: nn.Module, inputs: dict[str, Any], readout: Tensor, firsts: list[int]
 ) -> CleanRun:
     """
-    Run the model as it is. Keep each layer's keys and values, and its states from the first of `firsts` on.
+    Run the model as it is. Keep each layer's keys and values, and its states from the first of `firsts` on, which are
+    the first targets of the knockouts to come.
 
-    Args:
-        firsts (`list[int]`): the first target of each knockout to come.
-
-    Raises:
-        [`NotReusable`]: if all tokens attend both ways, as in PaliGemma's prefix, or a layer is of a kind whose passes
-            cannot be shortened, or steered by MoReS.
+    Raises [`NotReusable`] if all tokens attend both ways, as in PaliGemma's prefix, or a layer is of a kind whose
+    passes cannot be shortened, or steered by MoReS.
     """
     length = _length(inputs)
     if architecture.virtual_tokens:

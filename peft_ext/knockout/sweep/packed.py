@@ -83,12 +83,8 @@ class PackedPasses:
 
     def layer(self, index: int, layer: LayerRun, hidden: Tensor, running: int, active: tuple[int, ...]) -> Tensor:
         """
-        One layer's output.
-
-        Args:
-            hidden (`torch.Tensor`): `[batch, M, D]`, the tokens of the copies that run so far.
-            running (`int`): how many these are.
-            active (`tuple[int, ...]`): which of them have this layer in their window.
+        One layer's output for `hidden` `[batch, M, D]`, the tokens of the `running` copies so far; the `active` ones
+        have this layer in their window.
         """
         spans = [self.kept(number) for number in range(running)]
         mask, emptied = self._mask(layer, running, active, hidden)

@@ -29,19 +29,11 @@ def replay(
     packed: bool = True,
 ) -> Iterator[tuple[int, Tensor]]:
     """
-    Run passes and give the last layer's output of each.
+    Run passes and give the number of each with its states after the last layer, `[batch, T, D]` from the clean run's
+    start on. The order is the runs', not that of `knocks`.
 
-    Args:
-        architecture ([`Architecture`]): of the model.
-        clean ([`CleanRun`]): its clean pass, with states kept from the earliest `first` on.
-        knocks (`Sequence[Knock]`): the passes.
-        implementation (`str`): the attention that the decoder runs, `"sdpa"` or `"eager"`.
-        tokens (`int`): tokens of all passes that run at a time, at most; a pass with more runs alone.
-        packed (`bool`): whether these are one sequence. If not, a layer is called for each pass by itself.
-
-    Yields:
-        `tuple[int, torch.Tensor]`: a pass's number and `[batch, T, D]`, its states from the clean run's start on. The
-            order is the runs', not that of `knocks`.
+    At most `tokens` tokens of all passes run at a time; a pass with more runs alone. With `packed` they are one
+    sequence. If not, a layer is called for each pass by itself.
     """
     order = sorted(range(len(knocks)), key=lambda number: (knocks[number].start, number))
     while order:

@@ -15,10 +15,8 @@ from ..aggregators.base import Array
 
 def cosines_of(gramian: Array) -> Array:
     """
-    Cosines of the angles between gradients, `[tasks, tasks]`; NaN where one of the two has norm zero.
-
-    Args:
-        gramian (`np.ndarray`): their inner products, `[tasks, tasks]`.
+    Cosines of the angles between gradients, `[tasks, tasks]`, from their Gramian; NaN where one of the two has norm
+    zero.
     """
     norms = np.sqrt(np.maximum(np.diagonal(gramian), 0.0))
     norms = np.where(norms > 0, norms, np.nan)

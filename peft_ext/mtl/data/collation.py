@@ -154,15 +154,8 @@ def task_number(value: Any, column: str, num_tasks: int) -> int:
 
 def parts_of(batch: Mapping[str, Any], task_column: str, num_tasks: int) -> dict[int, Any]:
     """
-    Each task's part of a batch.
-
-    Args:
-        batch (`dict`): of a [`TaskCollator`], or a collated one of a single task.
-        task_column (`str`): key of the samples' task numbers.
-        num_tasks (`int`): number of tasks.
-
-    Raises:
-        `ValueError`: if the batch was collated with samples of several tasks in it, or does not say its task.
+    Each task's part of a batch of a [`TaskCollator`], or of a collated one of a single task. Raises `ValueError` if
+    the batch was collated with samples of several tasks in it, or does not say its task.
     """
     if PARTS in batch:
         parts: dict[int, Any] = batch[PARTS]

@@ -16,13 +16,7 @@ SAMPLINGS = (*MIXED_SAMPLINGS, *SINGLE_TASK_SAMPLINGS)
 
 
 class TaskDataset(Dataset[Any]):
-    """
-    Several map-style data sets as one, each sample with the number of its task.
-
-    Args:
-        datasets (`list[Dataset]`): one per task; samples are dicts.
-        task_column (`str`): key of the task's number in a sample.
-    """
+    """One map-style data set per task as one; each sample, a dict, gets the number of its task under `task_column`."""
 
     def __init__(self, datasets: Sequence[Any], task_column: str) -> None:
         self.datasets = list(datasets)

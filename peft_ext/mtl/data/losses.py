@@ -124,19 +124,10 @@ def count_labels_of_tasks(
 ) -> Tensor | None:
     """
     Labels of each task in a batch, float64 `[tasks]`: of its own labels, or of its column where one tensor of labels
-    has a column per task. Without any label, the number of samples.
+    has a column per task. Without any label, the number of samples: `size`, or the length of all tensors of the batch.
+    `None` if there are labels and they do not say which task they are of.
 
-    Args:
-        batch (`dict`): the batch.
-        label_names (`list[str]`): names of its labels.
-        tasks (`list[str]`): names of the tasks.
-        size (`int`, *optional*): number of samples, by default the length of all tensors of the batch.
-
-    Returns:
-        The counts, or `None` if there are labels and they do not say which task they are of.
-
-    Raises:
-        `ValueError`: if the number of samples is needed and cannot be told.
+    Raises `ValueError` if the number of samples is needed and cannot be told.
     """
     own = labels_of_tasks(label_names, tasks)
     given = [name for name in label_names if name in batch]
@@ -172,17 +163,8 @@ def count_labels(labels: Any) -> float | None:
 
 def count_labels_by_id(batch: Mapping[str, Any], label_names: Sequence[str], ids: Tensor, tasks: int) -> Tensor:
     """
-    Labels of each task in a batch of samples with one task each, float64 `[tasks]`; without one tensor of labels, the
-    number of samples.
-
-    Args:
-        batch (`dict`): the batch.
-        label_names (`list[str]`): names of its labels.
-        ids (`torch.Tensor`): every sample's task, `[samples]`.
-        tasks (`int`): number of tasks.
-
-    Raises:
-        `ValueError`: if the labels have no row per sample.
+    Labels of each task in a batch of samples with one task each (`ids`, `[samples]`), float64 `[tasks]`; without one
+    tensor of labels, the number of samples. Raises `ValueError` if the labels have no row per sample.
     """
     ids = ids.cpu()
     labels = batch.get(label_names[0]) if len(label_names) == 1 else None

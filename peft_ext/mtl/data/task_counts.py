@@ -20,13 +20,8 @@ logger = logging.getLogger(__name__)
 
 class TaskCounts:
     """
-    Counts the labels of each task.
-
-    Args:
-        data ([`TaskData`]): the tasks.
-        label_names (`list[str]`): names of the labels in a batch.
-        shifts_labels (`bool`): whether the model's loss leaves out the first label of every row, as that of a causal
-            language model does.
+    Counts the labels of each task. `shifts_labels`: the model's loss leaves out the first label of every row, as that
+    of a causal language model does.
     """
 
     def __init__(self, data: TaskData, label_names: Sequence[str], shifts_labels: bool) -> None:
@@ -39,16 +34,10 @@ class TaskCounts:
         self, batches: list[Any], device: torch.device, num_items_of: Callable[..., Any], is_sharded: bool
     ) -> Window:
         """
-        The labels of the micro-batches of one optimiser step.
+        The labels of the micro-batches of one optimiser step of this process. `device` is for the messages between
+        processes, `num_items_of` is `Trainer`'s count of the items in batches, `is_sharded` means by FSDP2.
 
-        Args:
-            batches (`list`): the micro-batches of this process.
-            device (`torch.device`): for the messages between processes.
-            num_items_of (`Callable`): `Trainer`'s count of the items in batches.
-            is_sharded (`bool`): whether FSDP2 shards the model.
-
-        Raises:
-            `ValueError`: if the model is sharded and a micro-batch of one process alone has no label.
+        Raises `ValueError` if the model is sharded and a micro-batch of one process alone has no label.
         """
         config, tasks = self.data.config, len(self.data.names)
         counts = torch.stack([self.of(batch, weighing=len(batches)) for batch in batches])

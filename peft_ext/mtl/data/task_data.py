@@ -87,16 +87,10 @@ class TaskData:
     def take_samples(self, dataset: Any, label_names: Sequence[str], batch_size: int, has_function: bool) -> None:
         """
         Find out whether samples of the training set have one task each, which is drawn and collated by task then. The
-        tasks are named by their numbers if they have no names yet.
+        tasks are named by their numbers if they have no names yet. `has_function`: whether `compute_task_losses_func`
+        is given.
 
-        Args:
-            dataset: the training set.
-            label_names: names of its labels.
-            batch_size (`int`): of the micro-batches of a process.
-            has_function (`bool`): whether `compute_task_losses_func` is given.
-
-        Raises:
-            `ValueError`: if a number is not one of a task, or the options cannot give a step every task.
+        Raises `ValueError` if a number is not one of a task, or the options cannot give a step every task.
         """
         column = self.config.task_column
         has_ids = column in label_names

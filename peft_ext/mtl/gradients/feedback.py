@@ -15,12 +15,7 @@ from .probe import unlogged
 
 
 class Feedback(TrainerCallback):
-    """
-    Gives an aggregator that learns from the losses the new ones, after each optimiser step.
-
-    Args:
-        trainer ([`MTLTrainerMixin`]): whose aggregator.
-    """
+    """Gives a trainer's aggregator that learns from the losses the new ones, after each optimiser step."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer

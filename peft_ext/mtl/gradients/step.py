@@ -21,12 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class GradientStep:
-    """
-    The gradients of a trainer's optimiser steps.
-
-    Args:
-        trainer ([`MTLTrainerMixin`]): whose passes, method and state.
-    """
+    """The gradients of a trainer's optimiser steps."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer

@@ -22,12 +22,7 @@ TaskLoss: TypeAlias = tuple[int, Tensor, bool, bool]
 
 
 class Passes:
-    """
-    Computes losses and gradients of one trainer, task by task.
-
-    Args:
-        trainer ([`MTLTrainerMixin`]): whose model, options and losses.
-    """
+    """Computes losses and gradients of one trainer, task by task."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer

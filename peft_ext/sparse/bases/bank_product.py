@@ -26,15 +26,9 @@ _SEEN = ("shape", "dtype", "device", "ndim", "is_cuda", "size", "dim", "data_ptr
 
 class BankProduct:
     """
-    Stands for a bank's weight inside the forward of its experts. It can be indexed by an expert or by the experts of
-    all tokens, transposed, and multiplied by; to each product `added` adds what it wants.
-
-    Args:
-        bank ([`ExpertBank`]): the bank.
-        added (`Callable`): see `Added`.
-        weight (`torch.Tensor`, *optional*): the bank's, or a part of it.
-        experts (`torch.Tensor`, *optional*): which part: an expert's number, or one for each token.
-        columns (`bool`, *optional*): whether neurons are the columns of `weight`.
+    Stands for a bank's weight, or with `weight` and `experts` (a number, or one for each token) for a part of it,
+    inside the forward of its experts. It can be indexed by an expert or by the experts of all tokens, transposed, and
+    multiplied by; to each product `added` adds what it wants. `columns`: neurons are the columns of `weight`.
     """
 
     def __init__(
@@ -111,11 +105,8 @@ def _unknown(bank: ExpertBank, what: str) -> str:
 
 class ExpertsView:
     """
-    A module of experts with something else in the place of some weights, for its own forward to run on.
-
-    Args:
-        experts (`nn.Module`): the module, which is not changed.
-        replaced (`dict[str, Any]`): what stands for its attributes.
+    A module of experts, which is not changed, with something else in the place of some of its attributes, for its own
+    forward to run on.
     """
 
     def __init__(self, experts: nn.Module, replaced: Mapping[str, Any]) -> None:
@@ -137,12 +128,8 @@ class ExpertsView:
 
 class WatchedForward:
     """
-    In the place of the forward of a module of experts: shows what enters the product with each of its banks.
-
-    Args:
-        experts (`nn.Module`): the module.
-        watch (`Callable`): called with a bank, its inputs `[tokens, fan_in]`, sorted by expert, and where those of
-            each expert end.
+    In the place of the forward of a module of experts: shows `watch` what enters the product with each of its banks:
+    the bank, its inputs `[tokens, fan_in]`, sorted by expert, and where those of each expert end.
     """
 
     def __init__(self, experts: nn.Module, watch: Callable[[ExpertBank, Tensor, Tensor], None]) -> None:
@@ -165,12 +152,8 @@ class WatchedForward:
 
 def run_with(experts: nn.Module, added: Mapping[str, tuple[ExpertBank, Added]], *args: Any, **kwargs: Any) -> Any:
     """
-    The forward of a module of experts, as its class computes it.
-
-    Args:
-        experts (`nn.Module`): the module.
-        added: by name, a bank and what adds to its products.
-        args, kwargs: of the forward.
+    The forward of a module of experts, as its class computes it; `added` holds by name a bank and what adds to its
+    products.
     """
     implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
     if implementation not in (None, *IMPLEMENTATIONS):

@@ -13,11 +13,8 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 class Projection(Part):
     """
-    One projection of an attention module: a linear layer whose weight is the attention's, or a slice of rows of it.
-
-    Args:
-        attention (`nn.MultiheadAttention`): the module.
-        name (`str`): one of `PROJECTIONS`.
+    One of the `PROJECTIONS` of an attention module: a linear layer whose weight is the attention's, or a slice of rows
+    of it.
     """
 
     def __init__(self, attention: nn.MultiheadAttention, name: str) -> None:

@@ -93,12 +93,8 @@ class _Holder:
 
 def forget_quantisation(model: Any, dense_modules: list[str]) -> None:
     """
-    Have a transformers model's config say which of its layers are no longer quantised, so that it can be saved and
-    loaded again.
-
-    Args:
-        model (`nn.Module`): the model; left alone if it has no quantiser.
-        dense_modules (`list[str]`): names of modules that are dense now.
+    Have a transformers model's config say that the named modules are dense now, so that it can be saved and loaded
+    again. Models without a quantiser are left alone.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None or not dense_modules:

@@ -23,9 +23,7 @@ def is_sharded(weight: Tensor) -> bool:
 def whole(weight: Tensor) -> Tensor:
     """
     A weight in full: itself, or if it is sharded a gathered copy, for which all processes have to call this.
-
-    Args:
-        weight (`torch.Tensor`): of any shape. DeepSpeed's have their own in `ds_shape`, and no elements.
+    DeepSpeed's weights have no elements, and their shape in `ds_shape`.
     """
     if isinstance(weight, DTensor):
         return weight.full_tensor().detach()

@@ -43,11 +43,8 @@ def weight_region(base_layer: Any) -> Region | None:
 
 class Uses:
     """
-    How often the modules of a model reach each memory by their parameters and buffers.
-
-    Args:
-        model (`nn.Module`): the model.
-        distinct (`bool`, *optional*, defaults to `False`): count a module once, by however many paths it is reached.
+    How often the modules of a model reach each memory by their parameters and buffers. With `distinct` a module counts
+    once, by however many paths it is reached.
     """
 
     def __init__(self, model: nn.Module, distinct: bool = False) -> None:

@@ -16,13 +16,7 @@ from ..support import Support, stacked, without_entries
 
 
 class ExpertMatrices:
-    """
-    Several weights, of which those of experts fall into a matrix for each adapted expert.
-
-    Args:
-        bases (`dict`): per name, the base layer.
-        config ([`SparseConfig`]): which experts to adapt.
-    """
+    """Several weights by name, of which those of experts fall into a matrix for each expert that the config adapts."""
 
     def __init__(self, bases: Mapping[str, Any], config: SparseConfig) -> None:
         self.bases = bases
@@ -94,15 +88,8 @@ class _ScoresByExpert(Mapping[str, Tensor]):
 
 def adapted_experts(name: str, bank: ExpertBank, config: SparseConfig) -> list[int]:
     """
-    Numbers of the experts that a config adapts.
-
-    Args:
-        name (`str`): of the weight.
-        bank ([`ExpertBank`]): the weight.
-        config ([`SparseConfig`]): the options.
-
-    Raises:
-        `ValueError`: if there is no such expert, or none is named.
+    Numbers of the experts that a config adapts in a weight. Raises `ValueError` if there is no such expert, or none is
+    named.
     """
     wanted = config.experts_to_transform
     if wanted is None:

@@ -32,11 +32,8 @@ def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def wanted_banks(model: nn.Module, config: SparseConfig) -> dict[str, list[str]]:
     """
     Per module of experts, the parameters that a config asks for: by the module's name, its own, or
-    `target_parameters`. Of a saved adapter, those that it was made for; of given entries, theirs.
-
-    Args:
-        model (`nn.Module`): the base model, perhaps with adapters in it.
-        config ([`SparseConfig`]): the options.
+    `target_parameters`. Of a saved adapter, those that it was made for; of given entries, theirs. The model may have
+    adapters in it.
     """
     return {
         name: [bank for bank in bank_names(base) if _is_wanted(name, bank, config)]

@@ -38,11 +38,8 @@ def placeholder(config: SparseConfig, name: str, base: Any) -> Support:
 
 def tables_in(state_dict: Mapping[str, Tensor], container: str) -> dict[str, dict[str, Tensor]]:
     """
-    The `indices` and `offsets` of each module in an adapter's state dict, by the module's name.
-
-    Args:
-        state_dict (`dict[str, torch.Tensor]`): as `get_peft_model_state_dict` gives it for a model that was injected.
-        container (`str`): the part of the keys that stands before the adapter's tensors, such as `"neuroada_delta"`.
+    The `indices` and `offsets` of each module, by its name, in an adapter's state dict. `container` is the part of the
+    keys that stands before the adapter's tensors, such as `"neuroada_delta"`.
     """
     tables: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state_dict.items():

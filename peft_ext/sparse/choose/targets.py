@@ -33,15 +33,11 @@ ALL_NEURONS = "all-neurons"
 
 def resolve_targets(config: SparseConfig, model: nn.Module, default: str) -> None:
     """
-    Replace `target_modules` by names of modules where it is `None`, `"all-linear"` or `"all-neurons"`.
+    Replace a config's `target_modules` by names of modules where it is `None` (which stands for `default`),
+    `"all-linear"` or `"all-neurons"`. The model may have adapters in it.
 
-    Args:
-        config ([`SparseConfig`]): changed in place.
-        model (`nn.Module`): the base model, perhaps with adapters in it.
-        default (`str`): what `None` stands for. Only the layers of transformers' models can be told from their heads.
-
-    Raises:
-        `ValueError`: if the targets are left to the default and the model is not of transformers.
+    Raises `ValueError` if the targets are left to the default and the model is not of transformers: only the layers of
+    those can be told from their heads.
     """
     by_default = config.target_modules is None
     if by_default and config.target_parameters:

@@ -39,10 +39,8 @@ class Unsuitable:
 
 def unsuitable_layers(model: nn.Module) -> dict[str, Unsuitable]:
     """
-    The layers of a model that `"all-linear"`, `"all-neurons"` and the default leave out, by name.
-
-    Args:
-        model (`torch.nn.Module`): the model, perhaps with adapters in it.
+    The layers of a model, perhaps with adapters in it, that `"all-linear"`, `"all-neurons"` and the default leave out,
+    by name.
     """
     found = {}
     for name, module in model.named_modules():
@@ -63,15 +61,8 @@ def _layers_read(module: nn.Module, base: nn.Module) -> Iterable[str]:
 
 def check_suitable(model: nn.Module, targets: Iterable[str], trained: bool = False) -> None:
     """
-    Check the names of targets.
-
-    Args:
-        model (`torch.nn.Module`): the model.
-        targets: names of modules.
-        trained (`bool`, *optional*, defaults to `False`): only warn, for an adapter that exists has them already.
-
-    Raises:
-        `ValueError`: if an adapter does not suit one of them.
+    Check the names of targets. Raises `ValueError` if an adapter does not suit one of them; of a `trained` adapter,
+    which has them already, it warns.
     """
     unsuitable = unsuitable_layers(model)
     named = [name for name in sorted(targets) if name in unsuitable]
@@ -96,16 +87,8 @@ def check_suitable(model: nn.Module, targets: Iterable[str], trained: bool = Fal
 
 def check_supported(name: str, module: nn.Module, backend: QuantizationBackend | None, own: tuple[type, ...]) -> None:
     """
-    Check the type of a target.
-
-    Args:
-        name (`str`): of the target.
-        module (`torch.nn.Module`): the target, perhaps a tuner's layer around the one to adapt.
-        backend (`QuantizationBackend`, *optional*): PEFT's access to its quantised weight.
-        own (`tuple`): classes of the layers that hold this method's adapters.
-
-    Raises:
-        `TypeError`: if it has no neurons, or its weights can't be reached.
+    Check the type of a target, perhaps a tuner's layer around the one to adapt; the classes `own` hold this method's
+    adapters. Raises `TypeError` if it has no neurons, or its weights can't be reached.
     """
     base = base_of(module)
     advice = f"Narrow `target_modules`, or add '{name}' to `exclude_modules`."

@@ -19,14 +19,11 @@ from .linear import SparseLinear
 
 class SparseMultiheadAttention(SparseComposite):
     """
-    An `nn.MultiheadAttention` with sparse adapters on its projections of queries, keys, values and outputs.
+    An `nn.MultiheadAttention` with sparse adapters on its projections of queries, keys, values and outputs, each in a
+    layer of the class `linear`.
 
     The attention's packed input projection counts as three, as in models with separate ones. While no adapter is
     active, or while they are merged, the attention module itself runs.
-
-    Args:
-        base_layer (`nn.MultiheadAttention`): the module to adapt.
-        linear (`type`): the method's class for linear layers.
     """
 
     def __init__(self, base_layer: nn.MultiheadAttention, linear: type[SparseLinear]) -> None:

@@ -12,12 +12,7 @@ def check_attention_inputs(
     attention: Any, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Any, attn_mask: Any
 ) -> None:
     """
-    Args:
-        attention (`nn.MultiheadAttention`): the base module.
-        query, key, value, key_padding_mask, attn_mask: arguments of its forward.
-
-    Raises:
-        `ValueError`: for everything that torch's module refuses too.
+    Check the arguments of an attention's forward. Raises `ValueError` for everything that torch's module refuses too.
     """
     dims = query.dim()
     if dims not in (2, 3) or key.dim() != dims or value.dim() != dims:

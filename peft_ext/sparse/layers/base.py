@@ -98,14 +98,8 @@ class SparseLayer(BaseAttributes, MergingMixin, ScalingMixin, nn.Module, BaseTun
         **kwargs: Any,
     ) -> None:
         """
-        Add an adapter.
-
-        Args:
-            adapter_name (`str`): its name.
-            config ([`SparseConfig`]): its options.
-            support ([`Support`]): its entries, or a placeholder of the right shape.
-            pending (`bool`): whether `support` is a placeholder.
-            delta ([`SparseDelta`], *optional*): the values of another layer with the same weight, to be shared.
+        Add an adapter with its entries, or with `pending` a placeholder of their shape. `delta`: the values of another
+        layer with the same weight, to be shared.
         """
         self.deltas[adapter_name] = delta or self._new_delta(config, support, pending)
         self.backends[adapter_name] = config.backend

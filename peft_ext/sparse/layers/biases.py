@@ -15,10 +15,6 @@ def part_biases(model: nn.Module, bias: str) -> Iterator[tuple[str, Tensor]]:
     """
     Names in the state dict and parameters (while FSDP has them unsharded, plain tensors) of the biases in attention
     modules and experts that a config's `bias` trains.
-
-    Args:
-        model (`nn.Module`): the adapted model.
-        bias (`str`): `"none"`, `"all"`, or `"<method>_only"`, which means those of adapted modules.
     """
     if bias == "none":
         return

@@ -14,11 +14,8 @@ from .base_attributes import BaseAttributes
 
 class SparseComposite(BaseAttributes, nn.Module, BaseTunerLayer):
     """
-    Base of the adapted attention and experts. PEFT's verbs reach the layers inside too, so here they do nothing.
-
-    Args:
-        base_layer (`nn.Module`): the module to adapt.
-        layers (`dict[str, SparseLayer]`): an adapted layer for each of its weights.
+    Base of the adapted attention and experts, with an adapted layer for each of their weights. PEFT's verbs reach the
+    layers inside too, so here they do nothing.
     """
 
     adapter_layer_names: tuple[str, ...] = ()  # they are on the layers

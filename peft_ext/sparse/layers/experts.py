@@ -22,13 +22,7 @@ class SparseExpertBank(SparseLayer):
 
     def add(self, adapter_names: Sequence[str], result: Tensor, x: Tensor, ends: Tensor) -> Tensor:
         """
-        What the experts computed plus the adapters' updates.
-
-        Args:
-            adapter_names (`list[str]`): which adapters.
-            result (`torch.Tensor`): `[tokens, rows]`, sorted by expert.
-            x (`torch.Tensor`): `[tokens, fan_in]`, in the same order.
-            ends (`torch.Tensor`): where the tokens of each expert end.
+        What the experts computed of x `[tokens, fan_in]`, sorted by expert as `ends` says, plus the adapters' updates.
         """
         for name in adapter_names:
             self._refuse_forward_mode(name, x)
@@ -38,15 +32,10 @@ class SparseExpertBank(SparseLayer):
 
 class SparseExperts(SparseComposite):
     """
-    A module of fused experts with sparse adapters on its layers.
+    A module of fused experts with sparse adapters on its layers, which are of the class `bank`.
 
     The experts' own forward runs, also with transformers' other implementations of it, so what the base computes is
     the same in every bit. While no adapter is active, or while they are merged, the module itself is called.
-
-    Args:
-        base_layer (`nn.Module`): the module to adapt.
-        bank (`type`): the method's class for a layer of experts.
-        backend_of (`Callable`): gives PEFT's access to a quantised layer of experts, or `None`.
     """
 
     def __init__(

@@ -15,17 +15,9 @@ def check_mergeable(
     base_layer: Any, backend: QuantizationBackend | None, quantise_again: bool, is_copied: bool
 ) -> None:
     """
-    Args:
-        base_layer (`nn.Module`): the layer.
-        backend (`QuantizationBackend`, *optional*): PEFT's access to a quantised weight.
-        quantise_again (`bool`): whether the merged weight is to be quantised.
-        is_copied (`bool`): whether the merged weight is to be a copy, since something else uses the weight.
-
-    Raises:
-        `ValueError`: if the weight is sharded, stored in 8 bits or computed by a parametrization, or is a projection
-            that something else uses.
-        `TypeError`: if it is quantised by a method that can't give it back, or is one of experts that should be
-            quantised again.
+    Raises `ValueError` if a weight is sharded, stored in 8 bits or computed by a parametrization, or is a projection
+    that something else uses (`is_copied`). Raises `TypeError` if it is quantised by a method that can't give it back,
+    or is one of experts that should be quantised again.
     """
     if backend is not None and not backend.supports_merge:
         raise TypeError(

@@ -175,12 +175,7 @@ class MergingMixin:
 
     @torch.no_grad()
     def unmerge(self, adapter_names: list[str] | None = None) -> None:
-        """
-        Take adapters out of the base weight: every bit as before they were merged.
-
-        Args:
-            adapter_names (`list[str]`, *optional*): which ones, in any order; by default all.
-        """
+        """Take adapters, by default all, out of the base weight in any order: every bit as before they were merged."""
         if not self.merged:
             if not self.follows:
                 warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)

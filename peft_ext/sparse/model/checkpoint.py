@@ -132,18 +132,11 @@ class CheckpointMixin(LoadableTuner):
         whole_may_differ: bool = False,
     ) -> None:
         """
-        Compare tensors that are about to be loaded with the adapter that awaits them.
+        Compare tensors, by their names in the model, with the adapter that awaits them, before they are loaded.
+        `whole_may_differ`: see `peft_ext.hf.adapter_state.check_state`.
 
-        Args:
-            model (`torch.nn.Module`): the model with the adapter's layers.
-            config ([`SparseConfig`]): the adapter's options.
-            adapter_name (`str`): the adapter.
-            tensors (`dict[str, torch.Tensor]`): by their names in the model; they are not changed.
-            whole_may_differ (`bool`): see `peft_ext.hf.adapter_state.check_state`.
-
-        Raises:
-            [`MalformedAdapter`]: if they are not the whole adapter and nothing else, if values are not finite or
-                indices not in range, or if they were made for another base weight.
+        Raises [`MalformedAdapter`] if they are not the whole adapter and nothing else, if values are not finite or
+        indices not in range, or if they were made for another base weight.
         """
         layers = dict(cls.layers_with(model, adapter_name))
         own = {

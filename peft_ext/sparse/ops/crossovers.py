@@ -105,12 +105,9 @@ UNEVEN: dict[str, Costs | Shares] = {
 
 def fastest_path(device_type: str, is_even: bool, entries: int, rows: int, fan_in: int, tokens: int) -> str:
     """
-    "folded", "bypass" or "dense", whichever is expected to be the fastest in training.
-
-    Args:
-        device_type (`str`): as of `torch.device.type`; unknown ones are taken for a GPU.
-        is_even (`bool`): each row has equally many entries.
-        entries, rows, fan_in, tokens (`int`): trained weights, shape of the weight, rows of x.
+    "folded", "bypass" or "dense", whichever is expected to be the fastest in training. Unknown types of devices are
+    taken for a GPU; `is_even`: each row has equally many entries; `entries` and `tokens` are trained weights and rows
+    of x.
     """
     costs = EVEN if is_even else UNEVEN
     return costs.get(device_type, costs["cuda"]).fastest(entries, rows, fan_in, tokens)

@@ -19,14 +19,8 @@ _FOLDING = threading.Lock()
 @contextmanager
 def folded_in(weight: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None) -> Iterator[Tensor]:
     """
-    `weight` with `values` added at the support, in place; restored on exit.
-
-    Args:
-        weight (`torch.Tensor`): `[rows, *inputs]`, any strides.
-        values, indices, offsets: any support of the weight flattened to `[rows, fan_in]`, see [`Support`].
-
-    Raises:
-        `ValueError`: if other processes see the weight's memory, or it may not be written.
+    `weight` `[rows, *inputs]`, any strides, with `values` added at the support in place; restored on exit. Raises
+    `ValueError` if other processes see the weight's memory, or it may not be written.
     """
     reason = why_not_ours(weight)
     if reason is not None:

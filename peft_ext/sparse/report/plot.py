@@ -16,14 +16,8 @@ if TYPE_CHECKING:
 
 def draw(report: SelectionReport) -> Figure:
     """
-    Args:
-        report ([`SelectionReport`]): what to draw.
-
-    Returns:
-        `matplotlib.figure.Figure`: bars per block, and a matrix of overlaps where there are several adapters.
-
-    Raises:
-        `ImportError`: if matplotlib is not installed.
+    Bars per block, and a matrix of overlaps where there are several adapters. Raises `ImportError` if matplotlib is
+    not installed.
     """
     with needs("plot"):
         from matplotlib.figure import Figure

@@ -19,14 +19,7 @@ PASSES_OVERALL = 3
 
 
 def top_per_neuron(scores: Iterable[Tensor], k: int, fan_in: int) -> Support:
-    """
-    The k best entries of each row.
-
-    Args:
-        scores: chunks `[some rows, fan_in]` in row order.
-        k (`int`): entries per row, at most `fan_in`.
-        fan_in (`int`): columns.
-    """
+    """The k best entries of each row, of chunks of scores `[some rows, fan_in]` in row order."""
     return Support(torch.cat([_top_of_rows(chunk, k) for chunk in scores]), fan_in)
 
 
@@ -77,11 +70,7 @@ def top_overall(passes: Mapping[str, ScorePass], budget: int, fan_ins: Mapping[s
     The `budget` best entries among all weights together, as ragged supports (a weight may get none).
 
     Exact selection in three passes without a copy of the scores: two histograms of 16 bits each find the threshold.
-
-    Args:
-        passes: per module, a function that starts a pass over its score chunks.
-        budget (`int`): number of entries, at most the number of scores.
-        fan_ins: per module, its number of columns.
+    `passes`: per module, a function that starts a pass over its score chunks.
     """
     threshold, ties = _threshold(passes, budget)
     supports = {}

@@ -13,16 +13,10 @@ def check_checkpoint(
     model: nn.Module, adapter_name: str, tensors: dict[str, Tensor], whole_may_differ: bool = False
 ) -> None:
     """
-    Compare tensors that are about to be loaded with the adapter that awaits them.
+    Compare tensors, by their names in the model, with the adapter that awaits them, before they are loaded.
+    `whole_may_differ`: see `peft_ext.hf.adapter_state.check_state`.
 
-    Args:
-        model (`torch.nn.Module`): the model with the adapter's layers.
-        adapter_name (`str`): the adapter.
-        tensors (`dict[str, torch.Tensor]`): by their names in the model.
-        whole_may_differ (`bool`): see `peft_ext.hf.adapter_state.check_state`.
-
-    Raises:
-        [`MalformedAdapter`]: if they are not the whole adapter and nothing else, or cannot be an adapter's.
+    Raises [`MalformedAdapter`] if they are not the whole adapter and nothing else, or cannot be an adapter's.
     """
     own = _tensors_of(model, adapter_name)
     check_state(model, adapter_name, tensors, own, "mores_steering", whole_may_differ=whole_may_differ)

@@ -26,15 +26,9 @@ _numbers = count()
 
 class TokenFinder:
     """
-    Shared by all steered layers of a model. Hooks on the modules between the model and its decoder call
-    [`TokenFinder.enter`] and [`TokenFinder.leave`]; whichever module is called first decides.
-
-    Args:
-        visual_token_ids (`tuple[int, ...]`): placeholders of visual tokens in `input_ids`; empty for a text model.
-
-    Attributes:
-        layers (`list[MoReSLayer]`): the steered layers.
-        known ([`Known`]): what is known besides a call's own arguments.
+    Finds the tokens for all steered layers of a model. Hooks on the modules between the model and its decoder call
+    [`TokenFinder.enter`] and [`TokenFinder.leave`]; whichever module is called first decides. A text model has no
+    `visual_token_ids`, the placeholders in `input_ids`.
     """
 
     def __init__(self, visual_token_ids: tuple[int, ...]) -> None:
@@ -143,17 +137,9 @@ class TokenFinder:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def positions(self, config: MoReSConfig, hidden: Tensor) -> Tensor:
         """
-        The tokens that an adapter steers.
-
-        Args:
-            config ([`MoReSConfig`]): the adapter's options.
-            hidden (`torch.Tensor`): `[batch, tokens, D]`, a layer's output.
-
-        Returns:
-            `torch.Tensor`: int64 `[steered]`, positions in `hidden` flattened to `[batch·tokens, D]`.
-
-        Raises:
-            `RuntimeError`: if the decoder was called in a way that does not tell its tokens.
+        The tokens that an adapter steers in a layer's output `[batch, tokens, D]`: int64 `[steered]`, positions in it
+        flattened to `[batch·tokens, D]`. Raises `RuntimeError` if the decoder was called in a way that does not tell
+        its tokens.
         """
         call = self._call
         if call is None:

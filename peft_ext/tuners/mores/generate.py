@@ -16,10 +16,6 @@ class SteeredGenerate:
     """
     Stands as `generate` on a steered model: the model's own, and `visual_token_mask` (bool, `[batch, tokens]`) may be
     passed too.
-
-    Args:
-        generate (`Callable`): the model's own.
-        finder ([`TokenFinder`]): of the model.
     """
 
     def __init__(self, generate: Callable[..., Any], finder: TokenFinder) -> None:

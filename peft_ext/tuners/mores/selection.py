@@ -102,14 +102,8 @@ def parse_positions(text: str) -> tuple[int, int]:
 
 def select_positions(mask: Tensor, first: int, last: int) -> Tensor:
     """
-    The first and last tokens of each row's prompt.
-
-    Args:
-        mask (`torch.Tensor`): bool `[batch, tokens]`, the prompt's tokens.
-        first (`int`), last (`int`): how many; a shorter prompt is chosen whole.
-
-    Returns:
-        `torch.Tensor`: bool `[batch, tokens]`, a subset of `mask`.
+    The first and last tokens of each row's prompt, a subset of `mask`, bool `[batch, tokens]`. A shorter prompt is
+    chosen whole.
     """
     rank = mask.long().cumsum(1) - 1
     count = mask.sum(1, keepdim=True)

@@ -22,12 +22,8 @@ from .preserve import preserved
 
 class ActivationScores(Mapping[str, Tensor]):
     """
-    Per module, `|w| * factor` in the shape of its weight, computed when asked for: one number per input is kept.
-
-    Args:
-        modules (`dict`): per name, the layer.
-        factors (`dict[str, torch.Tensor]`): per name, fp32 `[inputs]` (channels of a convolution), of
-            experts `[experts, inputs]`.
+    Per module, `|w| * factor` in the shape of its weight, computed when asked for: one number per input is kept, fp32
+    `[inputs]` (channels of a convolution), of experts `[experts, inputs]`.
     """
 
     def __init__(self, modules: Mapping[str, Any], factors: Mapping[str, Tensor]) -> None:

@@ -21,14 +21,8 @@ from .preserve import preserved
 
 class SeenInputs:
     """
-    Sums over the tokens that entered a layer of experts.
-
-    Args:
-        bank ([`ExpertBank`]): the layer.
-
-    Attributes:
-        tokens (`torch.Tensor`): fp64 `[experts]`, how many.
-        magnitudes (`torch.Tensor`): fp64 `[experts, fan_in]`, sums of their magnitudes.
+    Sums over the tokens that entered a layer of experts: how many, fp64 `[experts]`, and their magnitudes, fp64
+    `[experts, fan_in]`.
     """
 
     def __init__(self, bank: ExpertBank) -> None:

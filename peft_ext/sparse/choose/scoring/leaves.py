@@ -18,15 +18,11 @@ from ...memory import Region
 @contextmanager
 def own_leaves(model: nn.Module, layers: Mapping[str, Any]) -> Iterator[dict[str, nn.Parameter]]:
     """
-    Per scored layer, the parameter whose gradient is what an adapter on the layer would get.
+    Per scored layer, by name, the parameter whose gradient is what an adapter on the layer would get.
 
     An output layer tied to the embedding would also get the gradient of the look-up, which no adapter on it sees. So
     while the context is open, layers whose weight something else uses read it through a parameter of their own over
     the same memory. Layers that share a weight, and so an adapter's values, share that parameter.
-
-    Args:
-        model (`torch.nn.Module`): the model.
-        layers: the scored layers by name.
     """
     uses = Uses(model, distinct=True)
     groups: dict[Hashable, list[str]] = defaultdict(list)

@@ -20,16 +20,11 @@ from ..unsuitable import check_suitable, unsuitable_layers
 
 def scored_modules(model: nn.Module, config: SparseConfig | None) -> dict[str, Any]:
     """
-    The base layers to score, under the names that an adapter's targets have.
+    The base layers to score, under the names that an adapter's targets have: those of a config's `target_modules`, or
+    every layer that has neurons, without the head. The model may have adapters in it.
 
-    Args:
-        model (`torch.nn.Module`): the model, also with adapters in it.
-        config ([`SparseConfig`], *optional*): if it names `target_modules`, these; else every layer that has neurons,
-            without the head.
-
-    Raises:
-        `TypeError`: if a layer's weight is quantised, so that there is no gradient for it.
-        `ValueError`: if no layer is left, or the config names one that an adapter does not suit.
+    Raises `TypeError` if a layer's weight is quantised, so that there is no gradient for it, and `ValueError` if no
+    layer is left, or the config names one that an adapter does not suit.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]

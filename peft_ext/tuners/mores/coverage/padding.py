@@ -70,14 +70,8 @@ def _from_causal(mask: Tensor, start: int) -> Tensor:
 
 def packed_starts(position_ids: Any, real: Tensor) -> Tensor:
     """
-    Where a text begins in the middle of a row: positions that do not go on from the token before.
-
-    Args:
-        position_ids (`torch.Tensor`, *optional*): `[batch, tokens]`, or `[3 or 4, batch, tokens]` as Qwen-VL's.
-        real (`torch.Tensor`): bool `[batch, tokens]`.
-
-    Returns:
-        `torch.Tensor`: bool `[batch, tokens]`.
+    Where a text begins in the middle of a row, bool `[batch, tokens]`: positions that do not go on from the token
+    before. `position_ids`: `[batch, tokens]`, or `[3 or 4, batch, tokens]` as Qwen-VL's.
     """
     starts = torch.zeros_like(real)
     if isinstance(position_ids, Tensor) and position_ids.dim() in (2, 3) and position_ids.shape[-1] == real.shape[1]:

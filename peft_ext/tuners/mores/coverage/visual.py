@@ -119,15 +119,8 @@ def _place(mask: Tensor, call: Call, known: Known) -> int:
 
 def check_mask(mask: Any, shape: Sequence[int | str], widths: Sequence[int] | None = None) -> None:
     """
-    Check a mask of visual tokens.
-
-    Args:
-        mask: the argument.
-        shape (`Sequence`): the shape that the message names.
-        widths (`Sequence[int]`, *optional*): the allowed numbers of tokens.
-
-    Raises:
-        `ValueError`: if it is not a bool matrix of such a width.
+    Raises `ValueError` if a mask of visual tokens is not a bool matrix of one of the `widths`; `shape` is the shape
+    that the message names.
     """
     kind = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
     good = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.dim() == 2 and len(mask) > 0
