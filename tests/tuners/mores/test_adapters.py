@@ -118,49 +118,6 @@ def test_a_bf16_base_keeps_fp32_values(batch, tmp_path):
         assert_equal_bits(bits(again), bits(model))
 
 
-def test_several_adapters_in_one_folder(model, batch, tmp_path):
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(build(), tmp_path)
-    again.load_adapter(tmp_path / "second", adapter_name="other")
-    assert torch.equal(logits(again, batch), logits(model, batch))
-    again.set_adapter("other")
-    model.set_adapter("second")
-    assert torch.equal(logits(again, batch), logits(model, batch))
-
-
-def test_through_transformers(model, batch, tmp_path):
-    model.save_pretrained(tmp_path)
-    expected = logits(model, batch)
-    base = build()
-    base.load_adapter(str(tmp_path), adapter_name="first")
-    assert torch.equal(logits(base, batch), expected)
-    base.add_adapter(MoReSConfig(rank=1), adapter_name="new")
-    base.set_adapter("new")
-    assert torch.equal(logits(base, batch), logits(build(), batch))
-    base.set_adapter("first")
-    assert torch.equal(logits(base, batch), expected)
-    base.disable_adapters()
-    assert torch.equal(logits(base, batch), logits(build(), batch))
-    base.enable_adapters()
-    base.save_pretrained(tmp_path / "saved")
-    again = PeftModel.from_pretrained(build(), tmp_path / "saved")
-    assert torch.equal(logits(again, batch), expected)
-    base.delete_adapter("new")
-    base.delete_adapter("first")
-    assert torch.equal(logits(base, batch), logits(build(), batch))
-    assert not [key for key in base.state_dict() if "mores" in key]
-
-
-def test_through_transformers_and_generate(batch):
-    base = build()
-    base.add_adapter(MoReSConfig(rank=2, token_ratio=0.25))
-    values = adapted()
-    for (_, mine), (_, theirs) in zip(layers_of(base).items(), layers_of(values).items(), strict=True):
-        mine.mores_steering["default"].load_state_dict(theirs.mores_steering["default"].state_dict())
-    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-    assert torch.equal(base.eval().generate(**batch, **options), values.generate(**batch, **options))
-
-
 def test_lora_on_the_same_base(batch):
     model = build()
     model.add_adapter(MoReSConfig(rank=2, token_ratio=0.25), "steering")

@@ -5,20 +5,24 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from peft_ext import NeuroAdaConfig, hotswap_adapter
-from tests.tuners.neuroada._common import Untouched, adapted, add, fill, logits
+from tests.tuners.neuroada._common import Untouched, adapted, add, logits
 
 
 OPTIONS = {"k": 1, "target_modules": ["q_proj", "down_proj"]}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_added(tiny, ids, tmp_path, dtype):
+@pytest.mark.parametrize("how", ["added", "loaded"])
+def test_added_or_loaded(tiny, ids, tmp_path, how, dtype):
     model = adapted(tiny("llama").to(dtype), **OPTIONS)
     model.merge_adapter()
-    model.add_adapter("b", NeuroAdaConfig(**OPTIONS))
-    fill(model, "b", seed=2)
-    model.set_adapter("b")
     expected = adapted(tiny("llama").to(dtype), seed=2, **OPTIONS)
+    if how == "added":
+        add(model, "b", seed=2, **OPTIONS)
+    else:
+        expected.save_pretrained(tmp_path)
+        model.load_adapter(tmp_path, "b")
+    model.set_adapter("b")
     assert torch.equal(logits(model, ids), logits(expected, ids))
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny("llama").to(dtype), tmp_path / "b")
