@@ -93,10 +93,3 @@ def test_density_is_capped():
     config = PSNConfig(density=0.5, column_budget=BUDGET, target_modules=["0"])
     model = get_peft_model(nn.Sequential(nn.Linear(40, 12)), config)
     assert layer_of(model).deltas["default"].indices.shape == (12, BUDGET)
-
-
-def test_a_combination_needs_no_budget(tiny):
-    model = get_peft_model(tiny("llama"), NeuroAdaConfig(k=2, column_budget=BUDGET, target_modules=["q_proj"]))
-    model.add_adapter("b", NeuroAdaConfig(k=2, selection="reverse", column_budget=BUDGET, target_modules=["q_proj"]))
-    model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "both")
-    assert model.peft_config["both"].column_budget is None

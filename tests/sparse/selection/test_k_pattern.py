@@ -51,11 +51,12 @@ def test_saved_and_loaded(options, low_cpu_mem_usage, tiny, ids, tmp_path):
         torch.testing.assert_close(other(ids).logits, model(ids).logits)
 
 
-def test_combined_adapters_have_none(tiny):
-    model = get_peft_model(tiny("llama"), NeuroAdaConfig(k=1, k_pattern=PATTERN))
-    model.add_adapter("b", NeuroAdaConfig(k=1, selection="reverse"))
+@pytest.mark.parametrize("options", [{"k_pattern": PATTERN}, {"column_budget": 6}], ids=str)
+def test_combined_adapters_have_none_and_no_column_budget(options, tiny):
+    model = get_peft_model(tiny("llama"), NeuroAdaConfig(k=1, **options))
+    model.add_adapter("b", NeuroAdaConfig(k=1, selection="reverse", **options))
     model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "both")
-    assert model.peft_config["both"].k_pattern is None
+    assert model.peft_config["both"].k_pattern is None and model.peft_config["both"].column_budget is None
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_ext.sparse.selection import SCORED, SELECTIONS, criteria, parse_selection, select_supports
-from peft_ext.sparse.selection.criteria import Random
+from peft_ext.sparse.selection.criteria import Magnitude, Random, Reverse, Scored
 
 from .._asserts import assert_same_support
 from ._oracle import best_overall, best_per_row
@@ -54,40 +54,28 @@ def _budget(weights, k):
 
 
 @pytest.mark.parametrize("values", [None, 0, 1, 3], ids=["distinct", "zero", "3 values", "7 values"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("k", [1, 3, 50])
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_selection_is_that_of_a_dense_sort(selection, k, dtype, values):
+def test_selection_is_that_of_a_dense_sort(selection, dtype, values):
+    """Among them all of the budget, and no more."""
     weights = _weights(dtype, values=values)
-    supports = _select(weights, selection, k)
     scores = _scores(weights, selection)
-    assert list(supports) == list(weights)
     _, scope = parse_selection(selection)
-    for name, weight in weights.items():
-        supports[name].check()
-        assert (supports[name].rows, supports[name].fan_in) == weight.shape
-        if scope == "neuron":
-            capped = min(k, weight.shape[1])
-            assert supports[name].is_table
-            assert supports[name].indices.tolist() == best_per_row(scores[name], capped)
-        elif scope == "layer":
-            expected = best_overall({name: scores[name]}, _budget({name: weight}, k))[name]
-            assert_same_support(supports[name], expected)
-    if scope == "network":
-        for name, expected in best_overall(scores, _budget(weights, k)).items():
-            assert_same_support(supports[name], expected)
-
-
-@pytest.mark.parametrize("k", [1, 3, 10, 99])
-@pytest.mark.parametrize("scope", ["_layer", "_network"])
-@pytest.mark.parametrize("criterion", CRITERIA)
-def test_wider_scopes_spend_exactly_the_budget(criterion, scope, k):
-    weights = _weights(values=2)
-    supports = _select(weights, criterion + scope, k)
-    assert sum(support.entries for support in supports.values()) == _budget(weights, k)
-    if scope == "_layer":
+    for k in (1, 3, 10, 50):
+        supports = _select(weights, selection, k)
+        assert list(supports) == list(weights)
+        overall = best_overall(scores, _budget(weights, k)) if scope == "network" else {}
         for name, weight in weights.items():
-            assert supports[name].entries == _budget({name: weight}, k)
+            supports[name].check()
+            assert (supports[name].rows, supports[name].fan_in) == weight.shape
+            if scope == "neuron":
+                assert supports[name].is_table
+                assert supports[name].indices.tolist() == best_per_row(scores[name], min(k, weight.shape[1]))
+            elif scope == "layer":
+                expected = best_overall({name: scores[name]}, _budget({name: weight}, k))[name]
+                assert_same_support(supports[name], expected)
+            else:
+                assert_same_support(supports[name], overall[name])
 
 
 @pytest.mark.parametrize("values", [None, 2], ids=["distinct", "ties"])
@@ -132,6 +120,13 @@ def test_random_repeats_and_differs_between_seeds_and_modules(selection):
         assert other["a"].indices.reshape(-1).tolist() != columns[0]
 
 
+def test_random_scores_depend_on_neither_the_weight_nor_the_global_generator():
+    weights = torch.ones(20, 30), torch.randn(20, 30).to(torch.bfloat16)
+    before = torch.get_rng_state()
+    scores = [torch.cat(list(Random(3).chunks("m", weight))) for weight in weights]
+    assert torch.equal(*scores) and torch.equal(before, torch.get_rng_state())
+
+
 @pytest.mark.parametrize("selection", ["random", "random_layer", "random_network"])
 def test_random_prefers_no_input(selection):
     rows, fan_in, k = 4000, 8, 2
@@ -170,15 +165,28 @@ def test_neurons_kept_are_random_by_seed_and_module():
     assert kept("a", 0) != kept("b", 0)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_a_weight_that_is_not_finite_is_an_error_that_names_the_module(selection, value):
-    weights = _weights()
-    weights["block.1.up"][4, 9] = value
-    scores = {name: torch.ones(shape) for name, shape in MODULES.items()}
-    views = {name: lambda weight=weight: weight for name, weight in weights.items()}
-    with pytest.raises(ValueError, match=r"'block\.1\.up'"):
-        select_supports(views, selection, 2, scores=scores)
+def test_numbers_that_are_not_finite_are_an_error_that_names_the_module(monkeypatch, selection, dtype, value):
+    monkeypatch.setattr(criteria, "CHUNK_ELEMENTS", 4)  # the last chunk is checked too
+    weights, broken = _weights(dtype), _weights(dtype)
+    broken["block.1.up"][4, 9] = value
+    views = {name: lambda weight=weight: weight for name, weight in broken.items()}
+    with pytest.raises(ValueError, match=r"weights of module 'block\.1\.up' .* `exclude_modules"):
+        select_supports(views, selection, 2, scores=weights)
+    if selection.startswith(SCORED):
+        views = {name: lambda weight=weight: weight for name, weight in weights.items()}
+        with pytest.raises(ValueError, match=r"scores of module 'block\.1\.up'"):
+            select_supports(views, selection, 2, scores=broken)
+
+
+@pytest.mark.parametrize("criterion", [Magnitude(), Reverse(), Random(0), Scored({"m": torch.randn(23, 7)})], ids=type)
+@pytest.mark.parametrize("elements", [1, 7, 20, 100])
+def test_chunks_are_bounded(monkeypatch, criterion, elements):
+    monkeypatch.setattr(criteria, "CHUNK_ELEMENTS", elements)
+    chunks = list(criterion.chunks("m", torch.randn(23, 7)))
+    assert len(chunks) > 1 and max(chunk.numel() for chunk in chunks) <= max(7, elements)
 
 
 @pytest.mark.parametrize("selection", ["", "magnitudes", "neuron", "magnitude_neuron", "Magnitude"])
