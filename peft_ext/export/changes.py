@@ -26,7 +26,8 @@ def changes_of(checkpoint: Checkpoint, adapter: AdapterFile) -> dict[str, list[C
     called. Raises `ValueError` if the adapter is not a sparse one, or trains what the checkpoint does not have.
     """
     adapter.require_sparse("merging files")
-    names, changes = Names(checkpoint), defaultdict(list)
+    names = Names(checkpoint)
+    changes: defaultdict[str, list[Change]] = defaultdict(list)
     if not adapter.modules:
         raise ValueError(f"{adapter.path} has no entries, so there is nothing to merge.")
     for module in adapter.modules:

@@ -63,8 +63,8 @@ def merge_checkpoint(base: Name, adapter: Name, out: Name) -> int:
         else:
             with AdapterFile(adapter) as opened:
                 edits = {key: partial(_merge, key, made) for key, made in changes_of(checkpoint, opened).items()}
-                originals, identity = checkpoint.copy_changed(folder, edits), opened.checksum
-        write_patch(folder / ORIGINALS_FILE, originals.values(), adapter=identity or "unknown")
+                originals, identity = checkpoint.copy_changed(folder, edits), opened.checksum or "unknown"
+        write_patch(folder / ORIGINALS_FILE, originals.values(), adapter=identity)
     return _size(originals)
 
 
