@@ -1,11 +1,16 @@
 """What tests assert: agreement with a dense reference of our own, and equality of bits."""
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from peft_ext.sparse.bases.part import Part
+from peft_ext.sparse.layers import SparseLayer
 from peft_ext.sparse.support import Support
+from tests._models.layers import as_weight, with_weight
 
 from ._inputs import Inputs
 
@@ -71,6 +76,65 @@ def reference_results(inputs: Inputs) -> dict[str, Tensor]:
     )
 
 
+def dense_output(layer: Any, x: Tensor, adapters: Sequence[str]) -> Tensor:
+    """What a layer's base computes with some adapters in its weight, in fp64."""
+    base = copy.deepcopy(layer.get_base_layer()).double()
+    leaves = {name: parameter.detach().double() for name, parameter in layer.named_parameters()}
+    return _with_adapters(layer, base, x.double(), leaves, adapters)
+
+
+def _with_adapters(layer: Any, base: Any, x: Tensor, leaves: Mapping[str, Tensor], adapters: Sequence[str]) -> Tensor:
+    weight, bias = leaves["base_layer.weight"], leaves.get("base_layer.bias")
+    for name in adapters:
+        prefix = f"{layer.adapter_layer_names[0]}.{name}"
+        weight = weight + as_weight(base, dense_update(leaves[f"{prefix}.weight"], layer.deltas[name].support))
+        if f"{prefix}.bias" in leaves:
+            bias = bias + leaves[f"{prefix}.bias"]
+    return with_weight(base, x, weight, bias)
+
+
+def layer_and_dense_results(
+    layer: Any, x: Tensor, then: Callable[[Tensor, Tensor], Tensor] = lambda y, x: y
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """
+    The output, and the gradients of x and of each trained parameter by name: of a layer with its active adapters, and
+    of its base layer with these adapters in dense weights in fp64. `then` goes on to compute with the output and x.
+    """
+    base = copy.deepcopy(layer.get_base_layer()).double()
+    own = {"x": x} | dict(layer.named_parameters())
+    wide = {name: leaf.detach().double().requires_grad_(leaf.requires_grad) for name, leaf in own.items()}
+    outputs = then(layer(x), x), then(_with_adapters(layer, base, wide["x"], wide, layer.active_adapters), wide["x"])
+    grad = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(4)).to(outputs[0].dtype)
+    results = []
+    for y, leaves in zip(outputs, (own, wide), strict=True):
+        trained = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+        gradients = torch.autograd.grad(y, list(trained.values()), grad.to(y.dtype))
+        results.append({"output": y.detach(), **dict(zip(trained, gradients, strict=True))})
+    return results[0], results[1]
+
+
+def assert_layer_correct(layer: Any, x: Tensor, **options: Any) -> None:
+    """Output and every gradient of an adapted layer agree with dense weights, in the dtype of the base."""
+    results, expected = layer_and_dense_results(layer, x, **options)
+    assert results["output"].dtype == layer.get_base_layer().weight.dtype
+    assert_all_close(results, expected, TOLERANCES[results["output"].dtype])
+
+
+def with_dense_updates(model: Any, network: nn.Module) -> Any:
+    """A copy of the base network of an adapted model with the adapter in its weights and biases."""
+    dense = copy.deepcopy(network)
+    for name, layer in model.base_model.model.named_modules():
+        if isinstance(layer, SparseLayer):
+            base, bias = layer.get_base_layer(), layer.deltas["default"].bias
+            is_part = isinstance(base, Part)
+            own: Any = dense.get_submodule(name.rpartition(".")[0] if is_part else name)
+            own = type(base)(own, base.name) if is_part else own
+            own.weight.data += layer.get_delta_weight("default")
+            if bias is not None:
+                own.bias.data += bias.detach()
+    return dense
+
+
 def assert_all_close(results: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float) -> None:
     """Each result by name: shape, and its largest error relative to the largest expected value."""
     assert list(results) == list(expected)
@@ -84,8 +148,13 @@ def assert_all_close(results: Mapping[str, Tensor], expected: Mapping[str, Tenso
 
 
 def assert_product_correct(product: Product, inputs: Inputs) -> None:
-    """Output and every gradient of `product` agree with dense matrices, and have the dtypes of what they belong to."""
+    """Output and every gradient of `product` agree with dense matrices and have the dtypes of what they belong to, and
+    what it was given keeps every bit."""
+    given = [tensor for tensor in vars(inputs).values() if isinstance(tensor, Tensor)]
+    before = [bits(tensor) for tensor in given]
     results = output_and_gradients(product, inputs)
+    for tensor, expected in zip(given, before, strict=True):
+        assert_same_bits(tensor, expected)
     assert results["output"].dtype == inputs.weight.dtype
     assert_all_close(results, reference_results(inputs), TOLERANCES[inputs.weight.dtype])
 
@@ -101,6 +170,19 @@ def assert_same_bits(tensor: Tensor, expected_bits: Tensor) -> None:
     assert now.shape == expected_bits.shape and now.dtype == expected_bits.dtype
     changed = int((now != expected_bits).sum())
     assert changed == 0, f"{changed} of {now.numel()} elements have other bits"
+
+
+def state_bits(module: nn.Module) -> dict[str, Tensor]:
+    """The bits of all that a module's state dict holds."""
+    return {name: bits(tensor) for name, tensor in module.state_dict().items()}
+
+
+def assert_same_state(module: nn.Module, expected: Mapping[str, Tensor]) -> None:
+    """`expected` comes from [`state_bits`]."""
+    now = module.state_dict()
+    assert now.keys() == expected.keys()
+    for name, tensor in now.items():
+        assert torch.equal(bits(tensor), expected[name]), name
 
 
 def assert_same_support(support: Support, expected: Support) -> None:

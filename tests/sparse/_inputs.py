@@ -12,6 +12,7 @@ from peft_ext.sparse.bases.neurons import is_convolution
 from peft_ext.sparse.selection import select_supports
 from peft_ext.sparse.support import Support, offsets_from_counts
 from peft_ext.tuners.neuroada import NeuroAdaConv, NeuroAdaLinear
+from tests._models.layers import Kind
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,8 @@ def random_linear(
     fan_in: int, rows: int, kind: str = "linear", dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> nn.Linear | Conv1D:
     """A frozen layer with random weight and bias; kind `"linear"` or `"conv1d"`."""
-    generator = torch.Generator().manual_seed(seed)
-    layer = Conv1D(rows, fan_in) if kind == "conv1d" else nn.Linear(fan_in, rows)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return layer.to(dtype).requires_grad_(False)
+    make = (lambda: Conv1D(rows, fan_in)) if kind == "conv1d" else (lambda: nn.Linear(fan_in, rows))
+    return Kind(make).build(dtype, seed)
 
 
 def adapt(

@@ -1,108 +1,89 @@
-"""One adapted layer in forward and backward: its paths, hooks, several adapters, mixed batches, autocast."""
+"""One adapted layer of every kind, in forward and backward: its paths, hooks, several adapters, mixed batches."""
+
+import importlib
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as global_hooks
 from transformers.pytorch_utils import Conv1D
 
+from peft_ext.sparse.bases.neurons import is_plain
 from peft_ext.sparse.ops import BACKENDS
+from tests._models.layers import KINDS, SOME
 
-from ._asserts import TOLERANCES, assert_all_close, dense_update
+from ._asserts import TOLERANCES, assert_all_close, assert_layer_correct, dense_output, layer_and_dense_results
 from ._inputs import adapt, random_linear
 
 
-FAN_IN, ROWS = 9, 6
-KINDS = pytest.mark.parametrize("kind", ["linear", "conv1d"])
 EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
+SOME_KINDS = pytest.mark.parametrize("kind", SOME)
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
 
-def _x(*tokens, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*tokens, FAN_IN, generator=generator).to(dtype).requires_grad_()
-
-
-def _expected(layer, x, names):
-    """Output of the adapters `names` together, by dense matrices in fp64."""
-    matrix = layer.base_matrix().double()
-    for name in names:
-        delta = layer.deltas[name]
-        matrix = matrix + dense_update(delta.weight.detach().double(), delta.support)
-    return F.linear(x.detach().double(), matrix, layer.get_base_layer().bias.double())
-
-
-def _results(layer, x, grad):
-    """Output and gradients of x and of every adapter's values."""
-    leaves = {"x": x} | {name: delta.weight for name, delta in layer.deltas.items() if delta.weight.requires_grad}
-    y = layer(x)
-    gradients = torch.autograd.grad(y, list(leaves.values()), grad)
-    return {"output": y} | {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)}
-
-
-@KINDS
 @EVERY_BACKEND
-@pytest.mark.parametrize("k", [1, 2, FAN_IN])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_every_backend_gives_one_result(kind, backend, k, dtype):
-    x, grad = _x(2, 5, dtype=dtype), torch.randn(2, 5, ROWS).to(dtype)
-    layer = adapt(random_linear(FAN_IN, ROWS, kind, dtype), k, backend)
-    results = _results(layer, x, grad)
-    matrix = layer.base_matrix().double() + dense_update(layer.deltas["default"].weight.double(), _support(layer))
-    flat = grad.double().flatten(0, -2)
-    expected = {
-        "output": _expected(layer, x, ["default"]),
-        "gradient of x": grad.double() @ matrix,
-        "gradient of default": _support(layer).gather(flat.t() @ x.double().flatten(0, -2)),
-    }
-    assert results["output"].dtype == dtype
-    assert_all_close(results, expected, TOLERANCES[dtype])
+@pytest.mark.parametrize("kind", KINDS)
+def test_output_and_every_gradient_are_those_of_dense_weights(kind, backend):
+    assert_layer_correct(adapt(KINDS[kind].build(), backend=backend), KINDS[kind].draw())
 
 
-def _support(layer, name="default"):
-    return layer.deltas[name].support
+@EVERY_BACKEND
+@SOME_KINDS
+def test_every_k_and_dtype(kind, backend):
+    for k, dtype in ((1, torch.float32), (2, torch.bfloat16), (2, torch.float16), (999, torch.float64)):
+        assert_layer_correct(adapt(KINDS[kind].build(dtype), k, backend), KINDS[kind].draw(dtype))
 
 
-@KINDS
+def _changed_in_place(y, x):
+    """As ConvBERT and the Mambas do with a layer's output."""
+    y += x.mean()
+    y[..., :2] *= 3
+    return y.mul_(x.mean()).relu_()
+
+
+@pytest.mark.parametrize("also", ["nothing", "the adapter's bias", "the base's bias", "the base"])
+@EVERY_BACKEND
+@SOME_KINDS
+def test_whatever_is_trained_gets_its_gradient_and_the_output_may_be_changed_in_place(kind, backend, also):
+    base = KINDS[kind].build()
+    layer = adapt(base, backend=backend, train_bias=also == "the adapter's bias")
+    base.bias.requires_grad_(also.startswith("the base"))
+    base.weight.requires_grad_(also == "the base")
+    assert_layer_correct(layer, KINDS[kind].draw(), then=_changed_in_place)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sample_without_a_batch(kind):
+    layer, x = adapt(KINDS[kind].build()), KINDS[kind].draw()
+    torch.testing.assert_close(layer(x[0]), layer(x)[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@EVERY_BACKEND
-def test_zero_values_change_no_bit_of_a_forward(kind, backend, dtype):
-    """In the bypass by construction; where W is composed, since W + 0 is W."""
-    base = random_linear(FAN_IN, ROWS, kind, dtype)
-    x = _x(2, 5, dtype=dtype)
-    expected = base(x)
-    layer = adapt(base, 2, backend, values_scale=0.0)
-    if backend == "bypass":
-        assert torch.equal(layer(x), expected)
-    else:  # another kernel may sum in another order
-        torch.testing.assert_close(layer(x), expected)
+@SOME_KINDS
+def test_zero_values_change_no_bit_in_the_bypass(kind, dtype):
+    base, x = KINDS[kind].build(dtype), KINDS[kind].draw(dtype)
+    assert torch.equal(adapt(base, backend="bypass", values_scale=0.0)(x), base(x))
 
 
+@pytest.mark.parametrize("active", [["c"], ["b", "a"], ["a", "b", "c"]], ids="+".join)
 @EVERY_BACKEND
-@pytest.mark.parametrize("active", [["a"], ["c"], ["b", "a"], ["a", "b", "c"]], ids="+".join)
-@KINDS
+@SOME_KINDS
 def test_active_adapters_add_up(kind, backend, active):
-    layer = adapt(random_linear(FAN_IN, ROWS, kind), 2, backend, adapters=("a", "b", "c"), active=active)
-    x, grad = _x(2, 5), torch.randn(2, 5, ROWS)
-    results = _results(layer, x, grad)
-    assert set(results) == {"output", "gradient of x"} | {f"gradient of {name}" for name in active}
-    torch.testing.assert_close(results["output"], _expected(layer, x, active).float())
-    dense_gradient = grad.flatten(0, -2).t() @ x.flatten(0, -2)
-    for name in active:
-        torch.testing.assert_close(results[f"gradient of {name}"], _support(layer, name).gather(dense_gradient))
+    layer = adapt(KINDS[kind].build(), 2, backend, adapters=("a", "b", "c"), active=active)
+    results, expected = layer_and_dense_results(layer, KINDS[kind].draw())
+    assert set(results) == {"output", "x"} | {f"neuroada_delta.{name}.weight" for name in active}
+    assert_all_close(results, expected, TOLERANCES[torch.float64])
 
 
 def test_an_active_name_that_this_layer_lacks_is_the_base_layer():
-    layer = adapt(random_linear(FAN_IN, ROWS))
+    layer, x = adapt(KINDS["Linear"].build()), KINDS["Linear"].draw()
     layer._active_adapter = ["elsewhere"]
-    x = _x(3)
     assert torch.equal(layer(x), layer.base_layer(x))
 
 
-@EVERY_BACKEND
-def test_disabled_is_the_base_layer_bit_for_bit(backend):
-    layer = adapt(random_linear(FAN_IN, ROWS), 2, backend)
-    x = _x(2, 5)
+@SOME_KINDS
+def test_disabled_is_the_base_layer_bit_for_bit(kind):
+    layer, x = adapt(KINDS[kind].build()), KINDS[kind].draw()
     adapted = layer(x)
     layer.enable_adapters(False)
     assert torch.equal(layer(x), layer.base_layer(x))
@@ -111,23 +92,20 @@ def test_disabled_is_the_base_layer_bit_for_bit(backend):
     assert torch.equal(layer(x), adapted)
 
 
-@EVERY_BACKEND
-@KINDS
-def test_each_sample_of_a_mixed_batch_takes_its_adapter(kind, backend):
-    layer = adapt(random_linear(FAN_IN, ROWS, kind), 2, backend, adapters=("a", "b"), active=["a"])
+@SOME_KINDS
+def test_each_sample_of_a_mixed_batch_takes_its_adapter(kind):
+    layer = adapt(KINDS[kind].build(), adapters=("a", "b"), active=["a"])
     names = ["b", "__base__", "a", "b", "a", "__base__"]
-    x = _x(6, 4).detach()
+    x = KINDS[kind].draw(samples=6).detach()
     y = layer(x, adapter_names=names)
     for sample, name in enumerate(names):
-        expected = _expected(layer, x[sample], [] if name == "__base__" else [name]).float()
-        torch.testing.assert_close(y[sample], expected)
-    only_base = ["__base__"] * 6
-    assert torch.equal(layer(x, adapter_names=only_base), layer.base_layer(x))
+        expected = dense_output(layer, x[sample : sample + 1], [] if name == "__base__" else [name])
+        torch.testing.assert_close(y[sample : sample + 1], expected)
+    assert torch.equal(layer(x, adapter_names=["__base__"] * 6), layer.base_layer(x))
 
 
 def test_a_mixed_batch_needs_a_name_per_sample_unmerged_enabled_adapters():
-    layer = adapt(random_linear(FAN_IN, ROWS))
-    x = _x(3)
+    layer, x = adapt(KINDS["Linear"].build()), KINDS["Linear"].draw()
     with pytest.raises(ValueError, match="2 and 3"):
         layer(x, adapter_names=["default"] * 2)
     layer.merge()
@@ -144,61 +122,49 @@ def _count_calls(base, what):
     calls = []
 
     def forward(module, args, output):
-        calls.append("forward")
-        return output + 1
+        if module is base:
+            calls.append(what)
+            return output + 1
 
     def forward_pre(module, args):
-        calls.append("forward_pre")
+        calls.append(what)
         return (args[0] * 2,)
 
     def backward(module, grad_input, grad_output):
-        calls.append("backward")
+        calls.append(what)
         return (grad_input[0] * 3,)
 
     def backward_pre(module, grad_output):
-        calls.append("backward_pre")
+        calls.append(what)
 
     register = {
         "forward": (base.register_forward_hook, forward),
         "forward_pre": (base.register_forward_pre_hook, forward_pre),
         "backward": (base.register_full_backward_hook, backward),
         "backward_pre": (base.register_full_backward_pre_hook, backward_pre),
+        "global forward": (global_hooks.register_module_forward_hook, forward),  # as profilers do
     }
     add, hook = register[what]
     return calls, add(hook)
 
 
-@pytest.mark.parametrize("what", ["forward", "forward_pre", "backward", "backward_pre"])
-@EVERY_BACKEND
-@KINDS
-def test_hooks_of_the_base_layer_fire_and_take_part(kind, backend, what):
-    base = random_linear(FAN_IN, ROWS, kind)
-    layer = adapt(base, 2, backend)
-    x = _x(5)
-    update = dense_update(layer.deltas["default"].weight.detach(), _support(layer))
-    plain = layer(x).detach()
+@pytest.mark.parametrize("what", ["forward", "forward_pre", "backward", "backward_pre", "global forward"])
+@SOME_KINDS
+def test_hooks_of_the_base_layer_fire_and_take_part(kind, what):
+    base, x = KINDS[kind].build(), KINDS[kind].draw()
+    layer = adapt(base, backend="folded")  # which would not call it
+    outputs = layer(x), base(x)
+    plain, through_base = (torch.autograd.grad(y.sum(), x)[0] for y in outputs)
+    more = base(2 * x) - outputs[1]
     calls, handle = _count_calls(base, what)
     y = layer(x)
     y.sum().backward()
-    assert calls == [what]
     handle.remove()
-    changed = {"forward": plain + 1, "forward_pre": base(2 * x) + x @ update.t()}
-    torch.testing.assert_close(y, changed.get(what, plain))
-    through_base = layer.base_matrix().sum(0) * {"forward_pre": 2, "backward": 3}.get(what, 1)
-    torch.testing.assert_close(x.grad, (through_base + update.sum(0)).expand(5, -1))
-
-
-@EVERY_BACKEND
-def test_global_forward_hooks_see_the_base_layer(backend):
-    """As profilers and summaries of models register them."""
-    layer = adapt(random_linear(FAN_IN, ROWS), 2, backend)
-    seen = []
-    handle = global_hooks.register_module_forward_hook(lambda module, args, output: seen.append(type(module)))
-    try:
-        layer(_x(5))
-    finally:
-        handle.remove()
-    assert nn.Linear in seen
+    assert calls == [what] and is_plain(base) == (kind != "dynamic")  # again
+    changed = {"forward": outputs[0] + 1, "global forward": outputs[0] + 1, "forward_pre": outputs[0] + more}
+    torch.testing.assert_close(y, changed.get(what, outputs[0]))
+    factor = {"forward_pre": 2, "backward": 3}.get(what, 1)
+    torch.testing.assert_close(x.grad, plain + (factor - 1) * through_base)
 
 
 class _Doubling(nn.Linear):
@@ -215,65 +181,53 @@ class _DoublingConv1D(Conv1D):
 @pytest.mark.parametrize("how", ["subclass", "conv1d subclass", "replaced forward"])
 def test_a_base_layer_that_does_more_is_called(backend, how):
     if how == "replaced forward":  # as accelerate's offloading does
-        base = random_linear(FAN_IN, ROWS)
+        base = random_linear(9, 6)
         plain = base.forward
         base.forward = lambda x: 2 * plain(x)
     else:
-        base = _Doubling(FAN_IN, ROWS) if how == "subclass" else _DoublingConv1D(ROWS, FAN_IN)
+        base = _Doubling(9, 6) if how == "subclass" else _DoublingConv1D(6, 9)
         base.requires_grad_(False)
-    layer = adapt(base, 2, backend)
-    x = _x(5)
-    update = dense_update(layer.deltas["default"].weight.detach(), _support(layer))
-    torch.testing.assert_close(layer(x), base(x) + x @ update.t())
+    layer, x = adapt(base, 2, backend), torch.randn(5, 9)
+    update = layer.get_delta_weight("default")
+    torch.testing.assert_close(layer(x), base(x) + x @ (update if how == "conv1d subclass" else update.t()))
 
 
-@EVERY_BACKEND
-def test_a_base_weight_that_is_trained_too_gets_its_gradient(backend):
-    base = random_linear(FAN_IN, ROWS)
-    layer = adapt(base, 2, backend)
-    base.requires_grad_(True)
-    x = _x(5)
-    layer(x).sum().backward()
-    torch.testing.assert_close(base.weight.grad, x.detach().sum(0).expand(ROWS, -1))
-    torch.testing.assert_close(base.bias.grad, torch.full((ROWS,), 5.0))
-
-
-@EVERY_BACKEND
-def test_a_trained_bias_over_a_frozen_weight_gets_its_gradient(backend):
-    base = random_linear(FAN_IN, ROWS)
-    layer = adapt(base, 2, backend)
-    base.bias.requires_grad_(True)
-    layer(_x(5)).sum().backward()
-    torch.testing.assert_close(base.bias.grad, torch.full((ROWS,), 5.0))
-    assert base.weight.grad is None
-
-
-@EVERY_BACKEND
+@pytest.mark.parametrize("backend", ["auto", "folded"])
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
-@KINDS
+@SOME_KINDS
 def test_autocast_runs_the_base_in_16_bits_and_the_values_in_fp32(kind, backend, narrow):
-    layer = adapt(random_linear(FAN_IN, ROWS, kind), 2, backend)
-    x = _x(2, 5)
+    base, x = KINDS[kind].build(torch.float32), KINDS[kind].draw(torch.float32)
+    layer = adapt(base, 2, backend)
     with torch.autocast("cpu", dtype=narrow):
-        y = layer(x)
-        base = layer.base_layer(x)
-    assert y.dtype == base.dtype == narrow
-    update = dense_update(layer.deltas["default"].weight.detach(), _support(layer))
-    torch.testing.assert_close(y, (base.float() + x @ update.t()).to(narrow))
-    y.float().sum().backward()
-    values = layer.deltas["default"].weight
-    assert values.grad.dtype == torch.float32
-    torch.testing.assert_close(values.grad, _support(layer).gather(x.detach().sum((0, 1)).expand(ROWS, -1)))
-    torch.testing.assert_close(x.grad, (layer.base_matrix() + update).sum(0).expand(2, 5, -1), rtol=2e-2, atol=2e-2)
+        (results, expected), plain = layer_and_dense_results(layer, x), base(x)
+    assert results["output"].dtype == plain.dtype == narrow
+    update = (dense_output(layer, x, ["default"]) - dense_output(layer, x, [])).detach()
+    torch.testing.assert_close(results["output"], (plain.double() + update).to(narrow))
+    values = "neuroada_delta.default.weight"
+    assert results[values].dtype == results["x"].dtype == torch.float32
+    assert_all_close({values: results[values]}, {values: expected[values]}, TOLERANCES[torch.float32])
+    assert_all_close({"x": results["x"]}, {"x": expected["x"]}, TOLERANCES[narrow])
 
 
-@EVERY_BACKEND
-def test_extra_arguments_reach_the_base_layer(backend):
+def test_extra_arguments_reach_the_base_layer():
     class Scaled(nn.Linear):
         def forward(self, x, scale=1.0):
             return super().forward(x) * scale
 
-    layer = adapt(Scaled(FAN_IN, ROWS).requires_grad_(False), 2, backend, values_scale=0.0)
-    x = _x(3)
+    layer, x = adapt(Scaled(9, 6).requires_grad_(False), values_scale=0.0), torch.randn(3, 9)
     assert torch.equal(layer(x, scale=3.0), layer.base_layer(x, scale=3.0))
     assert not torch.equal(layer(x, scale=3.0), layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["2d", "2d, channels last", "2d without bias", "2d circular, same", "2d depthwise"])
+def test_auto_computes_the_same_bits_without_gradients_on_a_convolution(kind, dtype, monkeypatch):
+    """As with them, where the values are written into the weight; that must not be done where threads may share it."""
+    layer, x = adapt(KINDS[kind].build(dtype), k=1), KINDS[kind].draw(dtype).detach()
+    module = importlib.import_module("peft_ext.sparse.ops.folded_conv")  # its package has a function of that name
+    for inputs in (x, x[0]):
+        with_gradients = layer(inputs)
+        assert with_gradients.requires_grad
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(module, "folded_in", lambda *_: pytest.fail("folded into the weight"))
+            assert torch.equal(layer(inputs), with_gradients)

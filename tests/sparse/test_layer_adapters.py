@@ -3,11 +3,13 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from peft_ext import NeuroAdaConfig
-from peft_ext.sparse.ops import BACKENDS
+from peft_ext.sparse.bases.neurons import is_plain, values_dtype_of
 from peft_ext.sparse.support import Support
 from peft_ext.tuners.neuroada import NeuroAdaLinear
+from tests._models.layers import KINDS as LAYERS
 
 from ._asserts import assert_same_bits, bits
 from ._inputs import adapt, random_linear, random_support
@@ -15,7 +17,6 @@ from ._inputs import adapt, random_linear, random_support
 
 FAN_IN, ROWS = 9, 6
 KINDS = pytest.mark.parametrize("kind", ["linear", "conv1d"])
-EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def _config(**options):
@@ -34,6 +35,36 @@ def test_values_have_the_dtype_that_was_asked_for_or_that_of_the_base(base_dtype
     expected = base_dtype if values_dtype is None else getattr(torch, values_dtype)
     assert layer.deltas["default"].weight.dtype == expected
     assert layer.deltas["default"].indices.dtype == torch.int32
+
+
+def test_values_of_a_packed_weight_have_the_dtype_that_it_computes_in():
+    layer = random_linear(FAN_IN, ROWS)
+    layer.weight = nn.Parameter(torch.zeros(8, dtype=torch.uint8), requires_grad=False)
+    assert values_dtype_of(layer) == torch.float32
+    layer.compute_dtype = torch.bfloat16
+    assert values_dtype_of(layer) == torch.bfloat16
+
+
+class _Subclass(nn.Linear):
+    pass
+
+
+class _TensorSubclass(torch.Tensor):
+    pass
+
+
+def test_what_computes_more_than_w_x_plus_b_is_not_plain():
+    def frozen(cls=nn.Linear):
+        return cls(5, 3).requires_grad_(False)
+
+    assert is_plain(frozen()) and not is_plain(frozen(_Subclass))
+    assert not is_plain(parametrizations.weight_norm(nn.Linear(5, 3)).requires_grad_(False))
+    replaced = frozen()
+    replaced.forward = lambda x: x
+    assert not is_plain(replaced)
+    other_tensor = frozen()
+    other_tensor.weight = nn.Parameter(torch.zeros(3, 5).as_subclass(_TensorSubclass), requires_grad=False)
+    assert not is_plain(other_tensor)
 
 
 @pytest.mark.parametrize("init_weights", [True, False])
@@ -60,9 +91,8 @@ def _with_loaded_support(layer):
     return layer
 
 
-@EVERY_BACKEND
-def test_a_loaded_adapter_is_compared_with_the_base_once(backend):
-    layer = _with_loaded_support(adapt(random_linear(FAN_IN, ROWS), backend=backend))
+def test_a_loaded_adapter_is_compared_with_the_base_once():
+    layer = _with_loaded_support(adapt(random_linear(FAN_IN, ROWS)))
     x = torch.randn(3, FAN_IN)
     layer(x)
     assert layer.deltas["default"].checked
@@ -103,53 +133,35 @@ def test_a_pending_adapter_says_that_it_is_to_be_loaded():
     torch.testing.assert_close(layer(x), source(x))
 
 
-def test_a_support_that_was_set_is_followed():
-    """transformers' loader sets parameters and buffers one by one, without load_state_dict."""
-    layer, other = adapt(random_linear(FAN_IN, ROWS)), adapt(random_linear(FAN_IN, ROWS), adapters=("a", "default"),
-                                                            active=["default"])  # fmt: skip
+@pytest.mark.parametrize("backend", ["bypass", "folded"])
+@pytest.mark.parametrize("selection", ["random", "random_layer"])
+def test_a_support_that_was_set_is_followed(selection, backend):
+    """transformers' loader sets parameters and buffers one by one, without load_state_dict; uneven rows have two."""
+    options = {"backend": backend, "selection": selection}
+    layer = adapt(random_linear(FAN_IN, ROWS), **options)
+    other = adapt(random_linear(FAN_IN, ROWS), adapters=("a", "default"), active=["default"], **options)
     mine, theirs = layer.deltas["default"], other.deltas["default"]
     assert not torch.equal(mine.indices, theirs.indices)
-    for name in ("indices", "fingerprint"):
-        setattr(mine, name, getattr(theirs, name).clone())
+    for name, tensor in theirs.identity.items():
+        setattr(mine, name, tensor.clone())
     mine.weight = nn.Parameter(theirs.weight.detach().clone())
     x = torch.randn(20, FAN_IN, requires_grad=True)
-    for backend in BACKENDS:
-        layer.backends["default"] = other.backends["default"] = backend
-        gradients = [torch.autograd.grad(each(x).square().sum(), x)[0] for each in (layer, other)]
-        assert torch.equal(*gradients)
-
-
-def test_a_ragged_support_that_was_set_is_followed():
-    """Its two tensors arrive one after the other, so the transposed table waits for the first use."""
-    counts = [(0, 3, 1, 9, 0, 2), (2, 0, 4, 0, 8, 1)]
-    layers = []
-    for seed, entries in enumerate(counts):
-        layer = NeuroAdaLinear(random_linear(FAN_IN, ROWS))
-        support = random_support(ROWS, FAN_IN, entries, torch.Generator().manual_seed(seed))
-        layer.update_layer("default", _config(init_weights=False, backend="bypass"), support)
-        layer.set_adapter(["default"])
-        layers.append(layer)
-    layer, other = layers
-    for name in ("indices", "offsets", "fingerprint"):
-        setattr(layer.deltas["default"], name, getattr(other.deltas["default"], name))
-    layer.deltas["default"].weight = other.deltas["default"].weight
-    x = torch.randn(20, FAN_IN, requires_grad=True)
-    outputs = [each(x) for each in layers]
+    outputs = [each(x) for each in (layer, other)]
     assert torch.equal(*outputs)
     assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in outputs))
 
 
 @pytest.mark.parametrize(
-    ("kind", "backend"), [*(("linear", backend) for backend in BACKENDS), ("conv1d", "bypass"), ("conv1d", "folded")]
+    ("kind", "backend"), [("Linear", "bypass"), ("Linear", "dense"), ("Conv1D", "folded"), ("dynamic", "auto")]
 )
 def test_a_compiled_layer_is_one_graph_and_gives_the_same(kind, backend):
     torch.compiler.reset()
-    layer = adapt(random_linear(FAN_IN, ROWS, kind), backend=backend)
+    layer = adapt(LAYERS[kind].build(torch.float32), backend=backend)
     original = bits(layer.base_layer.weight)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
     values = layer.deltas["default"].weight
-    for tokens in (5, 12):
-        x = torch.randn(2, tokens, FAN_IN, requires_grad=True)
+    for samples in (3, 5):
+        x = LAYERS[kind].draw(torch.float32, samples)
         expected, result = layer(x), compiled(x)
         torch.testing.assert_close(result, expected)
         gradients = [torch.autograd.grad(y.square().sum(), (x, values)) for y in (expected, result)]

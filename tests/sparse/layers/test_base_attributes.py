@@ -8,17 +8,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
-from transformers.pytorch_utils import Conv1D
 
 from peft_ext import GPSConfig, NeuroAdaConfig, PSNConfig
+from tests._models.layers import KINDS
 
 
 LAYERS = {
-    "Linear": nn.Linear(6, 4),
-    "Conv1D": Conv1D(4, 6),
-    "Conv1d": nn.Conv1d(6, 4, 3, stride=2),
-    "Conv2d": nn.Conv2d(6, 4, (3, 5), padding=(1, 2), groups=2, padding_mode="circular"),
-    "Conv3d": nn.Conv3d(6, 4, 3, dilation=2),
+    **{
+        name: KINDS[name].build(torch.float32)
+        for name in ("Linear", "Conv1D", "1d circular, grouped", "2d stride", "3d")
+    },
     "MultiheadAttention": nn.MultiheadAttention(6, 2, dropout=0.1, batch_first=True),
 }
 
@@ -40,7 +39,7 @@ def test_an_adapted_layer_has_the_attributes_of_its_base_layer(kind):
 
 
 def test_the_attributes_are_those_of_the_layer_below_all_adapters():
-    model = nn.ModuleDict({"layer": copy.deepcopy(LAYERS["Conv2d"])})
+    model = nn.ModuleDict({"layer": copy.deepcopy(LAYERS["2d stride"])})
     model = get_peft_model(model, LoraConfig(target_modules=["layer"])).base_model.model
     adapted = get_peft_model(model, NeuroAdaConfig(target_modules=["layer"])).base_model.model["layer"]
     assert adapted.padding == (1, 2)

@@ -2,30 +2,21 @@
 
 import pytest
 import torch
-from peft import get_peft_model
-from torch import nn
 from torch.autograd import forward_ad
 
-from peft_ext import NeuroAdaConfig
-from peft_ext.sparse.layers import SparseLayer
 from peft_ext.sparse.ops import BACKENDS
+from tests._models.layers import KINDS
+
+from .._inputs import adapt
 
 
-LAYERS = {
-    "linear": (lambda: nn.Linear(6, 5), (3, 6)),
-    "convolution": (lambda: nn.Conv1d(6, 5, 3), (2, 6, 7)),
-}
-EVERY_LAYER = pytest.mark.parametrize("kind", LAYERS)
+EVERY_KIND = pytest.mark.parametrize("kind", ["Linear", "1d"])
 EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def _layer(kind, backend):
-    torch.manual_seed(0)
-    make, shape = LAYERS[kind]
-    model = get_peft_model(nn.Sequential(make().double()), NeuroAdaConfig(k=2, target_modules=["0"], backend=backend))
-    (layer,) = (module for module in model.modules() if isinstance(module, SparseLayer))
-    layer.deltas["default"].weight.data.normal_()
-    return layer, torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    x = KINDS[kind].draw().detach()
+    return adapt(KINDS[kind].build(), backend=backend), x, torch.randn_like(x)
 
 
 def _with_dual_values(layer, x):
@@ -36,7 +27,7 @@ def _with_dual_values(layer, x):
 
 
 @EVERY_BACKEND
-@EVERY_LAYER
+@EVERY_KIND
 @pytest.mark.parametrize("grad_enabled", [True, False])
 def test_derivatives_are_refused_or_right(kind, backend, grad_enabled):
     layer, x, direction = _layer(kind, backend)
@@ -56,7 +47,7 @@ def test_derivatives_are_refused_or_right(kind, backend, grad_enabled):
 
 
 @EVERY_BACKEND
-@EVERY_LAYER
+@EVERY_KIND
 def test_what_has_no_tangent_passes(kind, backend):
     layer, x, direction = _layer(kind, backend)
     expected = layer(x)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peft_ext.sparse.ops import BACKENDS, choose_backend
+from peft_ext.sparse.ops import BACKENDS, choose_backend, choose_conv_backend
 from peft_ext.sparse.ops.crossovers import EVEN, MIN_DENSE_SHARE, UNEVEN, Costs, EntryCosts, Shares, fastest_path
 
 
@@ -19,22 +19,11 @@ def test_a_request_is_honoured(requested, dtype):
 
 
 @pytest.mark.parametrize("requested", BACKENDS)
-def test_without_a_weight_to_read_it_is_the_bypass(requested):
+def test_the_bypass_is_taken_where_nothing_else_can_be(requested):
+    """Without a weight to read, for an empty support, where x has another dtype, and under autocast."""
     assert choose_backend(requested, torch.zeros(3, 100), None, 64, 64) == "bypass"
-
-
-@pytest.mark.parametrize("requested", BACKENDS)
-def test_an_empty_support_takes_the_bypass(requested):
     assert _choose(requested, entries=0) == "bypass"
-
-
-@pytest.mark.parametrize("requested", BACKENDS)
-def test_other_dtypes_of_x_and_weight_take_the_bypass(requested):
     assert _choose(requested, torch.bfloat16, x_dtype=torch.float32) == "bypass"
-
-
-@pytest.mark.parametrize("requested", BACKENDS)
-def test_autocast_takes_the_bypass(requested):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert _choose(requested) == "bypass"
 
@@ -47,6 +36,19 @@ def test_auto_folds_only_where_the_values_are_not_rounded_to_16_bits(dtype, expe
 def test_auto_leaves_the_weight_alone_without_gradients():
     with torch.no_grad():
         assert _choose() == "bypass"
+
+
+def test_auto_copies_small_weights_of_convolutions_only_and_only_without_gradients():
+    def choose(channels=8, dtype=torch.float32, device="cpu", requested="auto"):
+        weight = torch.empty(channels, channels, 1, dtype=dtype, device=device)
+        return choose_conv_backend(requested, torch.empty(1, channels, 1, dtype=dtype), weight, channels)
+
+    with torch.no_grad():
+        assert choose() == choose(1024) == choose(dtype=torch.float64) == "copied"
+        assert choose(1025) == choose(dtype=torch.bfloat16) == choose(device="meta") == "bypass"
+        assert choose(requested="folded") == "folded"
+        assert torch.vmap(lambda _: torch.tensor(choose() == "reference"))(torch.zeros(2)).all()
+    assert choose(1024) == "folded"
 
 
 @pytest.mark.parametrize("is_even", [True, False])

@@ -1,55 +1,73 @@
 """What bypass and folded layers do not do: allocate a tensor as large as the weight, or keep more than x."""
 
+import itertools
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from peft_ext import NeuroAdaConfig
+from tests._models.layers import Kind
 
-from .._inputs import adapt, random_linear
+from .._inputs import adapt
 from .._probes import LargestAllocation, saved_for_backward
 
 
-ROWS, FAN_IN = 192, 256
+LAYERS = {
+    "Linear": Kind(lambda: nn.Linear(256, 192), (20, 256)),
+    "Conv1D": Kind(lambda: Conv1D(192, 256), (20, 256)),
+    "Linear, few tokens": Kind(lambda: nn.Linear(256, 192), (2, 256)),
+    "Conv2d": Kind(lambda: nn.Conv2d(96, 96, 3, padding=1), (96, 8, 8)),
+    "Conv2d grouped": Kind(lambda: nn.Conv2d(96, 96, 3, padding=1, groups=2), (96, 8, 8)),
+}
+EVERY_KIND = pytest.mark.parametrize("kind", LAYERS)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+SELECTIONS = pytest.mark.parametrize("selection", ["random", "random_layer"])
 
 
-def _largest_allocation(backend, kind, k, tokens, dtype=torch.float32, x_requires_grad=True, selection="random"):
-    base = random_linear(FAN_IN, ROWS, kind, dtype)
-    layer = adapt(base, k=k, backend=backend, selection=selection)
-    x = torch.randn(2, tokens, FAN_IN, dtype=dtype, requires_grad=x_requires_grad)
+def _made(kind, backend, dtype=torch.float32, x_requires_grad=True, selection="random"):
+    k = 2 if kind.startswith("Conv2d") else 20 if "few" in kind else 1
+    layer = adapt(LAYERS[kind].build(dtype), k=k, backend=backend, selection=selection)
+    return layer, LAYERS[kind].draw(dtype, samples=2).requires_grad_(x_requires_grad)
+
+
+def _largest_allocation(layer, x):
+    y = layer(x)  # makes the tables
     with LargestAllocation() as counter:
-        layer(x).backward(torch.ones(2, tokens, ROWS, dtype=dtype))
+        layer(x).backward(torch.ones_like(y))
     assert layer.deltas["default"].weight.grad.abs().max() > 0
+    assert counter.elements >= y.numel()
     return counter
 
 
 @pytest.mark.parametrize("x_requires_grad", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tokens", [2, 20])
-@pytest.mark.parametrize("k", [1, 20])
-@pytest.mark.parametrize("kind", ["linear", "conv1d"])
-@pytest.mark.parametrize("backend", ["bypass", "folded"])
-@pytest.mark.parametrize("selection", ["random", "random_layer"])
-def test_nothing_as_large_as_the_weight_is_allocated(backend, kind, k, tokens, dtype, x_requires_grad, selection):
-    counter = _largest_allocation(backend, kind, k, tokens, dtype, x_requires_grad, selection)
-    assert counter.elements < ROWS * FAN_IN
+@DTYPES
+@pytest.mark.parametrize(("kind", "backend"), [*itertools.product(LAYERS, ("bypass", "folded")), ("Conv2d", "auto")])
+@SELECTIONS
+def test_nothing_as_large_as_the_weight_is_allocated(kind, backend, dtype, x_requires_grad, selection):
+    layer, x = _made(kind, backend, dtype, x_requires_grad, selection)
+    counter = _largest_allocation(layer, x)
+    assert counter.elements < layer.base_layer.weight.numel()  # as the windows of a convolution would be, too
     # The products really ran under the counter, and it looked inside them.
-    forward_op = {"bypass": "bypass_linear", "folded": "folded_linear"}[backend]
-    assert {f"peft_ext::{forward_op}", "peft_ext::sparse_grad_values"} <= counter.entered
+    product = "conv" if kind.startswith("Conv2d") else "linear"
+    assert backend == "auto" or f"peft_ext::{backend}_{product}" in counter.entered
+    assert any(name.endswith("grad_values") for name in counter.entered)
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@EVERY_KIND
 @pytest.mark.parametrize("backend", ["dense", "reference"])
 def test_the_counter_notices_a_dense_tensor(backend, kind):
-    assert _largest_allocation(backend, kind, 1, 2).elements >= ROWS * FAN_IN
+    layer, x = _made(kind, backend)
+    assert _largest_allocation(layer, x).elements >= layer.base_layer.weight.numel()
 
 
 def test_the_counter_sees_the_transient_of_a_custom_op_in_forward_alone():
-    layer = adapt(random_linear(FAN_IN, ROWS), k=1, backend="dense")
+    layer, x = _made("Linear", "dense")
     with LargestAllocation() as counter:
-        layer(torch.randn(1, FAN_IN))
-    assert counter.elements == ROWS * FAN_IN
+        layer(x)
+    assert counter.elements == layer.base_layer.weight.numel()
 
 
 def _saved(model, x):
@@ -61,31 +79,28 @@ def _saved(model, x):
 
 
 @pytest.mark.parametrize("x_requires_grad", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("k", [1, 20])
-@pytest.mark.parametrize("kind", ["linear", "conv1d"])
-@pytest.mark.parametrize("backend", ["bypass", "folded", "dense"])
-@pytest.mark.parametrize("selection", ["random", "random_layer"])
-def test_only_x_is_saved_for_backward(backend, kind, k, dtype, x_requires_grad, selection):
-    layer = adapt(random_linear(FAN_IN, ROWS, kind, dtype), k=k, backend=backend, selection=selection)
-    x = torch.randn(3, 5, FAN_IN, dtype=dtype, requires_grad=x_requires_grad)
+@DTYPES
+@EVERY_KIND
+@pytest.mark.parametrize("backend", ["auto", "bypass", "folded", "dense"])
+@SELECTIONS
+def test_only_x_is_saved_for_backward(backend, kind, dtype, x_requires_grad, selection):
+    layer, x = _made(kind, backend, dtype, x_requires_grad, selection)
     saved = _saved(layer, x)
+    saved.pop(layer.deltas["default"].transposed_offsets.untyped_storage().data_ptr(), None)  # of a convolution
     assert saved == {x.untyped_storage().data_ptr(): x.nbytes}
 
 
 def test_the_probe_notices_what_else_is_saved():
     """The dense oracle keeps its composed weight."""
-    layer = adapt(random_linear(FAN_IN, ROWS), k=1, backend="reference")
-    x = torch.randn(3, 5, FAN_IN, requires_grad=True)
-    assert sum(_saved(layer, x).values()) >= x.nbytes + 4 * ROWS * FAN_IN
+    layer, x = _made("Linear", "reference")
+    assert sum(_saved(layer, x).values()) >= x.nbytes + layer.base_layer.weight.nbytes
 
 
 @pytest.mark.parametrize("backend", ["bypass", "folded"])
 def test_nothing_is_saved_where_nothing_is_trained(backend):
     """A frozen adapter in the middle of a model: x's gradient needs the weight and the values, not x."""
-    layer = adapt(random_linear(FAN_IN, ROWS), k=2, backend=backend)
+    layer, x = _made("Linear", backend)
     layer.requires_grad_(False)
-    x = torch.randn(5, FAN_IN, requires_grad=True)
     assert _saved(layer, x) == {}
     assert x.grad.abs().max() > 0
 
