@@ -90,17 +90,15 @@ def test_check_accepts_what_is_whole(support):
     support.check()
 
 
-BAD_TABLES = {
-    "negative": ([[0, 1], [-1, 2]], "-1..2"),
-    "at the fan-in": ([[0, 1], [2, 4]], "0..4"),
-    "repeated": ([[0, 1], [2, 2]], "increasing"),
-    "decreasing": ([[0, 1], [3, 2]], "increasing"),
-}
-BAD_RAGGED = {
-    "negative": ([-1, 2, 3], [0, 2, 3], "-1..3"),
-    "at the fan-in": ([0, 2, 4], [0, 2, 3], "0..4"),
-    "repeated": ([2, 2, 3], [0, 2, 3], "increasing"),
-    "decreasing": ([2, 1, 3], [0, 2, 3], "increasing"),
+BROKEN = {
+    "negative": ([[0, 1], [-1, 2]], None, "-1..2"),
+    "at the fan-in": ([[0, 1], [2, 4]], None, "0..4"),
+    "repeated": ([[0, 1], [2, 2]], None, "increasing"),
+    "decreasing": ([[0, 1], [3, 2]], None, "increasing"),
+    "ragged, negative": ([-1, 2, 3], [0, 2, 3], "-1..3"),
+    "ragged, at the fan-in": ([0, 2, 4], [0, 2, 3], "0..4"),
+    "ragged, repeated": ([2, 2, 3], [0, 2, 3], "increasing"),
+    "ragged, decreasing": ([2, 1, 3], [0, 2, 3], "increasing"),
     "starts late": ([0, 2, 3], [1, 2, 3], "offsets"),
     "ends early": ([0, 2, 3], [0, 2, 2], "offsets"),
     "ends late": ([0, 2, 3], [0, 2, 4], "offsets"),
@@ -110,19 +108,11 @@ BAD_RAGGED = {
 }
 
 
-@pytest.mark.parametrize("what", BAD_TABLES)
-def test_check_refuses_a_broken_table(what):
-    indices, message = BAD_TABLES[what]
+@pytest.mark.parametrize(("indices", "offsets", "message"), BROKEN.values(), ids=BROKEN)
+def test_check_refuses_a_broken_support(indices, offsets, message):
+    tensors = [None if numbers is None else torch.tensor(numbers, dtype=torch.int32) for numbers in (indices, offsets)]
     with pytest.raises(ValueError, match=message):
-        Support(torch.tensor(indices, dtype=torch.int32), 4).check()
-
-
-@pytest.mark.parametrize("what", BAD_RAGGED)
-def test_check_refuses_broken_ragged_supports(what):
-    indices, offsets, message = BAD_RAGGED[what]
-    indices, offsets = torch.tensor(indices, dtype=torch.int32), torch.tensor(offsets, dtype=torch.int32)
-    with pytest.raises(ValueError, match=message):
-        Support(indices, 4, offsets).check()
+        Support(tensors[0], 4, tensors[1]).check()
 
 
 def test_check_lets_a_row_start_below_the_end_of_the_one_before():

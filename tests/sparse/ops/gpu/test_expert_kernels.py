@@ -6,28 +6,17 @@ import torch
 from peft_ext.sparse.ops.gpu import launch
 
 from ..test_experts import UNEVEN, make_case
-from ._cases import laid_out
+from ..test_experts import assert_right as assert_equals_dense
 
 
 EACH_KERNEL = pytest.mark.parametrize("kernel", ["direct", "columns_first"], indirect=True)
 ENTRIES = pytest.mark.parametrize("entries", [1, 3, UNEVEN], ids=["k1", "k3", "uneven"])
 
 
-def gradients(leaves, compute, grad):
-    y = compute(*leaves)
-    return [y, *torch.autograd.grad(y, leaves, grad.to(y.dtype))]
-
-
 def assert_right(leaves, ours, dense, layout="contiguous"):
-    """Output and every gradient, sums in fp32 and rounded once."""
-    given = [*(laid_out(leaf.detach(), layout).requires_grad_() for leaf in leaves[:2]), leaves[2]]
-    wide = [leaf.detach().double().requires_grad_() for leaf in given]
-    grad = torch.randn(leaves[0].shape, generator=torch.Generator().manual_seed(1)).to(leaves[0].dtype)
-    grad = laid_out(grad, layout)
-    expected = gradients(wide, dense, grad)
+    """Sums are taken in fp32 and rounded once."""
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[leaves[0].dtype]
-    for mine, theirs in zip(gradients(given, ours, grad), expected, strict=True):
-        assert ((mine.double() - theirs).abs() <= tolerance * theirs.abs().max()).all()  # a NaN does not pass
+    assert_equals_dense(leaves, ours, dense, tolerance, layout)
 
 
 @EACH_KERNEL

@@ -14,30 +14,33 @@ from ._targets import compiled, launches
 MAX_REGISTERS, MAX_SHARED_BYTES = 255, {80: 163 * 1024, 90: 227 * 1024}
 
 
-def _work(product, config, k, width, rows, dtype, ragged):
-    """One product on meta tensors, with one of the configurations that are measured."""
-    tokens = 1024
+def _work(product, config, k, width, rows, dtype, ragged, experts=None):
+    """One product on meta tensors, with one of the configurations that are measured; of one layer or of experts."""
+    tokens, neurons, inputs = 1024, rows, width
+    if experts is not None:
+        tokens, neurons, inputs = 8192, experts * rows, experts * width
 
-    def empty(*shape, dtype=dtype):
+    def empty(*shape, dtype=torch.int32):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    indices, values = empty(rows, k, dtype=torch.int32), empty(rows, k, dtype=torch.float32)
-    x, grad = empty(tokens, width), empty(tokens, rows)
+    indices, values = empty(neurons, k), empty(neurons, k, dtype=torch.float32)
+    x, grad = empty(tokens, width, dtype=dtype), empty(tokens, rows, dtype=dtype)
     offsets = rows_of_entries = None
     if ragged:
         indices, values = indices.view(-1), values.view(-1)
-        offsets, rows_of_entries = empty(rows + 1, dtype=torch.int32), empty(rows * k, dtype=torch.int32)
+        offsets, rows_of_entries = empty(neurons + 1), empty(neurons * k)
+    ends = [] if experts is None else [empty(experts)]
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("sum_configs", "value_configs"):
+        for name in ("sum_configs", "value_configs") if experts is None else ("unstaged",):
             every = getattr(launch, name)
             patch.setattr(launch, name, lambda *sizes, every=every: [every(*sizes)[config]])
         if product == "add":
-            launch.add(grad, x, values, indices, offsets, grad)
+            launch.add(grad, x, values, indices, offsets, grad, *ends)
         elif product == "grad_input":
-            entries, ends = empty(rows * k, dtype=torch.int32), empty(width + 1, dtype=torch.int32)
-            launch.grad_input(grad, values, indices, rows_of_entries, entries, ends, x)
+            transposed = empty(neurons * k), empty(inputs + 1)
+            launch.grad_input(grad, values, indices, rows_of_entries, *transposed, x, *ends)
         else:
-            launch.grad_values(grad, x, indices, rows_of_entries)
+            launch.grad_values(grad, x, indices, rows_of_entries, *ends)
 
 
 CASES = [
@@ -117,31 +120,6 @@ def test_the_copy_with_columns_first_compiles_without_spilling(dtype, tmp_path, 
     assert kernel.__name__ == "transposed" and code.local_bytes == 0 and code.registers <= MAX_REGISTERS
 
 
-def _work_of_experts(product, config, k, width, rows, dtype, ragged):
-    """As `_work`, of 128 experts."""
-    tokens, experts = 8192, 128
-
-    def empty(*shape, dtype=dtype):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    indices, values = empty(experts * rows, k, dtype=torch.int32), empty(experts * rows, k, dtype=torch.float32)
-    x, grad = empty(tokens, width), empty(tokens, rows)
-    entries, ends, of_experts = (empty(n, dtype=torch.int32) for n in (indices.numel(), experts * width + 1, experts))
-    offsets = numbers = None
-    if ragged:
-        indices, values = indices.view(-1), values.view(-1)
-        offsets, numbers = empty(experts * rows + 1, dtype=torch.int32), entries
-    with pytest.MonkeyPatch.context() as patch:
-        every = launch.unstaged
-        patch.setattr(launch, "unstaged", lambda configs: [every(configs)[config]])
-        if product == "add":
-            launch.add(grad, x, values, indices, offsets, grad, of_experts)
-        elif product == "grad_input":
-            launch.grad_input(grad, values, indices, numbers, entries, ends, x, of_experts)
-        else:
-            launch.grad_values(grad, x, indices, numbers, of_experts)
-
-
 @pytest.mark.parametrize(
     ("product", "config", "k", "width", "rows", "dtype", "capability", "ragged"),
     [
@@ -160,7 +138,7 @@ def test_a_launch_for_experts_compiles_without_spilling(
     product, config, k, width, rows, dtype, capability, ragged, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    *_, (kernel, args, options) = launches(lambda: _work_of_experts(product, config, k, width, rows, dtype, ragged))
+    *_, (kernel, args, options) = launches(lambda: _work(product, config, k, width, rows, dtype, ragged, experts=128))
     code = compiled(kernel, args, options, capability)
     assert code.local_bytes <= 16 and code.local_in_loops == 0  # a number or two that are kept while a tile is found
     assert code.registers <= MAX_REGISTERS and code.shared_bytes <= MAX_SHARED_BYTES[capability]

@@ -24,23 +24,21 @@ def _afresh(monkeypatch):
     gpu.can_launch.cache_clear()
 
 
-def test_without_triton_no_device_is_supported(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", None)
-    assert not gpu.triton_supports.__wrapped__(torch.device("cuda"))
-
-
-def test_an_old_triton_is_left_alone(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    for version, supported in (("3.2.0", False), ("3.3.0", True), ("3.10.1+git12", True)):
-        monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=version))
-        assert gpu.triton_supports.__wrapped__(torch.device("cuda")) == supported
-
-
-def test_an_old_gpu_is_left_to_pytorch(monkeypatch):
-    for major, supported in ((7, False), (8, True), (9, True)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, major=major: (major, 0))
-        monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.4.0"))
-        assert gpu.triton_supports.__wrapped__(torch.device("cuda")) == supported
+@pytest.mark.parametrize(
+    ("version", "capability", "supported"),
+    [
+        (None, 9, False),
+        ("3.2.0", 9, False),
+        ("3.3.0", 9, True),
+        ("3.10.1+git12", 9, True),
+        ("3.4.0", 7, False),
+        ("3.4.0", 8, True),
+    ],
+)
+def test_an_old_triton_or_gpu_is_left_to_pytorch(monkeypatch, version, capability, supported):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    monkeypatch.setitem(sys.modules, "triton", version and SimpleNamespace(__version__=version))
+    assert gpu.triton_supports.__wrapped__(torch.device("cuda")) == supported
 
 
 def test_tensors_of_two_gpus_are_left_to_pytorch_which_refuses_them(monkeypatch):
