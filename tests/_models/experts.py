@@ -1,7 +1,5 @@
 """Tiny mixtures of experts, and the dense models that sparse updates of theirs are compared with."""
 
-import copy
-
 import torch
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -113,8 +111,3 @@ def run(model, weights=None, **inputs):
     if weights is None:
         return model(**inputs).logits
     return torch.func.functional_call(model, weights, (), inputs).logits
-
-
-def twin(model):
-    """A base model like another, that is not changed with it."""
-    return copy.deepcopy(model)

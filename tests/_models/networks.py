@@ -1,9 +1,13 @@
 """A small network per layer type, whose adapted layers stand between others."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import GptOssConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
 
@@ -25,6 +29,23 @@ class _Attention(nn.Module):
         x = self.first(x)
         key, value = x[..., : self.attention.kdim], x[..., : self.attention.vdim]
         return self.last(self.attention(x, key, value)[0]).mean(1)
+
+
+class _Experts(nn.Module):
+    """Fused experts, two of which compute each token."""
+
+    def __init__(self, kind: type, config: type) -> None:
+        super().__init__()
+        sizes = config(hidden_size=WIDTH, intermediate_size=8, num_local_experts=4)
+        sizes._experts_implementation_internal = "eager"
+        self.router, self.experts, self.last = nn.Linear(WIDTH, 4), kind(sizes), nn.Linear(WIDTH, 3)
+        for parameter in self.experts.parameters():
+            nn.init.normal_(parameter, std=0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.flatten(0, 1)
+        shares, chosen = self.router(tokens).softmax(-1).topk(2)
+        return self.last(self.experts(tokens, chosen, shares)).view(*x.shape[:2], 3).mean(1)
 
 
 class _Tied(nn.Module):
@@ -65,6 +86,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str]]] 
     ),
     "MultiheadAttention": (_Attention, (4, WIDTH), ["attention"]),
     "MultiheadAttention, unpacked": (lambda: _Attention(kdim=4, vdim=5), (4, WIDTH), ["attention"]),
+    "experts": (lambda: _Experts(MixtralExperts, MixtralConfig), (4, WIDTH), ["experts"]),
+    "experts in columns": (lambda: _Experts(GptOssExperts, GptOssConfig), (4, WIDTH), ["experts"]),
     "shared": (_Tied, (4, WIDTH), ["one", "two", "near", "far"]),
 }  # fmt: skip
 
@@ -76,3 +99,11 @@ def make_network(kind: str, seed: int = 0) -> tuple[nn.Module, torch.Tensor, lis
     network, x = build(), torch.randn(6, *size)
     network(x)  # lazy layers take their shapes
     return network, x, targets
+
+
+def small_llama(**options: Any) -> Any:
+    """A language model of one block, always with the same weights."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = LlamaConfig(**sizes, num_attention_heads=2, initializer_range=0.3, **options)
+    return LlamaForCausalLM(config).eval()

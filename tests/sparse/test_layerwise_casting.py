@@ -9,7 +9,7 @@ from torch import nn
 
 from peft_ext import NeuroAdaConfig, gradient_scores
 
-from ._asserts import assert_same_bits, assert_same_support, bits
+from ._asserts import assert_same_bits, assert_same_support, bits, with_dense_updates
 
 
 hooks = pytest.importorskip("diffusers.hooks")
@@ -59,11 +59,8 @@ def test_a_cast_base_trains_and_computes_as_the_dense_update_says(cast_first, st
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     for name, layer in layers.items():
         assert layer.base_layer.weight.dtype == storage
-        module, delta = dense.get_submodule(name), layer.deltas["default"]
-        module.__dict__.pop("forward", None)  # diffusers' hook
-        module.weight.data += layer.get_delta_weight("default")
-        if train_bias:
-            module.bias.data += delta.bias.detach()
+        dense.get_submodule(name).__dict__.pop("forward", None)  # diffusers' hook
+    dense = with_dense_updates(model, dense)
     torch.testing.assert_close(model(x()).float(), dense(x().float()), atol=0.05, rtol=0.05)
     before = {name: bits(layer.base_layer.weight) for name, layer in layers.items()}
     model(x()).float().square().sum().backward()

@@ -63,9 +63,9 @@ def test_both_switch_delete_save_and_swap_adapters(config, tmp_path):
     assert torch.equal(logits(model), expected["default"])
 
 
-@METHODS
-def test_both_run_in_dpo_with_a_second_adapter_as_the_reference(config, tmp_path, preferences, tokenizer):  # noqa: F811
-    trainer, _ = dpo(tiny(), tmp_path, preferences, tokenizer, peft_config=config())
+def test_lora_runs_in_dpo_with_a_second_adapter_as_the_reference_too(tmp_path, preferences, tokenizer):  # noqa: F811
+    """As NeuroAda does (`test_trainers.py`)."""
+    trainer, _ = dpo(tiny(), tmp_path, preferences, tokenizer, peft_config=lora())
     trainer.save_model(tmp_path / "first")
     before = logits(trainer.model.eval())
     model = PeftModel.from_pretrained(tiny(), tmp_path / "first", is_trainable=True)

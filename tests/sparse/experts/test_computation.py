@@ -4,7 +4,6 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -80,30 +79,10 @@ def test_routing(implementation, index):
         results.append((y, *gradients))
     for ours, dense in zip(*results, strict=True):
         torch.testing.assert_close(ours, dense, atol=1e-5, rtol=1e-4)
-
-
-@EACH_IMPLEMENTATION
-def test_experts_without_tokens_get_no_gradient(implementation):
-    model = alone(implementation)
-    model(*routed([[0, 2], [2, 0]])).sum().backward()
+    model(*inputs).sum().backward()
     for layer in layers_of(model).values():
-        gradient = layer.deltas["default"].weight.grad.view(4, -1)
-        assert gradient[[0, 2]].any(1).all()
-        assert not gradient[[1, 3]].any()
-
-
-@EACH_LAYOUT
-def test_bf16_is_near_fp32(name):
-    model, exact = adapted(name, base=tiny(name).to(torch.bfloat16)), adapted(name)
-    assert {layer.deltas["default"].weight.dtype for layer in layers_of(model).values()} == {torch.float32}
-    results = []
-    for one in (model, exact):
-        loss = one(input_ids=IDS, labels=IDS).loss
-        loss.backward()
-        results.append((loss, *(p.grad for p in one.parameters() if p.requires_grad)))
-    for rough, fine in zip(*results, strict=True):
-        if rough.shape == fine.shape:
-            assert (rough - fine).norm() < 0.2 * fine.norm()
+        has_gradient = layer.deltas["default"].weight.grad.view(4, -1).any(1).tolist()
+        assert has_gradient == [expert in inputs[1] for expert in range(4)]
 
 
 @EACH_IMPLEMENTATION
@@ -136,32 +115,10 @@ def test_checkpointing(name, use_reentrant):
         assert plain.any() and torch.equal(plain, recomputed)
 
 
-def test_checkpoint_of_the_experts_alone():
-    model, inputs = alone("grouped_mm"), routed([[0, 2], [1, 0]])
-    expected = torch.autograd.grad(model(*inputs).sum(), inputs[0])
-    again = torch.autograd.grad(checkpoint(model, *inputs, use_reentrant=False).sum(), inputs[0])
-    assert torch.equal(again[0], expected[0])
-
-
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
-def test_compiles_into_one_graph(implementation):
-    """As without adapters."""
-    model, inputs = alone(implementation), routed([[0, 2], [1, 0]])
-    expected = model(*inputs)
-    torch._dynamo.reset()
-    compiled = torch.compile(model.base_model.model.experts, fullgraph=True, backend="aot_eager")
-    result = compiled(*inputs)
-    torch.testing.assert_close(result, expected)
-    own = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for ours, plain in zip(
-        torch.autograd.grad(result.sum(), own), torch.autograd.grad(expected.sum(), own), strict=True
-    ):
-        torch.testing.assert_close(ours, plain)
-
-
-def test_a_model_compiles_into_one_graph():
+@pytest.mark.parametrize(("name", "implementation"), [("gpt_oss", "grouped_mm"), ("mixtral", "batched_mm")])
+def test_a_model_compiles_into_one_graph(name, implementation):
     """As without adapters; in eager the base breaks at the loop over experts."""
-    model = adapted("gpt_oss", "grouped_mm")
+    model = adapted(name, implementation)
     own = [parameter for parameter in model.parameters() if parameter.requires_grad]
     results = []
     torch._dynamo.reset()

@@ -1,19 +1,17 @@
-"""Adapted `nn.MultiheadAttention`: against torch's own with dense weights, in encoders, and through PEFT's verbs."""
+"""Adapted `nn.MultiheadAttention`: against torch's own with dense weights, and in encoders."""
 
-import copy
 import itertools
-import pickle
 
 import pytest
 import torch
-from peft import PeftModel, get_layer_status, get_model_status, get_peft_model
+from peft import get_peft_model
 from torch import nn
 
 from peft_ext import NeuroAdaConfig
-from peft_ext.sparse.bases.projection import PROJECTIONS, Projection
+from peft_ext.sparse.bases.projection import Projection
 from peft_ext.tuners.neuroada import NeuroAdaLinear, NeuroAdaMultiheadAttention
 
-from .._asserts import assert_same_bits, bits
+from .._asserts import with_dense_updates
 
 
 WIDTH, HEADS, BATCH, QUERIES, KEYS = 8, 2, 3, 5, 7
@@ -43,14 +41,11 @@ def _adapted(attention, **options):
     return model, model.base_model.model["attention"]
 
 
-def _with_dense_updates(adapted, attention, trainable=False):
-    """A copy of torch's attention whose weights contain the adapters."""
-    other = copy.deepcopy(attention).requires_grad_(trainable)
-    with torch.no_grad():
-        for layer in adapted.parts.values():
-            projection = Projection(other, layer.get_base_layer().name)
-            projection.weight.add_(layer.get_delta_weight("default"))
-    return other
+def _pair(form="packed", trainable=False):
+    """An adapted attention, and torch's own with the adapters in its weights."""
+    model, adapted = _adapted(_attention(form))
+    dense = with_dense_updates(model, nn.ModuleDict({"attention": _attention(form)}))["attention"]
+    return adapted, dense.requires_grad_(trainable)
 
 
 def _inputs(form="packed"):
@@ -84,9 +79,7 @@ def _masks():
 @EVERY_FORM
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
 def test_outputs_and_weights_are_those_of_torch_with_dense_weights(form, mask):
-    attention = _attention(form)
-    _, adapted = _adapted(copy.deepcopy(attention))
-    dense = _with_dense_updates(adapted, attention)
+    adapted, dense = _pair(form)
     for need_weights, average in itertools.product((True, False), (True, False)):
         options = {"need_weights": need_weights, "average_attn_weights": average, **_masks()[mask]}
         outputs, weights = adapted(*_inputs(form), **options)
@@ -99,9 +92,7 @@ def test_outputs_and_weights_are_those_of_torch_with_dense_weights(form, mask):
 
 @EVERY_FORM
 def test_gradients_are_those_of_dense_weights_at_the_entries(form):
-    attention = _attention(form)
-    _, adapted = _adapted(copy.deepcopy(attention))
-    dense = _with_dense_updates(adapted, attention, trainable=True)
+    adapted, dense = _pair(form, trainable=True)
     x = [tensor.clone().requires_grad_() for tensor in _inputs(form)]
     y = [tensor.clone().requires_grad_() for tensor in _inputs(form)]
     adapted(*x)[0].square().sum().backward()
@@ -115,21 +106,8 @@ def test_gradients_are_those_of_dense_weights_at_the_entries(form):
         torch.testing.assert_close(delta.weight.grad, delta.support.gather(whole))
 
 
-@EVERY_FORM
-def test_a_sample_without_a_batch(form):
-    attention = _attention(form)
-    _, adapted = _adapted(copy.deepcopy(attention))
-    dense = _with_dense_updates(adapted, attention)
-    batch_first = OPTIONS[form].get("batch_first", True)
-    single = [x[0] if batch_first else x[:, 0] for x in _inputs(form)]
-    for mine, theirs in zip(adapted(*single), dense(*single), strict=True):
-        torch.testing.assert_close(mine, theirs)
-
-
 def test_a_causal_hint():
-    attention = _attention()
-    _, adapted = _adapted(copy.deepcopy(attention))
-    dense, x = _with_dense_updates(adapted, attention), _inputs()[0]
+    (adapted, dense), x = _pair(), _inputs()[0]
     mask = nn.Transformer.generate_square_subsequent_mask(QUERIES, dtype=torch.float64)
     for need_weights in (True, False):
         options = {"attn_mask": mask, "is_causal": True, "need_weights": need_weights}
@@ -171,8 +149,7 @@ def _malformed():
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("case", _malformed())
 def test_what_torch_refuses_is_refused_with_what_it_should_be(case, need_weights):
-    attention = _attention()
-    _, adapted = _adapted(copy.deepcopy(attention))
+    attention, (_, adapted) = _attention(), _adapted(_attention())
     x, masks = _malformed()[case]
     with pytest.raises((AssertionError, RuntimeError)):
         attention(*x, **masks, need_weights=need_weights)
@@ -182,16 +159,21 @@ def test_what_torch_refuses_is_refused_with_what_it_should_be(case, need_weights
 
 @pytest.mark.parametrize(
     "masks",
-    [{"attn_mask": (QUERIES, KEYS)}, {"attn_mask": (HEADS, QUERIES, KEYS)}, {"key_padding_mask": (KEYS,)}],
+    [
+        {},
+        {"attn_mask": (QUERIES, KEYS)},
+        {"attn_mask": (HEADS, QUERIES, KEYS)},
+        {"key_padding_mask": (KEYS,)},
+    ],
     ids=str,
 )
-def test_masks_of_a_sample_without_a_batch(masks):
-    attention = _attention()
-    _, adapted = _adapted(copy.deepcopy(attention))
-    dense = _with_dense_updates(adapted, attention)
+@EVERY_FORM
+def test_a_sample_without_a_batch(form, masks):
+    adapted, dense = _pair(form)
     generator = torch.Generator().manual_seed(3)
     options = {name: torch.rand(shape, generator=generator) > 0.7 for name, shape in masks.items()}
-    single = [x[0] for x in _inputs()]
+    batch_first = OPTIONS[form].get("batch_first", True)
+    single = [x[0] if batch_first else x[:, 0] for x in _inputs(form)]
     for mine, theirs in zip(adapted(*single, **options), dense(*single, **options), strict=True):
         torch.testing.assert_close(mine, theirs)
 
@@ -207,48 +189,12 @@ def test_dropout_acts_in_training_only():
 
 @EVERY_FORM
 def test_without_active_adapters_it_is_the_attention_bit_for_bit(form):
-    attention = _attention(form)
-    model, adapted = _adapted(copy.deepcopy(attention))
-    expected = attention.requires_grad_(False)(*_inputs(form))
+    model, adapted = _adapted(_attention(form))
+    expected = _attention(form).requires_grad_(False)(*_inputs(form))
     with model.disable_adapter():
         for mine, theirs in zip(adapted(*_inputs(form)), expected, strict=True):
             assert torch.equal(mine, theirs)
     assert not torch.equal(adapted(*_inputs(form))[0], expected[0])
-
-
-@EVERY_FORM
-def test_peft_finds_its_way(form, tmp_path):
-    """Several adapters, status, mixed batches, merging, saving, copies, deletion, unloading."""
-    model, adapted = _adapted(_attention(form))
-    model.eval()
-    original = {name: bits(parameter) for name, parameter in adapted.base_layer.named_parameters()}
-    first = adapted(*_inputs(form))[0].detach()
-    model.save_pretrained(tmp_path / "saved")
-    loaded = PeftModel.from_pretrained(nn.ModuleDict({"attention": _attention(form)}), tmp_path / "saved")
-    assert torch.equal(loaded.base_model.model["attention"](*_inputs(form))[0], first)
-    for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(same.base_model.model["attention"](*_inputs(form))[0], first)
-    model.add_adapter("other", NeuroAdaConfig(k=1, target_modules=["attention"], init_weights=False))
-    model.set_adapter("other")
-    status = get_model_status(model)
-    assert (status.active_adapters, status.enabled, sorted(status.available_adapters)) == (
-        ["other"], True, ["default", "other"],
-    )  # fmt: skip
-    assert {layer.name.rpartition(".")[2] for layer in get_layer_status(model)} >= set(PROJECTIONS)
-    second = adapted(*_inputs(form))[0].detach()
-    assert not torch.equal(first, second)
-    model.merge_adapter(["other"])
-    assert get_model_status(model).merged_adapters == ["other"]
-    torch.testing.assert_close(adapted(*_inputs(form))[0], second)
-    model.unmerge_adapter()
-    for name, parameter in adapted.base_layer.named_parameters():
-        assert_same_bits(parameter, original[name])
-    model.delete_adapter("other")
-    model.set_adapter("default")
-    assert torch.equal(adapted(*_inputs(form))[0], first)
-    merged = model.merge_and_unload()["attention"]
-    assert type(merged) is nn.MultiheadAttention
-    torch.testing.assert_close(merged(*_inputs(form))[0], first)
 
 
 def test_hooks_on_the_attention_are_refused_not_skipped():
@@ -303,23 +249,6 @@ def test_a_mixed_batch_in_an_encoder(targets):
     mixed = model(x, adapter_names=names)
     for sample, name in enumerate(names):
         torch.testing.assert_close(mixed[sample], alone[name][sample])
-
-
-@pytest.mark.parametrize("bias", ["all", "neuroada_only"])
-def test_biases_of_the_attention_are_trained_and_saved(bias, tmp_path):
-    model, adapted = _adapted(_attention(), bias=bias)
-    base = adapted.base_layer
-    assert base.in_proj_bias.requires_grad and base.out_proj.bias.requires_grad
-    assert not base.in_proj_weight.requires_grad
-    adapted(*_inputs())[0].sum().backward()
-    assert base.in_proj_bias.grad.abs().max() > 0 and base.out_proj.bias.grad.abs().max() > 0
-    with torch.no_grad():
-        base.in_proj_bias.add_(1)
-        base.out_proj.bias.add_(1)
-    model.eval().save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(nn.ModuleDict({"attention": _attention()}), tmp_path)
-    expected = adapted(*_inputs())[0]
-    assert torch.equal(loaded.base_model.model["attention"](*_inputs())[0], expected)
 
 
 def test_layers_have_the_classes_of_their_method():

@@ -11,6 +11,8 @@ from peft_ext import NeuroAdaConfig
 from peft_ext.sparse.bases.projection import Projection
 from peft_ext.sparse.layers import SparseLayer
 
+from .._asserts import with_dense_updates
+
 
 WIDTH, TARGET, MEMORY = 8, 5, 7
 
@@ -31,28 +33,13 @@ def _inputs():
     return (target, memory), {"tgt_mask": causal, "memory_key_padding_mask": padding}
 
 
-def _with_dense_updates(model):
-    """Torch's own decoder, with the adapters' updates in its weights."""
-    dense = _decoder()
-    with torch.no_grad():
-        for name, layer in model.base_model.model.named_modules():
-            if isinstance(layer, SparseLayer):
-                base = layer.get_base_layer()
-                if isinstance(base, Projection):
-                    weight = Projection(dense.get_submodule(name.rpartition(".")[0]), base.name).weight
-                else:
-                    weight = dense.get_submodule(name).weight
-                weight.add_(layer.get_delta_weight("default"))
-    return dense
-
-
 @pytest.mark.parametrize(
     "targets", ["all-neurons", ["multihead_attn"], ["self_attn", "multihead_attn", "linear1"]], ids=str
 )
 def test_a_decoder_computes_what_dense_weights_would(targets):
     config = NeuroAdaConfig(k=2, target_modules=targets, init_weights=False)
     model = get_peft_model(_decoder(), config, autocast_adapter_dtype=False).eval()
-    dense, (args, options) = _with_dense_updates(model), _inputs()
+    dense, (args, options) = with_dense_updates(model, _decoder()), _inputs()
     expected = dense(*args, **options)
     assert not torch.allclose(expected, _decoder()(*args, **options))
     for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
