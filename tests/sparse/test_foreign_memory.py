@@ -138,34 +138,24 @@ def test_what_another_storage_at_the_same_place_was_is_no_answer(monkeypatch):
     assert why_not_ours(moved) == READ_ONLY
 
 
+@pytest.mark.parametrize("names", [["one"], ["one", "two"]], ids=str)
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_merging_into_memory_of_others_writes_a_copy(kind, tmp_path):
-    base = nn.ModuleDict({"one": _layer(FOREIGN[kind][0](tmp_path))})
-    weight = base["one"].weight
-    original = bits(weight)
-    model = get_peft_model(base, NeuroAdaConfig(k=1, target_modules=["one"], init_weights=False))
-    x = torch.randn(5, FAN_IN)
-    expected = base["one"](x).detach()
-    model.merge_adapter()
-    torch.testing.assert_close(base["one"](x), expected)
-    model.unmerge_adapter()
-    assert base["one"].weight is weight
-    merged = model.merge_and_unload()["one"]
-    torch.testing.assert_close(merged(x), expected)
-    assert_same_bits(weight, original)
-
-
-def test_layers_that_share_a_foreign_weight_merge_into_copies():
-    base = nn.ModuleDict({"one": _layer(_numbers().share_memory_())})
-    base["two"] = _layer(base["one"].weight.data)
-    original, weight = bits(base["one"].weight), base["one"].weight
-    model = get_peft_model(base, NeuroAdaConfig(k=1, target_modules=["one", "two"], init_weights=False))
+def test_merging_into_memory_of_others_writes_a_copy(kind, names, tmp_path):
+    """Also where two layers of the model share it."""
+    foreign = FOREIGN[kind][0](tmp_path)
+    base = nn.ModuleDict({name: _layer(foreign) for name in names})
+    weights, original = {name: layer.weight for name, layer in base.items()}, bits(foreign)
+    model = get_peft_model(base, NeuroAdaConfig(k=1, target_modules=names, init_weights=False))
     x = torch.randn(5, FAN_IN)
     expected = base["one"](x).detach()
     model.merge_adapter()
     for layer in base.values():
         torch.testing.assert_close(layer(x), expected)
-    assert_same_bits(weight, original)
+    model.unmerge_adapter()
+    assert all(layer.weight is weights[name] for name, layer in base.items())
+    merged = model.merge_and_unload()["one"]
+    torch.testing.assert_close(merged(x), expected)
+    assert_same_bits(foreign, original)
 
 
 def test_storages_that_went_to_another_process_are_known():

@@ -1,40 +1,42 @@
 """Modules that share one weight: one set of values, one merge, and a checkpoint that any of them can load."""
 
-import copy
-
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from peft_ext import NeuroAdaConfig
+from tests._models.networks import small_llama
 
-from ._asserts import assert_same_bits, bits
+from ._asserts import assert_same_bits, assert_same_state, bits, state_bits
 
 
 WIDTH = 8
+TIES = {"one parameter": lambda parameter: parameter, "one storage": lambda parameter: nn.Parameter(parameter.data)}
+EVERY_TIE = pytest.mark.parametrize("tie", TIES.values(), ids=TIES)
 
 
 class Tied(nn.Module):
-    """`one` and `two` share a weight; so do `head` and an embedding."""
+    """`one` and `two` share a weight; so do `head` and an embedding. Every copy has the same numbers. Modules with
+    parameters of their own over one storage are made anew: a copy would lose it."""
 
-    def __init__(self):
+    def __init__(self, tie=TIES["one parameter"]):
+        torch.manual_seed(0)
         super().__init__()
         self.embed = nn.Embedding(12, WIDTH)
         self.one, self.two = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.two.weight = self.one.weight
         self.head = nn.Linear(WIDTH, 12, bias=False)
-        self.head.weight = self.embed.weight
+        self.two.weight, self.head.weight = tie(self.one.weight), tie(self.embed.weight)
 
     def forward(self, ids):
         return self.head(self.two(torch.tanh(self.one(self.embed(ids)))))
 
 
-@pytest.fixture
-def base():
-    torch.manual_seed(0)
-    return Tied()
+def _untied():
+    base = Tied()
+    base.two.weight = nn.Parameter(base.one.weight.detach().clone())
+    return base
 
 
 @pytest.fixture
@@ -44,59 +46,59 @@ def ids():
 
 def _adapted(base, targets, **options):
     config = NeuroAdaConfig(k=2, target_modules=targets, **{"init_weights": False, "selection": "random", **options})
-    return get_peft_model(copy.deepcopy(base), config).eval()
+    return get_peft_model(base, config).eval()
 
 
-def _tensors(model):
-    named = model.state_dict().items()
-    return {name.replace("base_model.model.", "").replace(".base_layer", ""): t for name, t in named}
-
-
-def test_values_are_shared_and_counted_once(base, ids):
-    model = _adapted(base, ["one", "two"])
+@EVERY_TIE
+def test_values_are_shared_and_counted_once(ids, tie):
+    model = _adapted(Tied(tie), ["one", "two"])
     one, two = model.base_model.model.one, model.base_model.model.two
     assert one.deltas["default"] is two.deltas["default"]
     assert model.get_nb_trainable_parameters()[0] == 2 * WIDTH
-    dense = copy.deepcopy(base)
-    dense.one.weight = dense.two.weight = nn.Parameter(base.one.weight + one.get_delta_weight("default"))
+    dense = Tied(tie)
+    dense.one.weight = dense.two.weight = nn.Parameter(dense.one.weight + one.get_delta_weight("default"))
     model(ids).square().sum().backward()
     dense(ids).square().sum().backward()
     delta = one.deltas["default"]
     torch.testing.assert_close(delta.weight.grad, delta.support.gather(dense.one.weight.grad))
 
 
+@EVERY_TIE
 @pytest.mark.parametrize("targets", [["one", "two"], ["one"], ["two", "head"], ["one", "two", "head"]], ids=str)
-def test_merging_changes_what_the_adapters_change_and_unmerging_restores_every_bit(base, ids, targets):
-    model = _adapted(base, targets)
+def test_merging_changes_what_the_adapters_change_and_unmerging_restores_every_bit(ids, targets, tie):
+    model = _adapted(Tied(tie), targets)
     inner, expected = model.base_model.model, model(ids).detach()
-    original = {name: bits(tensor) for name, tensor in model.state_dict().items()}
+    original = state_bits(model)
     for _ in range(2):
         model.merge_adapter(safe_merge=True)
         torch.testing.assert_close(model(ids), expected)
-        assert_same_bits(inner.embed.weight, bits(base.embed.weight))
+        assert_same_bits(inner.embed.weight, bits(Tied().embed.weight))
         model.unmerge_adapter()
-        assert inner.one.weight is inner.two.weight and inner.head.weight is inner.embed.weight
-        for name, tensor in model.state_dict().items():
-            assert_same_bits(tensor, original[name])
+        assert _tied(inner.one, inner.two) and _tied(inner.head, inner.embed)
+        assert_same_state(model, original)
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(ids), expected)
-    assert (merged.one.weight is merged.two.weight) == ({"one", "two"} <= set(targets) or targets[0] == "head")
-    assert (merged.head.weight is merged.embed.weight) == ("head" not in targets)
+    assert _tied(merged.one, merged.two) == ({"one", "two"} <= set(targets))
+    assert _tied(merged.head, merged.embed) == ("head" not in targets)
 
 
-def test_one_layer_merged_by_itself_is_merged_for_both(base, ids):
-    model = _adapted(base, ["one", "two"])
+def _tied(one, two):
+    return one.weight.data_ptr() == two.weight.data_ptr()
+
+
+def test_one_layer_merged_by_itself_is_merged_for_both(ids):
+    model = _adapted(Tied(), ["one", "two"])
     expected = model(ids).detach()
     one, two = model.base_model.model.one, model.base_model.model.two
     two.merge()
     assert one.merged_adapters == two.merged_adapters == ["default"]
     torch.testing.assert_close(model(ids), expected)
     one.unmerge()
-    assert_same_bits(one.weight, bits(base.one.weight))
+    assert_same_bits(one.weight, bits(Tied().one.weight))
 
 
-def test_adapters_on_different_parts_of_a_shared_weight_merge_into_copies(base, ids):
-    model = _adapted(base, ["one", "two"])
+def test_adapters_on_different_parts_of_a_shared_weight_merge_into_copies(ids):
+    model = _adapted(Tied(), ["one", "two"])
     config = NeuroAdaConfig(k=1, target_modules=["two"], selection="random", init_weights=False)
     model.add_adapter("other", config)
     for active in (["default"], ["other"], ["default", "other"]):
@@ -106,43 +108,35 @@ def test_adapters_on_different_parts_of_a_shared_weight_merge_into_copies(base, 
         torch.testing.assert_close(model(ids), expected)
         model.unmerge_adapter()
         assert model.base_model.model.one.weight is model.base_model.model.two.weight
-        assert_same_bits(model.base_model.model.one.weight, bits(base.one.weight))
+        assert_same_bits(model.base_model.model.one.weight, bits(Tied().one.weight))
 
 
 @pytest.mark.parametrize("selection", ["random", "magnitude_layer", "magnitude_network"])
 @pytest.mark.parametrize("options", [{}, {"low_cpu_mem_usage": True}], ids=str)
-def test_a_checkpoint_restores_the_shared_values(base, ids, selection, options, tmp_path):
-    model = _adapted(base, ["one", "two"], selection=selection)
+def test_a_checkpoint_restores_the_shared_values(ids, selection, options, tmp_path):
+    model = _adapted(Tied(), ["one", "two"], selection=selection)
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, **options).eval()
+    loaded = PeftModel.from_pretrained(Tied(), tmp_path, **options).eval()
     inner = loaded.base_model.model
     assert inner.one.deltas["default"] is inner.two.deltas["default"]
     assert torch.equal(loaded(ids), model(ids))
 
 
-def test_a_checkpoint_of_untied_weights_is_not_loaded_onto_tied_ones(base, tmp_path):
-    untied = copy.deepcopy(base)
-    untied.two.weight = nn.Parameter(untied.one.weight.detach().clone())
-    _adapted(untied, ["one", "two"]).save_pretrained(tmp_path)
+def test_a_checkpoint_of_untied_weights_is_not_loaded_onto_tied_ones(tmp_path):
+    _adapted(_untied(), ["one", "two"]).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="share one weight"):
-        PeftModel.from_pretrained(base, tmp_path)
+        PeftModel.from_pretrained(Tied(), tmp_path)
 
 
-def test_a_tied_checkpoint_loads_onto_untied_weights(base, ids, tmp_path):
-    model = _adapted(base, ["one", "two"])
+def test_a_tied_checkpoint_loads_onto_untied_weights(ids, tmp_path):
+    model = _adapted(Tied(), ["one", "two"])
     model.save_pretrained(tmp_path)
-    untied = copy.deepcopy(base)
-    untied.two.weight = nn.Parameter(untied.one.weight.detach().clone())
-    assert torch.equal(PeftModel.from_pretrained(untied, tmp_path).eval()(ids), model(ids))
+    assert torch.equal(PeftModel.from_pretrained(_untied(), tmp_path).eval()(ids), model(ids))
 
 
 def test_a_merged_output_layer_leaves_the_embedding_alone(tmp_path):
     """The saved model is untied then, and says so."""
-    config = LlamaConfig(
-        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-        tie_word_embeddings=True, initializer_range=0.3,
-    )  # fmt: skip
-    base = AutoModelForCausalLM.from_config(config).eval()
+    base = small_llama(tie_word_embeddings=True)
     assert base.lm_head.weight is base.model.embed_tokens.weight
     embedding = bits(base.lm_head.weight)
     ids = torch.randint(0, 16, (2, 4))
@@ -160,14 +154,8 @@ def test_a_merged_output_layer_leaves_the_embedding_alone(tmp_path):
 
 
 def test_transformers_saves_and_loads_shared_values(tmp_path):
-    config = LlamaConfig(
-        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-        initializer_range=0.3,
-    )  # fmt: skip
-
     def tied():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config).eval()
+        model = small_llama()
         attention = model.model.layers[0].self_attn
         attention.k_proj.weight = attention.q_proj.weight
         return model
@@ -179,50 +167,6 @@ def test_transformers_saves_and_loads_shared_values(tmp_path):
     other.load_adapter(str(tmp_path))
     with torch.no_grad():
         assert torch.equal(other.eval()(ids).logits, model(ids).logits)
-
-
-# ---------------------------------------------------------------------- one memory behind several parameters
-
-
-def alias_of(tensor):
-    return nn.Parameter(tensor.data)
-
-
-class TiedByStorage(Tied):
-    """As [`Tied`], but each module has a parameter of its own over the common memory, which a copy would lose."""
-
-    def __init__(self):
-        torch.manual_seed(0)
-        super().__init__()
-        self.two.weight, self.head.weight = alias_of(self.one.weight), alias_of(self.embed.weight)
-
-    def adapted(self, targets, **options):
-        options = {"init_weights": False, "selection": "random", "k": 2, **options}
-        return get_peft_model(self, NeuroAdaConfig(target_modules=targets, **options)).eval()
-
-
-@pytest.mark.parametrize("targets", [["one", "two"], ["one"], ["two", "head"], ["one", "two", "head"]], ids=str)
-def test_parameters_over_one_storage_are_one_weight(ids, targets):
-    base = TiedByStorage()
-    embedding = bits(base.embed.weight)
-    model = base.adapted(targets)
-    expected = model(ids).detach()
-    original = {name: bits(tensor) for name, tensor in model.state_dict().items()}
-    for _ in range(2):
-        model.merge_adapter(safe_merge=True)
-        torch.testing.assert_close(model(ids), expected)
-        assert_same_bits(base.embed.weight, embedding)
-        model.unmerge_adapter()
-        for name, tensor in model.state_dict().items():
-            assert_same_bits(tensor, original[name])
-    torch.testing.assert_close(model.merge_and_unload()(ids), expected)
-
-
-def test_layers_over_one_storage_share_their_values(ids):
-    model = TiedByStorage().adapted(["one", "two"])
-    inner = model.base_model.model
-    assert inner.one.deltas["default"] is inner.two.deltas["default"]
-    assert model.get_nb_trainable_parameters()[0] == 2 * WIDTH
 
 
 @pytest.mark.parametrize(("first", "second"), [(slice(0, 6), slice(2, 8)), (slice(0, 4), slice(0, 8))], ids=str)
@@ -265,7 +209,7 @@ def test_neighbours_in_one_storage_merge_in_place():
     assert torch.equal(whole, before)
 
 
-@pytest.mark.parametrize("tie", [lambda parameter: parameter, alias_of], ids=["parameter", "storage"])
+@EVERY_TIE
 def test_merging_into_a_bias_that_another_layer_uses_leaves_that_layer_alone(tie):
     torch.manual_seed(0)
     base = nn.ModuleDict({"one": nn.Linear(WIDTH, 4), "two": nn.Linear(WIDTH, 4)})

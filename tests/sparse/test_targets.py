@@ -6,17 +6,11 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    ConvNextConfig,
-    ConvNextForImageClassification,
-    MixtralConfig,
-    ResNetConfig,
-    ResNetForImageClassification,
-)
+from transformers import ConvNextConfig, ConvNextForImageClassification, ResNetConfig, ResNetForImageClassification
 
 from peft_ext import NeuroAdaConfig
 from peft_ext.sparse.layers import SparseConv, SparseLayer
+from tests._models.experts import tiny as mixture
 
 
 def _convnext():
@@ -71,23 +65,21 @@ class Plain(nn.Module):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, ["attention", "classifier", "conv", "head"]),
-        ({"modules_to_save": ["head"]}, ["attention", "classifier", "conv"]),
-        ({"exclude_modules": ["attention", "head"]}, ["classifier", "conv"]),
+        ({"target_modules": "all-neurons"}, {"attention", "classifier", "conv", "head"}),
+        ({"target_modules": "all-neurons", "modules_to_save": ["head"]}, {"attention", "classifier", "conv"}),
+        ({"target_modules": "all-neurons", "exclude_modules": ["attention", "head"]}, {"classifier", "conv"}),
+        ({"target_modules": "all-linear"}, {"attention", "classifier", "head"}),
     ],
     ids=str,
 )
-def test_all_neurons_of_a_plain_model(options, expected):
-    model = get_peft_model(Plain(), NeuroAdaConfig(target_modules="all-neurons", **options))
-    assert sorted({name.partition(".")[0] for name in _adapted_names(model)}) == expected
-
-
-def test_all_linear_takes_an_attention_as_a_whole():
+def test_shorthands_on_a_plain_model_take_an_attention_as_a_whole(options, expected):
     """PEFT finds its output projection, which nobody calls, and not its others."""
-    model = get_peft_model(Plain(), NeuroAdaConfig(target_modules="all-linear"))
-    parts = {f"attention.{part}" for part in ("q_proj", "k_proj", "v_proj", "out_proj")}
-    assert _adapted_names(model) == {"classifier", "head", *parts}
-    model.add_adapter("other", NeuroAdaConfig(target_modules="all-linear"))
+    model = get_peft_model(Plain(), NeuroAdaConfig(**options))
+    if "attention" in expected:
+        parts = {f"attention.{part}" for part in ("q_proj", "k_proj", "v_proj", "out_proj")}
+        expected = expected - {"attention"} | parts
+    assert _adapted_names(model) == expected
+    model.add_adapter("other", NeuroAdaConfig(**options))
     assert all("other" in module.deltas for module in model.modules() if isinstance(module, SparseLayer))
 
 
@@ -120,9 +112,9 @@ class OnlyNamed(nn.Conv2d):
     """Computes what its base class does."""
 
 
-@pytest.mark.parametrize("kind", [Standardised, nn.ConvTranspose2d, nn.Bilinear, nn.Embedding])
+@pytest.mark.parametrize("kind", [Standardised, nn.ConvTranspose2d, nn.Bilinear, nn.Embedding, nn.LayerNorm])
 def test_unsupported_layers_are_named_with_what_is_supported(kind):
-    layer = kind(2, 2) if kind is nn.Embedding else kind(2, 2, 3)
+    layer = kind(*{nn.Embedding: (2, 2), nn.LayerNorm: (2,)}.get(kind, (2, 2, 3)))
     with pytest.raises(TypeError) as error:
         get_peft_model(nn.Sequential(layer), NeuroAdaConfig(target_modules=["0"]))
     for word in ("'0'", kind.__name__, "Conv3d", "MultiheadAttention", "Conv1D", "exclude_modules"):
@@ -134,14 +126,6 @@ def test_a_subclass_that_computes_the_same_is_supported():
     assert isinstance(model.base_model.model[0], SparseConv)
 
 
-def _mixtral():
-    config = MixtralConfig(
-        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=2,
-    )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config)
-
-
 @pytest.mark.parametrize(
     "targets",
     [["q_proj", "w1", "w2", "w3"], ["w2"], r".*\.w[13]", ["experts.0.w3"]],
@@ -149,18 +133,18 @@ def _mixtral():
 )
 def test_a_layer_that_is_fused_into_a_parameter_is_refused_and_the_parameter_named(targets):
     """They are called so in checkpoints, where each expert has its own."""
-    model = _mixtral()
+    model = mixture()
     names = [name for name, _ in model.named_modules()]
     with pytest.raises(TypeError) as error:
         get_peft_model(model, NeuroAdaConfig(target_modules=targets))
-    for word in ("target_modules=", ".experts.", "2x", "fuses the weights of all experts. Name '"):
+    for word in ("target_modules=", ".experts.", "4x", "fuses the weights of all experts. Name '"):
         assert word in str(error.value)
     assert [name for name, _ in model.named_modules()] == names
 
 
 def test_a_regular_expression_for_layers_and_experts_says_that_it_gets_the_layers_only():
     with pytest.warns(UserWarning, match="only the layers.*not the experts'"):
-        adapted = get_peft_model(_mixtral(), NeuroAdaConfig(target_modules=r".*\.(q_proj|w1)"))
+        adapted = get_peft_model(mixture(), NeuroAdaConfig(target_modules=r".*\.(q_proj|w1)"))
     assert {name.rpartition(".")[2] for name in _adapted_names(adapted)} == {"q_proj"}
 
 
