@@ -15,18 +15,22 @@ def written_out(features, labels, temperature):
         others = [j for j in range(len(z)) if j != i]
         partners = [j for j in others if labels[j] == labels[i]]
         if partners:
-            total = sum(math.exp(z[i] @ z[j] / temperature) for j in others)
-            losses.append(-sum(z[i] @ z[j] / temperature - math.log(total) for j in partners) / len(partners))
+            total = sum((z[i] @ z[j] / temperature).exp() for j in others)
+            losses.append(-sum(z[i] @ z[j] / temperature - total.log() for j in partners) / len(partners))
     return sum(losses) / len(losses)
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 0, 1, 2, 0], [0, 0, 0, 0, 0, 0], [3, 1, 2, 3, 4, 5]], ids=str)
 @pytest.mark.parametrize("temperature", [0.07, 1.0])
-def test_is_the_published_sum(labels, temperature):
+def test_loss_and_gradient_are_those_of_the_published_sum(labels, temperature):
     torch.manual_seed(0)
-    features = torch.randn(6, 5)
+    features = torch.randn(6, 5, requires_grad=True)
+    wide = features.detach().double().requires_grad_()
     loss = SupervisedContrastiveLoss(temperature)(features, torch.tensor(labels))
-    assert loss.item() == pytest.approx(float(written_out(features.double(), labels, temperature)), rel=1e-5)
+    expected = written_out(wide, labels, temperature)
+    torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=0)
+    (gradient,), (exact,) = torch.autograd.grad(loss, features), torch.autograd.grad(expected, wide)
+    torch.testing.assert_close(gradient, exact.float(), rtol=1e-4, atol=1e-5)
 
 
 def test_samples_without_a_label_are_left_out():
@@ -36,32 +40,6 @@ def test_samples_without_a_label_are_left_out():
     assert torch.equal(loss(features, labels), loss(features[labelled], labels[labelled]))
     loss(features, torch.full((6,), -100)).backward()
     assert not features.grad.any()
-
-
-def test_gradient_is_right():
-    features = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
-    labels = torch.tensor([0, 1, 0, 2, 1])
-
-    class Double(SupervisedContrastiveLoss):
-        def forward(self, features, labels):
-            return super().forward(features, labels)
-
-    loss = Double(temperature=0.5)
-    # The loss works in fp32, so the numerical gradient takes steps that fp32 resolves.
-    analytic = torch.autograd.grad(loss(features, labels), features)[0]
-    for index in [(0, 0), (2, 3), (3, 1)]:
-        moved = features.detach().clone()
-        moved[index] += 1e-2
-        up = loss(moved, labels)
-        moved[index] -= 2e-2
-        slope = (up - loss(moved, labels)) / 2e-2
-        assert analytic[index].item() == pytest.approx(slope.item(), abs=2e-3)
-
-
-def test_is_small_where_classes_are_apart_and_large_where_they_mix():
-    loss = SupervisedContrastiveLoss()
-    features = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
-    assert loss(features, torch.tensor([0, 0, 1, 1])) < 0.01 < loss(features, torch.tensor([0, 1, 0, 1]))
 
 
 def test_samples_without_partners_give_a_gradient_of_zero():
