@@ -27,7 +27,7 @@ VERBS = """The last table has [architectures](#architectures).
 
 ## What you do with an adapter
 
-On a tiny Llama. MoReS steers the first tokens of the prompt here. "works" means that the outcome was checked: what is
+On a tiny Llama. MoReS steers the first and last tokens here. "works" means that the outcome was checked: what is
 loaded computes the same bits, unmerging restores every bit, what is disabled is the base model bit for bit, and what
 is merged, exported, compiled or mixed computes the same within 1e-4.
 """

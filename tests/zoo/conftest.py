@@ -27,7 +27,7 @@ def pytest_sessionfinish(session):
 def _order():
     """Rows of the other tables; with several processes tests end in any order."""
     from ._trainers import TRAINERS
-    from ._verbs import VERBS
     from .test_quantisations import QUANTISED
+    from .test_verbs import VERBS
 
     return [*VERBS, *TRAINERS, *QUANTISED]

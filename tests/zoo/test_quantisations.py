@@ -7,15 +7,17 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
+from tests.contract._common import fill, logits
+
 from ._methods import METHODS
 from ._page import CELL
 from ._trainers import model
-from ._verbs import IDS, fill, logits
 
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 torchao = pytest.importorskip("torchao.quantization")
 
+INPUTS = {"input_ids": torch.arange(6, 14)[None]}
 QUANTISED = {
     "bitsandbytes 4-bit (NF4)": lambda: BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32"
@@ -46,19 +48,20 @@ def test_quantisation(kind, method, tmp_path, monkeypatch, record_property):
 
     # GPS's scores come from the model before it is quantised.
     adapted = get_peft_model(load(), METHODS[method](model(), task_type="CAUSAL_LM"))
-    adapted(IDS, labels=IDS.masked_fill(IDS < 10, -100)).loss.backward()
+    ids = INPUTS["input_ids"]
+    adapted(**INPUTS, labels=ids.masked_fill(ids < 10, -100)).loss.backward()
     trained = [p for p in adapted.parameters() if p.requires_grad]
     assert trained and all(p.grad is not None and bool(p.grad.any()) for p in trained)
-    expected = logits(fill(adapted))
+    expected = logits(fill(adapted.eval()), INPUTS)
     adapted.save_pretrained(tmp_path / "adapter")
-    assert torch.equal(logits(PeftModel.from_pretrained(load(), tmp_path / "adapter")), expected)
+    assert torch.equal(logits(PeftModel.from_pretrained(load(), tmp_path / "adapter"), INPUTS), expected)
     outcome = "trains, loads"
     if method != "MoReS":
         adapted.merge_adapter()
         # The merged layers are dense. bitsandbytes' 8-bit layers round their inputs too, the dense ones don't.
-        error = (logits(adapted) - expected).abs().max() / expected.abs().max()
+        error = (logits(adapted, INPUTS) - expected).abs().max() / expected.abs().max()
         assert error < (0.05 if "8-bit" in kind else 1e-4)
         adapted.unmerge_adapter()
-        assert torch.equal(logits(adapted), expected)
+        assert torch.equal(logits(adapted, INPUTS), expected)
         outcome += ", merges"
     record_property(CELL, ("quantisations", kind, method, outcome))

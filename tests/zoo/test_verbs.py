@@ -4,11 +4,36 @@ import os
 
 import pytest
 
-from ._methods import METHODS
+from tests.contract import _language_verbs as language
+from tests.contract import _verbs as verbs
+from tests.contract._case import case_of
+
 from ._page import CELL
-from ._verbs import VERBS
 
 
+VERBS = {
+    "`save_pretrained`, `PeftModel.from_pretrained`": verbs.save_and_load,
+    "`AutoPeftModelForCausalLM.from_pretrained`": language.auto_classes,
+    "`load_adapter` of transformers": language.of_transformers,
+    "`add_adapter`, `set_adapter`, `delete_adapter`": lambda case: (verbs.switch(case), verbs.delete(case)),
+    "`disable_adapter`": verbs.disable,
+    "several adapters in one batch (`adapter_names`)": verbs.mixed_batch,
+    "`merge_adapter`, `unmerge_adapter`": verbs.merge,
+    "`merge_and_unload`": verbs.merge_and_unload,
+    "`add_weighted_adapter`": verbs.weighted,
+    "`hotswap_adapter`": verbs.hot_swap,
+    "`rescale_adapter_scale`": verbs.scale,
+    "`torch.compile`": language.compiled,
+    "`torch.export`": language.exported,
+    "gradient checkpointing": language.checkpointing,
+    "`generate`": language.generation,
+    "`copy.deepcopy`, `pickle`": verbs.copies,
+    "`peft-ext inspect`": language.inspected,
+    "`peft-ext merge`": language.merged_files,
+    "`peft-ext export --to lora`": language.as_lora,
+    "`peft-ext export --to patch`": language.as_patch,
+}
+METHODS = {"NeuroAda": "neuroada", "GPS": "gps", "PSN": "psn by k", "MoReS": "mores"}
 ON_A_WEIGHT = "it steers some tokens; a weight acts on all"
 # What MoReS refuses: its words, and the reason in the table's.
 REFUSED = {
@@ -23,19 +48,20 @@ REFUSED = {
     "`peft-ext export --to lora`": ("works for the sparse methods", ON_A_WEIGHT),
     "`peft-ext export --to patch`": ("works for the sparse methods", ON_A_WEIGHT),
 }
-CASES = [(verb, method) for verb in VERBS for method in METHODS]
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif(os.environ.get("ZOO") != "all", reason="for the table alone: make test-zoo")
-@pytest.mark.parametrize(("verb", "method"), CASES)
-def test_verb(verb, method, tmp_path, record_property):
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("verb", VERBS)
+def test_verb(verb, method, tiny, inputs_of, tmp_path, record_property):
+    case = case_of(METHODS[method], "llama", tiny, inputs_of, tmp_path)
     if method == "MoReS" and verb in REFUSED:
         message, reason = REFUSED[verb]
         with pytest.raises((ValueError, NotImplementedError, RuntimeError), match=message):
-            VERBS[verb](method, tmp_path)
+            VERBS[verb](case)
         outcome = f"refused: {reason}"
     else:
-        VERBS[verb](method, tmp_path)
+        VERBS[verb](case)
         outcome = "works"
     record_property(CELL, ("verbs", verb, method, outcome))

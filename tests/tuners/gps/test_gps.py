@@ -7,7 +7,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from peft_ext import GPSConfig, gps, gradient_scores
-from tests.contract._common import add, assert_equal_bits, base_bits, fill, layers_of, logits
+from tests.contract._common import assert_equal_bits, fill, layers_of, logits
 
 
 @pytest.fixture
@@ -114,18 +114,6 @@ def test_blocks_are_skipped(tiny, batches):
     assert layers_of(model) and not [name for name in layers_of(model) if ".layers.0." in name]
     model = gps(tiny("vit"), GPSConfig(layers_to_transform=[1]), batches)
     assert layers_of(model) and not [name for name in layers_of(model) if ".layers.1." not in name]
-
-
-def test_adapters_of_two_tasks_share_a_base(tiny, inputs_of, batches):
-    model = fill(gps(tiny("vit"), GPSConfig(), batches)).eval()
-    bits = base_bits(model)
-    first = logits(model, inputs_of("vit"))
-    add(model, "other", "gps", k=3)
-    model.set_adapter("other")
-    assert not torch.equal(logits(model, inputs_of("vit")), first)
-    model.set_adapter("default")
-    assert torch.equal(logits(model, inputs_of("vit")), first)
-    assert_equal_bits(base_bits(model), bits)
 
 
 def test_a_causal_language_model_is_scored_by_its_own_loss(tiny, ids):

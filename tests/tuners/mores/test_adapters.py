@@ -1,14 +1,11 @@
 """Several adapters on one model: switching, disabling, deleting, saving, copying, and LoRA beside them."""
 
-import copy
-
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
 
 from peft_ext import MoReSConfig, hotswap_adapter
-from tests._models.vision_language import IMAGE, build, inputs
+from tests._models.vision_language import build, inputs
 from tests.tuners.mores._common import (
     adapted,
     assert_equal_bits,
@@ -35,55 +32,12 @@ def model():
     return fill(model, "second", seed=2).eval()
 
 
-def hooks(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-
-def test_each_adapter_gives_its_own_output(model, batch):
-    first = logits(model, batch)
-    model.set_adapter("second")
-    second = logits(model, batch)
-    with steered_base(build(), values_of(model, "second"), batch["input_ids"] == IMAGE) as base:
-        torch.testing.assert_close(second, logits(base, batch), atol=2e-4, rtol=1e-3)
-    model.set_adapter("default")
-    assert torch.equal(logits(model, batch), first) and not torch.equal(first, second)
-
-
 def test_two_active_adapters_steer_one_after_the_other(model, batch):
     model.base_model.set_adapter(["default", "second"])
     both = logits(model, batch)
     for name in ("default", "second"):
         model.set_adapter(name)
         assert not torch.allclose(both, logits(model, batch), atol=1e-3)
-
-
-def test_deleting_leaves_no_tensor_and_the_other_adapter(model, batch):
-    model.set_adapter("second")
-    expected = logits(model, batch)
-    model.delete_adapter("default")
-    assert not [key for key in model.state_dict() if ".default." in key]
-    assert not [layer for layer in layers_of(model).values() if "default" in layer.configs]
-    assert torch.equal(logits(model, batch), expected)
-
-
-def test_unloading_gives_the_base_model_back(model, batch):
-    keys, number = build().state_dict().keys(), hooks(build())
-    base = model.unload()
-    assert base.state_dict().keys() == keys and hooks(base) == number
-    assert torch.equal(logits(base, batch), logits(build(), batch))
-    again = get_peft_model(base, MoReSConfig())
-    assert torch.equal(logits(again, batch), logits(build(), batch))
-
-
-def test_a_copy_is_independent(model, batch):
-    expected = logits(model, batch)
-    other = copy.deepcopy(model)
-    assert torch.equal(logits(other, batch), expected)
-    fill(other, seed=9)
-    assert torch.equal(logits(model, batch), expected) and not torch.equal(logits(other, batch), expected)
-    base = other.unload()
-    assert torch.equal(logits(base, batch), logits(build(), batch))
-    assert torch.equal(logits(model, batch), expected)
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
@@ -136,48 +90,22 @@ def test_lora_on_the_same_base(batch):
         torch.testing.assert_close(logits(model, batch), both, atol=2e-4, rtol=1e-3)
 
 
-def test_injected_without_a_peft_model(batch):
-    model = inject_adapter_in_model(MoReSConfig(rank=2, token_ratio=0.25), build())
-    fill(model)
-    state = {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}
-    again = inject_adapter_in_model(MoReSConfig(rank=2, token_ratio=0.25), build())
-    set_peft_model_state_dict(again, state)
-    assert torch.equal(logits(again, batch), logits(model, batch))
-    chosen = inject_adapter_in_model(MoReSConfig(rank=2, token_ratio=0.25), build(), state_dict=state)
-    assert layers_of(chosen).keys() == layers_of(model).keys()
+# What steering refuses, with its words.
+REFUSED = {
+    "adapter_names": lambda model, batch, folder: model(**batch, adapter_names=["default", "second"]),
+    r"some tokens only.*unload": lambda model, batch, folder: model.merge_and_unload(),
+    r"on some tokens only": lambda model, batch, folder: model.merge_adapter(),
+    "not orthonormal": lambda model, batch, folder: model.add_weighted_adapter(["default", "second"], [1, 1], "both"),
+    "MORES.*load_adapter": lambda model, batch, folder: hotswap_adapter(model, folder),
+}
 
 
-def test_status(model):
-    status = model.get_model_status()
-    assert status.peft_types == {"default": "MORES", "second": "MORES"}
-    assert status.available_adapters == ["default", "second"] and status.active_adapters == ["default"]
-    layer = model.get_layer_status()[0]
-    assert layer.module_type == "mores.MoReSLayer" and layer.name.endswith("layers.0.steering")
-
-
-def test_batches_with_several_adapters_are_refused(model, batch):
-    with pytest.raises(ValueError, match="adapter_names"):
-        model(**batch, adapter_names=["default", "second"])
-
-
-def test_merging_after_layers_is_explained_and_changes_nothing(model, batch):
-    expected = logits(model, batch)
-    for merge in (model.merge_and_unload, model.merge_adapter):
-        with pytest.raises(NotImplementedError, match=r"some tokens only.*unload"):
-            merge()
-    assert torch.equal(logits(model, batch), expected)
-
-
-def test_weighted_combination_is_explained(model):
-    with pytest.raises(NotImplementedError, match="not orthonormal"):
-        model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "both")
-
-
-def test_swapping_in_place_is_explained_and_changes_nothing(model, batch, tmp_path):
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_steering_has_no_meaning_for_is_explained_and_changes_nothing(words, model, batch, tmp_path):
     adapted(seed=7).save_pretrained(tmp_path)
     expected = logits(model, batch)
-    with pytest.raises(ValueError, match="MORES.*load_adapter"):
-        hotswap_adapter(model, tmp_path)
+    with pytest.raises((ValueError, NotImplementedError), match=words):
+        REFUSED[words](model, batch, tmp_path)
     assert torch.equal(logits(model, batch), expected)
 
 

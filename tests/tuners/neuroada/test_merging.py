@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from tests.tuners.neuroada._common import (
-    HALF_TYPES,
     adapted,
     add,
     assert_equal_bits,
@@ -15,24 +14,12 @@ from tests.tuners.neuroada._common import (
 )
 
 
-DTYPES = [torch.float32, *HALF_TYPES]
-SHAPES = [{"k": 3}, {"selection": "magnitude_network", "k": 2}, {"neuron_ratio": 0.5, "k": 2}]
-
-
 def test_merge_and_unload_chosen_adapters(llama, ids):
     model = add(adapted(llama, k=2), "b", k=3)
     model.set_adapter("b")
     expected = logits(model, ids)
     merged = model.merge_and_unload(adapter_names=["b"])
     torch.testing.assert_close(logits(merged, ids), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_merged_model_saves_as_an_ordinary_one(llama, ids, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    merged = adapted(llama, k=2).merge_and_unload()
-    merged.save_pretrained(tmp_path)
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), ids), logits(merged, ids))
 
 
 def test_merged_model_can_be_cast_and_moved_before_unmerging(llama):

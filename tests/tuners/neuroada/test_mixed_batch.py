@@ -97,17 +97,6 @@ def test_beams_of_an_encoder_decoder(ids):
     assert torch.equal(model.generate(input_ids=ids, adapter_names=NAMES, **options), expected)
 
 
-def test_modules_to_save_follow_the_sample(tiny, inputs_of):
-    options = {"target_modules": ["query"], "modules_to_save": ["classifier"], "task_type": "SEQ_CLS"}
-    model = add(adapted(tiny("bert"), **options), "other", **options)
-    for name in ("default", "other"):
-        head = model.base_model.model.classifier.modules_to_save[name]
-        torch.nn.init.normal_(head.weight)
-    inputs = inputs_of("bert")
-    expected = one_by_one(model, lambda: logits(model, inputs["input_ids"]))
-    torch.testing.assert_close(logits(model, inputs["input_ids"], adapter_names=NAMES), expected, atol=1e-5, rtol=1e-5)
-
-
 # ------------------------------------------------------------------ refused
 
 

@@ -70,14 +70,6 @@ def test_support_is_the_union(llama, pair):
         assert torch.equal(dense(layer, "c") != 0, union)
 
 
-def test_one_adapter_with_weight_one_is_a_copy(llama, ids):
-    model = adapted(llama, k=3)
-    expected = logits(model, ids)
-    model.add_weighted_adapter(["default"], [1.0], "copy")
-    model.set_adapter("copy")
-    assert torch.equal(logits(model, ids), expected)
-
-
 def test_three_adapters(llama):
     model = add(two(llama), "d", k=1, selection="reverse", seed=5)
     model.add_weighted_adapter(["default", "b", "d"], [0.5, 0.25, 2.0], "c")
@@ -191,15 +183,6 @@ def test_saved_and_loaded_by_peft_and_by_transformers(tiny, ids, tmp_path, pair)
     base.load_adapter(str(tmp_path / "c"))
     assert torch.equal(logits(base, ids), expected)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "c"), ids), expected)
-
-
-def test_others_stay_active_and_as_they_were(llama, ids):
-    model = two(llama)
-    expected = logits(model, ids)
-    model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "c")
-    assert model.active_adapters == ["default"]
-    assert torch.equal(logits(model, ids), expected)
-    assert not [n for n, p in model.named_parameters() if p.requires_grad and ".c." in n]
 
 
 def test_it_can_be_trained_merged_combined_and_deleted(llama, ids):
