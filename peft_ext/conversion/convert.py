@@ -13,12 +13,12 @@ from peft import PeftConfig, PeftMixedModel, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from ..hf.internals import ModulesToSaveWrapper
+from ..install.snapshot import unchanged_on_error
 from ..sparse.bases.sharing import weight_key
 from ..tuners.neuroada import NeuroAdaConfig
 from .folder import loaded
 from .peers import Entries, check_convertible, entries_of, selection_of
 from .switches import Switches
-from .unchanged import unchanged_on_error
 
 
 @dataclass

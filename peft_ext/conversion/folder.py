@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..hf.adapter_state import MalformedAdapter, check_others, naming
 from ..hf.injection import check_adapter_name
 from ..hf.internals import AuxiliaryTrainingWrapper, BaseTunerLayer, load_peft_weights
+from ..install.snapshot import unchanged_on_error
 from .peers import CONVERTIBLE, check_convertible
-from .unchanged import unchanged_on_error
 
 
 PLACES = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")

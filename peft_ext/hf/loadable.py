@@ -57,16 +57,6 @@ class LoadableTuner:
             `ValueError`: if the adapter can't be used.
         """
 
-    @classmethod
-    def replaced_by(cls, module: nn.Module) -> nn.Module | None:
-        """The module that this method has put `module` in the place of; `None` for modules that are not this
-        method's."""
-        return None
-
-    @classmethod
-    def take_out(cls, model: nn.Module) -> None:
-        """Remove what this method has put on a model beside the modules that it replaces, such as hooks."""
-
 
 def tuner_of(config: Any) -> Any:
     """The tuner class that is registered for an adapter's config."""

@@ -41,7 +41,7 @@ class _Attempt:
 
     def begin(self, config: SavedConfig) -> None:
         """Keep the model's state, and have transformers' loader check the tensors."""
-        self.before, self.tuner = Snapshot(self.model), tuner_of(config)
+        self.before = Snapshot(self.model)
         self.was_adapted = "peft_config" in vars(self._base())
         if isinstance(self.model, PreTrainedModel):
             self.checks.enter_context(_checked_by_transformers(self.model, config, self.adapter_name))
@@ -53,9 +53,9 @@ class _Attempt:
         configs = getattr(self.model, "peft_config", {})
         if self.adapter_name in configs and len(configs) > 1:
             self.model.delete_adapter(self.adapter_name)
-        self.before.restore(self.tuner)
+        self.before.restore()
+        configs.pop(self.adapter_name, None)
         if not self.was_adapted:
-            self.tuner.take_out(self.model)
             for attribute in ("peft_config", "_hf_peft_config_loaded"):
                 vars(self._base()).pop(attribute, None)
 

@@ -14,10 +14,9 @@ from torch.distributed.tensor import DTensor
 from ...hf.adapter_state import MalformedAdapter, check_state, without_wrappers
 from ...hf.loadable import LoadableTuner
 from ..another_base import REMEDY
-from ..bases.part import Part
 from ..bases.sharded import with_wrapped
 from ..fingerprint import is_unknown
-from ..layers import SparseComposite, SparseLayer, part_biases
+from ..layers import SparseLayer, part_biases
 from ..support import Support, narrowest_index_dtype
 from .uncalled import warn_of_untrained
 
@@ -190,13 +189,6 @@ class CheckpointMixin(LoadableTuner):
     def check_arrived(cls, model: nn.Module, adapter_name: str) -> None:
         for _, layer in cls.layers_with(model, adapter_name):
             layer.ready(adapter_name)
-
-    @classmethod
-    def replaced_by(cls, module: nn.Module) -> nn.Module | None:
-        if not isinstance(module, (SparseLayer, SparseComposite)):
-            return None
-        original: nn.Module = module.base_layer
-        return None if isinstance(original, Part) else original  # which goes with its owner
 
     @classmethod
     def layers_with(cls, model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseLayer]]:

@@ -179,17 +179,6 @@ class MoReSModel(LoadableTuner, BaseTuner):
         """Compare tensors that are about to be loaded with the adapter that awaits them; see [`check_checkpoint`]."""
         check_checkpoint(model, adapter_name, tensors, whole_may_differ)
 
-    @classmethod
-    def take_out(cls, model: nn.Module) -> None:
-        """Remove all steering from a model, with its hooks."""
-        detach_generate(model)
-        for layer in list(_layers(model)):
-            if layer.finder is not None:
-                for module in model.modules():
-                    for hook in (layer.finder.enter, layer.finder.leave, steer_outside_checkpoints, steer_output):
-                        remove_hooks(module, hook)
-            detach(layer)
-
     # ------------------------------------------------------------------ calls
 
     @contextmanager
@@ -238,10 +227,21 @@ class MoReSModel(LoadableTuner, BaseTuner):
             self._check_mergeable(adapter_names)
             for layer in layers:
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        self.take_out(self.model)
+        _take_out(self.model)
         return super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
+
+
+def _take_out(model: nn.Module) -> None:
+    """Remove all steering from a model, with its hooks."""
+    detach_generate(model)
+    for layer in list(_layers(model)):
+        if layer.finder is not None:
+            for module in model.modules():
+                for hook in (layer.finder.enter, layer.finder.leave, steer_outside_checkpoints, steer_output):
+                    remove_hooks(module, hook)
+        detach(layer)
 
 
 def _layers(model: nn.Module) -> Iterator[MoReSLayer]:
