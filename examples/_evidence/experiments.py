@@ -20,29 +20,30 @@ def _selections() -> tuple[str, ...]:
     return tuple("neuroada-k1" if name == "magnitude" else f"neuroada-k1+selection={name}" for name in names)
 
 
-COMPARISONS = (
-    Comparison(
-        name="neuroada",
-        title="NeuroAda beside other methods (thesis tables 5.1-5.3, figures 5.4 and 5.5)",
-        model="minilm",
-        methods=(
-            "neuroada-k1",
-            "neuroada-k4",
-            "neuroada-k20",
-            "lora-r1",
-            "lora-r8",
-            "shira-k4",
-            "supertuning-k4",
-            "masked-k4",
-            "bitfit",
-            "ia3",
-            "probe",
-            "full",
-        ),
-        data=DOMAINS,
-        search_data=SEARCHED,
-        steps=STEPS,
+NEUROADA = Comparison(
+    name="neuroada-200",
+    title="NeuroAda beside other methods, 200 sentences (thesis tables 5.1-5.3, figures 5.4 and 5.5)",
+    model="minilm",
+    methods=(
+        "neuroada-k1",
+        "neuroada-k4",
+        "neuroada-k20",
+        "lora-r1",
+        "lora-r8",
+        "shira-k4",
+        "supertuning-k4",
+        "masked-k4",
+        "bitfit",
+        "ia3",
+        "probe",
+        "full",
     ),
+    data=DOMAINS,
+    search_data=SEARCHED,
+    steps={200: STEPS[200]},
+)
+COMPARISONS = (
+    NEUROADA,
     Comparison(
         name="selection",
         title="Which entries, and how many (thesis figures 5.6 and 5.7)",
@@ -135,6 +136,12 @@ COMPARISONS = (
         batch_size=8,
         validation=150,
         test=300,
+    ),
+    replace(
+        NEUROADA,
+        name="neuroada-1000",
+        title="NeuroAda beside other methods, 1,000 sentences",
+        steps={1000: STEPS[1000]},
     ),
 )
 

@@ -27,7 +27,7 @@ class Run:
         size: training samples.
         steps, batch_size: of training.
         learning_rate, seed: the seed decides the head, the order of the samples and random entries.
-        validation, test: samples to evaluate on; the test part is left alone under `SEARCH_SEED`.
+        validation, test: samples to evaluate on: validation under `SEARCH_SEED`, test under any other seed.
     """
 
     model: str
@@ -85,20 +85,19 @@ def execute(run: Run) -> dict[str, Any]:
     problem = run.problem
     model = methods.adapt(problem.base, method, problem.train.first(run.size), run.seed)
     adapter, head = methods.trained_parameters(model, method)
-    counts = {"train": run.size, "validation": run.validation, "test": 0 if run.seed == SEARCH_SEED else run.test}
+    part = "validation" if run.seed == SEARCH_SEED else "test"
+    counts = {"train": run.size, part: getattr(run, part)}
     parts = {name: getattr(problem, name).first(count) for name, count in counts.items()}
     if method.kind == "probe":
         how = (run.image_size, run.pooling, run.dtype)
         parts = {name: frozen_features(run.model, run.data, name, count, *how) for name, count in counts.items()}
         model = Probe(model.head)  # type: ignore[arg-type]
     recipe = Recipe(run.steps, run.batch_size)
-    record = {
+    return {
         **asdict(run),
         "adapter_parameters": adapter,
         "head_parameters": head,
         **train(model, parts["train"], recipe, run.learning_rate, run.seed),
-        "validation_result": evaluate(model, parts["validation"]),
+        f"{part}_result": evaluate(model, parts[part]),
+        "cpu_seconds": round(time.process_time() - begin, 2),
     }
-    if run.seed != SEARCH_SEED:
-        record["test_result"] = evaluate(model, parts["test"])
-    return {**record, "cpu_seconds": round(time.process_time() - begin, 2)}

@@ -21,7 +21,7 @@ from tests._processes import fork_server
 
 
 QUICK = ["--quick", "--stand-ins", "--jobs", "1"]
-COMPARED = ["--experiments", "neuroada", "gps-images"]
+COMPARED = ["--experiments", "neuroada-200", "gps-images"]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_the_chosen_rate_is_the_best_tried_and_an_edge_was_widened_or_is_marked(
 def test_the_report_says_what_the_runs_say(folder):
     content = json.loads((folder / "evidence.json").read_text())
     text = (folder / "evidence.md").read_text()
-    for row in content["neuroada"]["rows"]:
+    for row in content["neuroada-200"]["rows"]:
         found = [
             r["test_result"]["accuracy"]
             for r in records(folder)

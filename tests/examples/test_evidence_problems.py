@@ -108,7 +108,7 @@ def test_masked_training_moves_what_its_count_says(problem):
 def test_a_probe_on_cached_features_is_the_probe(where):
     """Its validation result equals that of training the head on the encoder itself."""
     image_size = 28 if where == IMAGES else None
-    run = runs.Run(*where, "probe", 64, 5, 16, 1e-2, 0, 40, 40, image_size)
+    run = runs.Run(*where, "probe", 64, 5, 16, 1e-2, runs.SEARCH_SEED, 40, 40, image_size)
     cached = runs.execute(run)
     problem = run.problem
     model: nn.Module = adapt(problem.base, Method.parse("probe"), problem.train.first(64), 0)
