@@ -44,6 +44,12 @@ NEUROADA = Comparison(
 )
 COMPARISONS = (
     NEUROADA,
+    replace(
+        NEUROADA,
+        name="neuroada-by-loss",
+        title="The same, with the learning rates that have the lowest loss on validation samples",
+        chosen_by="loss",
+    ),
     Comparison(
         name="selection",
         title="Which entries, and how many (thesis figures 5.6 and 5.7)",

@@ -3,10 +3,10 @@ The protocol of a comparison, the same for every method:
 
 1. Training, validation and test samples are fixed; a training set of n samples is the first n of the same 1,000.
 2. A method's learning rate is the best of five, half a decade apart, by the mean accuracy on the validation parts of
-   the search's data sets (ties: by loss), on a seed of its own. If the best is at an edge of the grid, one more is
-   tried beyond it, up to three times; one that is at an edge even then is marked in the table.
-3. With that rate, every seed and every data set is trained once and its test part is touched once. The seed decides
-   the head's start and the order of the samples, which are the same for all methods, and the random entries of some.
+   the search's data sets (ties: by loss), or by the mean loss alone, on a seed of its own. If the best is at an edge
+   of the grid, one more is tried beyond it, up to three times; what is at an edge even then is marked in the table.
+3. With that rate, every seed and every data set is trained once and evaluated on the test part. The seed decides the
+   head's start and the order of the samples, which are the same for all methods, and the random entries of some.
 4. Steps, batch size, schedule and head are the same, and the head's learning rate too.
 """
 
@@ -42,6 +42,7 @@ class Comparison:
         steps: per number of training samples, the steps.
         batch_size, validation, test, image_size, pooling, dtype: see `runs.Run`.
         seeds: of the table.
+        chosen_by: `"accuracy"` or `"loss"`: what the search compares on the validation parts.
         trials, widenings: learning rates per method, and at most so many more beyond the edges.
     """
 
@@ -54,6 +55,7 @@ class Comparison:
     steps: dict[int, int]
     batch_size: int = 16
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    chosen_by: str = "accuracy"
     trials: int = 5
     widenings: int = 3
     validation: int = 300
@@ -109,7 +111,8 @@ class Comparison:
     def _trial(self, cell: Cell, learning_rate: float, ledger: Ledger) -> Trial:
         results = [ledger[run]["validation_result"] for run in self.trial_runs(cell, learning_rate)]
         losses = [float("inf") if result["loss"] is None else result["loss"] for result in results]
-        return Trial(learning_rate, fmean(losses), fmean(result["accuracy"] for result in results))
+        accuracy = fmean(result["accuracy"] for result in results) if self.chosen_by == "accuracy" else None
+        return Trial(learning_rate, fmean(losses), accuracy)
 
 
 def conduct(comparison: Comparison, ledger: Ledger, train: Conduct) -> dict[Cell, Search]:
