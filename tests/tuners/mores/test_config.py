@@ -10,6 +10,7 @@ from torch import nn
 
 from peft_ext import MoReSConfig
 from tests._models.vision_language import build, llava, text_config
+from tests.contract._untouched import Untouched
 from tests.tuners.mores._common import layers_of
 
 
@@ -111,27 +112,6 @@ def test_many_layers_keep_their_full_names():
     model = get_peft_model(llava(num_hidden_layers=25), MoReSConfig())
     assert len(layers_of(model)) == len(model.peft_config["default"].target_modules) == 24
     assert all(name.startswith("model.language_model.layers.") for name in model.peft_config["default"].target_modules)
-
-
-class Untouched:
-    """Context: whatever happens inside, the model is afterwards as it was before."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def _state(self):
-        trainable = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
-        hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in self.model.modules()]
-        return {name: type(m) for name, m in self.model.named_modules()}, trainable, hooks
-
-    def __enter__(self):
-        self.before = self._state()
-        return self.model
-
-    def __exit__(self, *error):
-        if error[0] is None:
-            assert self._state() == self.before
-            assert not hasattr(self.model, "peft_config")
 
 
 @pytest.mark.parametrize(

@@ -1,85 +1,102 @@
-"""An adapter belongs to the base model that it was made for: any other is refused before it is touched."""
+"""An adapter belongs to the base model that it was made for: any other is refused, and stays as it was."""
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import LlamaForCausalLM
 
-from tests.tuners.neuroada._common import Untouched, adapted, logits
+from tests.contract._untouched import Untouched
+from tests.tuners.neuroada._common import adapted, logits
 
 
-@pytest.fixture
-def base(tiny):
-    return tiny("llama").requires_grad_(False)
+TARGETS = ["q_proj", "up_proj"]
 
 
-@pytest.fixture
-def other_base(llama):
+def _another(llama):
     torch.manual_seed(1)
-    return LlamaForCausalLM(llama.config).eval().requires_grad_(False)
+    return LlamaForCausalLM(llama.config).eval()
 
 
-@pytest.fixture
-def adapter(tiny, tmp_path):
-    adapted(tiny("llama"), k=2).save_pretrained(tmp_path)
-    return tmp_path
-
-
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_another_base(other_base, adapter, dtype, low_cpu_mem_usage):
-    base = other_base.to(dtype)
-    with Untouched(base), pytest.raises(ValueError, match="made for another base model.*q_proj.*trained on"):
-        PeftModel.from_pretrained(base, adapter, low_cpu_mem_usage=low_cpu_mem_usage)
-
-
-def test_another_base_with_an_adapter_of_its_own(other_base, adapter, ids):
-    model = adapted(other_base, k=2)
-    expected = logits(model, ids)
-    with Untouched(model), pytest.raises(ValueError, match="made for another base model"):
-        model.load_adapter(adapter, "second")
-    assert torch.equal(logits(model, ids), expected)
-
-
-def test_another_base_through_transformers(other_base, adapter, ids):
-    with Untouched(other_base), pytest.raises(ValueError, match="made for another base model"):
-        other_base.load_adapter(str(adapter))
-
-
-def test_base_that_was_trained_on(base, adapter):
+def _trained_on(llama):
     """Full fine-tuning by a small step is enough to be another base."""
-    for parameter in base.parameters():
+    for parameter in llama.parameters():
         parameter.data.mul_(1 + 1e-6)
-    with Untouched(base), pytest.raises(ValueError, match="other values at the adapter's entries"):
-        PeftModel.from_pretrained(base, adapter)
+    return llama
 
 
-def _of_shape(llama, **shape):
+def _of_shape(**shape):
     """A model of another shape with the weights of `llama` as far as they fit."""
-    config = type(llama.config)(**{**llama.config.to_dict(), "layer_types": None, **shape})
-    base = LlamaForCausalLM(config).eval().requires_grad_(False)
-    shapes = {key: value.shape for key, value in base.state_dict().items()}
-    fitting = {key: value for key, value in llama.state_dict().items() if shapes.get(key) == value.shape}
-    base.load_state_dict(fitting, strict=False)
+
+    def make(llama):
+        base = LlamaForCausalLM(type(llama.config)(**{**llama.config.to_dict(), "layer_types": None, **shape})).eval()
+        shapes = {key: value.shape for key, value in base.state_dict().items()}
+        fitting = {key: value for key, value in llama.state_dict().items() if shapes.get(key) == value.shape}
+        base.load_state_dict(fitting, strict=False)
+        return base
+
+    return make
+
+
+# What makes another base of Llama, and what the error must say.
+BASES = {
+    "another": (_another, "made for another base model.*q_proj.*trained on"),
+    "another in bf16": (lambda llama: _another(llama).bfloat16(), "made for another base model.*q_proj.*trained on"),
+    "trained on": (_trained_on, "other values at the adapter's entries"),
+    "another width": (_of_shape(intermediate_size=64), r"shape \(272, 2\).*\(64, 2\)"),
+    "fewer layers": (_of_shape(num_hidden_layers=1), r"layers\.1\."),
+    "more layers": (_of_shape(num_hidden_layers=3), r"layers\.2\."),
+}
+
+
+def _bare(base):
     return base
 
 
-def test_another_width(llama, adapter):
-    base = _of_shape(llama, intermediate_size=64)
-    with Untouched(base), pytest.raises(ValueError, match=r"shape \(272, 2\).*\(64, 2\)"):
-        PeftModel.from_pretrained(base, adapter)
+def _beside_lora(base):
+    base.add_adapter(LoraConfig(target_modules=["q_proj"], init_lora_weights=False), "lora")
+    return base.eval()
 
 
-@pytest.mark.parametrize("targets", [None, ["q_proj", "up_proj"]])
-def test_fewer_layers(tiny, llama, tmp_path, targets):
-    adapted(tiny("llama"), target_modules=targets).save_pretrained(tmp_path)
-    base = _of_shape(llama, num_hidden_layers=1)
+WAYS = {
+    "first": (_bare, PeftModel.from_pretrained),
+    "first with little memory": (
+        _bare,
+        lambda base, folder: PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True),
+    ),
+    "second": (
+        lambda base: adapted(base, k=2, target_modules=TARGETS),
+        lambda model, folder: model.load_adapter(folder, "second"),
+    ),
+    "by transformers": (_bare, lambda base, folder: base.load_adapter(str(folder))),
+    "beside LoRA": (_beside_lora, lambda base, folder: base.load_adapter(str(folder), "sparse")),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", BASES)
+def test_another_base(tiny, ids, tmp_path, kind, way):
+    adapted(tiny("llama"), k=2, target_modules=TARGETS).save_pretrained(tmp_path)
+    (make, words), (prepare, load) = BASES[kind], WAYS[way]
+    model = prepare(make(tiny("llama").requires_grad_(False)))
+    expected = logits(model, ids)
+    with Untouched(model), pytest.raises(ValueError, match=words):
+        load(model, tmp_path)
+    assert torch.equal(logits(model, ids), expected)
+
+
+def test_fewer_layers_for_default_targets(tiny, llama, tmp_path):
+    adapted(tiny("llama")).save_pretrained(tmp_path)
+    base = _of_shape(num_hidden_layers=1)(llama)
     with Untouched(base), pytest.raises(ValueError, match=r"layers\.1\."):
         PeftModel.from_pretrained(base, tmp_path)
 
 
-def test_more_layers(tiny, llama, tmp_path):
-    adapted(tiny("llama"), target_modules=["q_proj", "up_proj"]).save_pretrained(tmp_path)
-    base = _of_shape(llama, num_hidden_layers=3)
-    with Untouched(base), pytest.raises(ValueError, match=r"layers\.2\."):
-        PeftModel.from_pretrained(base, tmp_path)
+@pytest.mark.parametrize("bias", ["all", "neuroada_only"])
+def test_biases_that_are_trained_stay_those_of_the_base(tiny, tmp_path, bias):
+    model = adapted(tiny("bert"), target_modules=["query"], bias=bias)
+    for parameter in (p for name, p in model.named_parameters() if name.endswith("bias")):
+        torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path)
+    base = _trained_on(tiny("bert"))
+    with Untouched(base), pytest.raises(ValueError, match="another base model"):
+        base.load_adapter(str(tmp_path))

@@ -7,7 +7,8 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from peft_ext import NeuroAdaConfig
-from tests.tuners.neuroada._common import Untouched, fill, wrapped
+from tests.contract._untouched import Untouched
+from tests.tuners.neuroada._common import fill, wrapped
 
 
 SIZES = {"vocab_size": 64, "max_position_embeddings": 32, "num_labels": 3}

@@ -1,19 +1,17 @@
 """A file may bring an adapter, what is trained with it, and nothing else, by every way of loading."""
 
-import json
+from contextlib import contextmanager
 
 import pytest
 import torch
 from peft import PeftModel, inject_adapter_in_model, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from peft_ext import NeuroAdaConfig, hotswap_adapter
-from tests.tuners.neuroada._common import Untouched, adapted, base_bits, logits
-
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-Q = "base_model.model.model.layers.0.self_attn.q_proj.neuroada_delta"
+from tests.contract._damage import WEIGHTS, add, drop, options, replace
+from tests.contract._untouched import Untouched
+from tests.tuners.neuroada._common import adapted, base_bits, logits
 
 
 @pytest.fixture
@@ -21,10 +19,13 @@ def base(tiny):
     return tiny("llama").requires_grad_(False)
 
 
-def _edit(folder, change):
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+@contextmanager
+def _as_before(base):
+    """The base's numbers, also where what is injected by hand stays there."""
+    before = base_bits(base)
+    yield
+    after = {name.replace(".original_module", ""): tensor for name, tensor in base_bits(base).items()}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 def _by_state_dict(base, folder):
@@ -61,30 +62,6 @@ NOT_SWAPPED = pytest.mark.parametrize(
 
 
 @EVERY_WAY
-def test_half_an_adapter_is_refused(tiny, tmp_path, way):
-    """Its config names fewer modules than its file has."""
-    adapted(tiny("llama"), target_modules=["q_proj", "v_proj"]).save_pretrained(tmp_path)
-    content = json.loads((tmp_path / CONFIG).read_text())
-    (tmp_path / CONFIG).write_text(json.dumps({**content, "target_modules": ["q_proj"]}))
-    base = tiny("llama")
-    before = base_bits(base)
-    with pytest.raises(ValueError, match=r"v_proj.neuroada_delta.*no place in this model"):
-        way(base, tmp_path)
-    after = base_bits(base)
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-
-
-@EVERY_WAY
-def test_tensors_that_belong_to_nothing_are_named_and_ignored(tiny, ids, tmp_path, way):
-    expected = adapted(tiny("llama"), target_modules=["q_proj"])
-    expected.save_pretrained(tmp_path)
-    _edit(tmp_path, lambda tensors: tensors.update(foo=torch.ones(3), bar=torch.ones(3)))
-    with pytest.warns(UserWarning, match=r"belong to nothing in this model and are ignored: '.*bar', '.*foo'"):
-        model = way(tiny("llama"), tmp_path)
-    assert torch.equal(logits(model, ids), logits(expected, ids))
-
-
-@EVERY_WAY
 def test_an_adapter_alone_loads_without_a_word(tiny, ids, tmp_path, way, recwarn):
     expected = adapted(tiny("llama"), target_modules=["q_proj", "lm_head"] if way is not _swapped else ["q_proj"])
     expected.save_pretrained(tmp_path)  # with lm_head's frozen weight, as PEFT does for a targeted output layer
@@ -114,11 +91,8 @@ def test_embeddings_of_another_size_are_refused(tiny, tmp_path, way):
     model.resize_token_embeddings(70)
     adapted(model, target_modules=["q_proj"]).save_pretrained(tmp_path, save_embedding_layers=True)
     base = tiny("llama")
-    before = base_bits(base)
-    with pytest.raises(ValueError, match=r"lm_head.weight' has shape \(70, 32\).*\(64, 32\)"):
+    with _as_before(base), pytest.raises(ValueError, match=r"lm_head.weight' has shape \(70, 32\).*\(64, 32\)"):
         way(base, tmp_path)
-    after = base_bits(base)
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 def test_a_swap_brings_no_embeddings(tiny, tmp_path):
@@ -131,14 +105,10 @@ def test_a_swap_brings_no_embeddings(tiny, tmp_path):
 @EVERY_WAY
 def test_biases_that_the_config_does_not_train_are_refused(tiny, tmp_path, way):
     adapted(tiny("bert"), target_modules=["query"], bias="all").save_pretrained(tmp_path)
-    content = json.loads((tmp_path / CONFIG).read_text())
-    (tmp_path / CONFIG).write_text(json.dumps({**content, "bias": "none"}))
+    options(bias="none")(tmp_path)
     base = tiny("bert")
-    before = base_bits(base)
-    with pytest.raises(ValueError, match=r"bias', which is no part of the adapter"):
+    with _as_before(base), pytest.raises(ValueError, match=r"bias', which is no part of the adapter"):
         way(base, tmp_path)
-    after = base_bits(base)
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize("change", [lambda t: t.long() + 2**32, lambda t: t + 0.5, lambda t: t.flip(0)])
@@ -146,7 +116,7 @@ def test_biases_that_the_config_does_not_train_are_refused(tiny, tmp_path, way):
 def test_offsets_of_uneven_rows_are_checked_before_they_are_narrowed(tiny, tmp_path, way, change):
     adapted(tiny("llama"), target_modules=["q_proj"], selection="magnitude_layer").save_pretrained(tmp_path)
     key = "base_model.model.model.layers.1.self_attn.q_proj.neuroada_delta.offsets"
-    _edit(tmp_path, lambda tensors: tensors.update({key: change(tensors[key])}))
+    replace(key, change)(tmp_path)
     with pytest.raises(ValueError, match=r"layers.1.self_attn.q_proj.*(offsets do not divide|whole numbers belong)"):
         way(tiny("llama"), tmp_path)
 
@@ -167,11 +137,8 @@ HEAD = {"target_modules": ["query"], "modules_to_save": ["classifier"]}
 def test_another_number_of_labels_is_refused_and_leaves_the_model(tiny, model_dir, tmp_path, way):
     adapted(tiny("bert"), **HEAD).save_pretrained(tmp_path)
     base = _with_labels(model_dir, 5)
-    before = base_bits(base)
-    with pytest.raises((ValueError, RuntimeError), match=r"classifier"):
+    with _as_before(base), pytest.raises((ValueError, RuntimeError), match=r"classifier"):
         way(base, tmp_path)
-    after = {name.replace(".original_module", ""): tensor for name, tensor in base_bits(base).items()}
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize("number", [5, 3])
@@ -204,36 +171,13 @@ def test_infinite_numbers_in_the_buffer_of_a_module_that_is_trained_whole(tiny, 
 def test_from_pretrained_of_transformers_warns_too(tiny, model_dir, ids, tmp_path):
     expected = adapted(AutoModelForCausalLM.from_pretrained(model_dir("llama")), target_modules=["q_proj"])
     expected.save_pretrained(tmp_path)
-    _edit(tmp_path, lambda tensors: tensors.update(foo=torch.ones(3)))
+    add("foo", torch.ones(3))(tmp_path)
     with pytest.warns(UserWarning, match="belong to nothing.*'foo'"):
         model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(model, ids), logits(expected, ids))
 
 
 # ------------------------------------------------------------------ weights, config or heads missing
-
-
-def test_folder_without_weights(tiny, base, tmp_path):
-    adapted(tiny("llama"), k=2).save_pretrained(tmp_path)
-    (tmp_path / WEIGHTS).unlink()
-    with Untouched(base), pytest.raises((ValueError, OSError), match=str(tmp_path)):
-        PeftModel.from_pretrained(base, tmp_path)
-
-
-def test_config_cut_short(tiny, base, tmp_path):
-    adapted(tiny("llama"), k=2).save_pretrained(tmp_path)
-    text = (tmp_path / CONFIG).read_text()
-    (tmp_path / CONFIG).write_text(text[: len(text) // 2])
-    with Untouched(base), pytest.raises(ValueError):
-        PeftModel.from_pretrained(base, tmp_path)
-
-
-def test_config_with_another_k(tiny, base, tmp_path):
-    adapted(tiny("llama"), k=2).save_pretrained(tmp_path)
-    content = json.loads((tmp_path / CONFIG).read_text())
-    (tmp_path / CONFIG).write_text(json.dumps({**content, "k": 3}))
-    with Untouched(base), pytest.raises(ValueError, match=r"shape \(32, 2\).*\(32, 3\)"):
-        PeftModel.from_pretrained(base, tmp_path)
 
 
 # Parts of a checkpoint besides the entries: options that lead to them, and the key of one.
@@ -257,22 +201,16 @@ def without_a_part(request, tiny, tmp_path):
     tensors = load_file(tmp_path / WEIGHTS)
     keys = [k for k in tensors if k.replace(".base_layer", "") == key]
     assert len(keys) == 1, sorted(tensors)
-    _edit(tmp_path, lambda tensors: tensors.pop(keys[0]))
+    drop(keys[0])(tmp_path)
     return tmp_path, key.removeprefix("base_model.model.").rpartition(".")[0]
 
 
-def test_partial_file_through_peft(without_a_part, tiny):
+@pytest.mark.parametrize("way", [PeftModel.from_pretrained, _by_transformers])
+def test_partial_file(without_a_part, tiny, way):
     folder, module = without_a_part
     base = tiny("bert").requires_grad_(False)
     with Untouched(base), pytest.raises(ValueError, match=module.removesuffix(".token_adapter")):
-        PeftModel.from_pretrained(base, folder)
-
-
-def test_partial_file_through_transformers(without_a_part, tiny):
-    folder, module = without_a_part
-    base = tiny("bert").requires_grad_(False)
-    with Untouched(base), pytest.raises(ValueError, match=module.removesuffix(".token_adapter")):
-        base.load_adapter(str(folder))
+        way(base, folder)
 
 
 def test_pickle_cut_short(tiny, base, tmp_path):
@@ -281,14 +219,3 @@ def test_pickle_cut_short(tiny, base, tmp_path):
     path.write_bytes(path.read_bytes()[:2000])
     with Untouched(base), pytest.raises(ValueError, match="adapter_model.bin"):
         PeftModel.from_pretrained(base, tmp_path)
-
-
-def test_good_file_loads_after_a_bad_one(tiny, base, tmp_path, ids):
-    for folder in (tmp_path / "good", tmp_path / "bad"):
-        model = adapted(tiny("llama"), k=2)
-        model.save_pretrained(folder)
-    _edit(tmp_path / "bad", lambda tensors: tensors.pop(f"{Q}.weight"))
-    with pytest.raises(ValueError):
-        PeftModel.from_pretrained(base, tmp_path / "bad")
-    loaded = PeftModel.from_pretrained(base, tmp_path / "good")
-    assert torch.equal(logits(loaded, ids), logits(model, ids))

@@ -7,7 +7,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from peft_ext import MoReSConfig, NeuroAdaConfig
-from tests.tuners.neuroada._common import HALF_TYPES, SEVEN, Untouched, fill, logits, wrapped
+from tests.contract._untouched import Untouched
+from tests.tuners.neuroada._common import HALF_TYPES, SEVEN, fill, logits, wrapped
 
 
 BACKENDS = ["auto", "bypass", "folded", "dense", "reference"]

@@ -4,12 +4,8 @@ import pytest
 import torch
 
 from peft_ext import NeuroAdaConfig
-from tests.tuners.neuroada._common import (
-    Untouched,
-    fill,
-    logits,
-    wrapped,
-)
+from tests.contract._untouched import Untouched
+from tests.tuners.neuroada._common import fill, logits, wrapped
 
 
 def test_state_dict_instead_of_a_folder(llama, tiny, ids):

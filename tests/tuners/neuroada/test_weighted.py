@@ -7,7 +7,8 @@ from peft.utils.merge_utils import prune, task_arithmetic, ties
 from transformers import AutoModelForCausalLM
 
 from peft_ext import NeuroAdaConfig
-from tests.tuners.neuroada._common import Untouched, adapted, add, logits, wrapped
+from tests.contract._untouched import Untouched
+from tests.tuners.neuroada._common import adapted, add, logits, wrapped
 
 
 # Options of two adapters: supports that are equal, overlap, are disjoint in modules, or ragged.

@@ -5,7 +5,8 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from peft_ext import NeuroAdaConfig, hotswap_adapter
-from tests.tuners.neuroada._common import Untouched, adapted, add, logits
+from tests.contract._untouched import Untouched
+from tests.tuners.neuroada._common import adapted, add, logits
 
 
 OPTIONS = {"k": 1, "target_modules": ["q_proj", "down_proj"]}
