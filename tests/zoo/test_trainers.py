@@ -12,7 +12,12 @@ from ._page import CELL
 from ._trainers import TRAINERS, model
 
 
-SAMPLE = [("TRL `RLOOTrainer`", "PSN"), ("TRL `KTOTrainer`", "GPS"), ("TRL `SFTTrainer`", "MoReS")]
+SAMPLE = [
+    ("TRL `RLOOTrainer`", "PSN"),
+    ("TRL `KTOTrainer`", "GPS"),
+    ("TRL `SFTTrainer`", "MoReS"),
+    ("TRL `SFTTrainer`", "NeuroAda"),
+]
 CASES = [(t, m) for t in TRAINERS for m in METHODS] if os.environ.get("ZOO") == "all" else SAMPLE
 
 

@@ -57,6 +57,13 @@ def assert_equal_bits(actual, expected):
         assert torch.equal(actual[name], tensor), name
 
 
+def assert_orthonormal(model):
+    for layer in layers_of(model).values():
+        for steering in layer.mores_steering.values():
+            for factor in (steering.up(), steering.down()):
+                assert (factor.T @ factor - torch.eye(factor.shape[1])).abs().max() <= 1e-6
+
+
 def gram_schmidt(raw):
     """Orthonormal columns, one at a time."""
     columns = []
