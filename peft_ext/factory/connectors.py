@@ -192,12 +192,9 @@ LIBRARY: dict[str, Any] = {"resampler": Idefics2PerceiverConfig, "qformer": Blip
 
 def token_count(connector: str, tokens: int, options: dict[str, Any]) -> int:
     """Number of tokens that the language model sees of an image with `tokens` features."""
-    counting: dict[str, type[Connector]] = {
-        "pixel_shuffle": PixelShuffle,
-        "resampler": Resampler,
-        "qformer": QFormer,
-    }
-    return counting.get(connector, Connector).count(tokens, options)
+    make = OWN[connector][0]
+    kind = make if isinstance(make, type) and issubclass(make, Connector) else Connector
+    return kind.count(tokens, options)
 
 
 def connector_options(connector: str, given: dict[str, Any]) -> dict[str, Any]:

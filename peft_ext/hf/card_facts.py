@@ -145,7 +145,9 @@ class CardFacts:
         if not (self.model_class or "").endswith("Classification"):
             return None
         ends = ("out_proj.weight", "classifier.weight", "score.weight")
-        found = [shape for end in ends for key, shape in self._shapes.items() if key.endswith(end) and len(shape) == 2]
+        found = [
+            shape for end in ends for key, shape in self._read[0].items() if key.endswith(end) and len(shape) == 2
+        ]
         return found[0][0] if found else None
 
     def table(self) -> str:
@@ -173,26 +175,20 @@ class CardFacts:
     @cached_property
     def counts(self) -> dict[str, int]:
         """Numbers: of trained parameters, adapted weights, entries chosen in them, and entries that they have."""
-        sizes = {key: torch.Size(shape).numel() for key, shape in self._shapes.items()}
+        shapes, weights = self._read
+        sizes = {key: torch.Size(shape).numel() for key, shape in shapes.items()}
         sparse = [size for key, size in sizes.items() if key.endswith(".indices")]
         identity = (".indices", ".offsets", ".fingerprint")
         return {
             "parameters": sum(size for key, size in sizes.items() if not key.endswith(identity)),
             "modules": len(sparse),
             "entries": sum(sparse),
-            "weights": sum(self._weights.values()),
+            "weights": sum(weights.values()),
         }
 
     @cached_property
-    def _shapes(self) -> dict[str, list[int]]:
-        return self._read[0]
-
-    @property
-    def _weights(self) -> dict[str, int]:
-        return self._read[1]
-
-    @cached_property
     def _read(self) -> tuple[dict[str, list[int]], dict[str, int]]:
+        """Shapes of the tensors, and numbers of entries of the adapted weights, by name."""
         path = self.folder / SAFETENSORS_WEIGHTS_NAME
         try:
             with safe_open(path, framework="pt") as file:

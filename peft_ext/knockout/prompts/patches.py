@@ -202,14 +202,8 @@ def newline_tokens(processor: Any, height: int, width: int, tokens: int) -> Tens
     if len(place) != tokens:
         return None
     newline = ~place
-    newline[: len(newline) - len(place)] = False
-    return newline if not _class_token(processor) else _without_first(newline)
-
-
-def _without_first(mask: Tensor) -> Tensor:
-    mask = mask.clone()
-    mask[0] = False
-    return mask
+    newline[: int(_class_token(processor))] = False
+    return newline
 
 
 def _grid(pixels: Tensor, shape: int | tuple[int, int]) -> Coverage:

@@ -39,13 +39,11 @@ def plot_modality(
     if missing:
         raise ValueError(f"trained_parameters lacks {missing[0]!r}; give every method's number, or leave it out.")
     with needs("plot"):
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
     path = os.fspath(path)
     panels = 3 if trained_parameters else 2
     figure = Figure(figsize=(5 * panels, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(1, panels)
     for name, result in results.items():
         layers = range(len(result.ratio))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
 
@@ -135,14 +135,10 @@ def plot_layers(run: Mapping[str, Any], path: str, parts: int = 20) -> None:
     _save(figure, path, {"layers": list(run["layers"]), "up_to_step": steps, "incidence": values})
 
 
-def _figure(width: float = 6.4, height: float = 4.0) -> Any:
+def _figure(height: float = 4.0) -> Any:
     with needs("plot"):
-        import matplotlib
-
-    matplotlib.use("Agg", force=False)
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
+        from matplotlib.figure import Figure
+    figure = Figure(figsize=(6.4, height), layout="constrained")
     return figure, figure.subplots()
 
 
@@ -151,15 +147,3 @@ def _save(figure: Any, path: str, data: Any) -> None:
     base, extension = os.path.splitext(path)
     figure.savefig(path if extension else f"{base}.png", dpi=150)
     write_atomically(f"{base}.json", json.dumps(data, indent=1))
-
-
-__all__: Sequence[str] = [
-    "incidence_per_epoch",
-    "last_half",
-    "plot_angles",
-    "plot_bars",
-    "plot_cosines",
-    "plot_incidence",
-    "plot_layers",
-    "read_conflicts",
-]

@@ -31,7 +31,7 @@ class ExpertMatrices:
 
     def split_scores(self, scores: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
         """The scores of the matrices, from those of the weights."""
-        return None if scores is None else _ScoresByExpert(scores, self.origin, self.bases)
+        return None if scores is None else _ScoresByExpert(scores, self)
 
     def join(self, supports: Mapping[str, Support]) -> dict[str, Support]:
         """The supports of the weights, from those of the matrices."""
@@ -63,21 +63,16 @@ class _Latest:
 class _ScoresByExpert(Mapping[str, Tensor]):
     """Scores of single experts. Those of one weight are computed once, and are alive until another's are asked for."""
 
-    def __init__(
-        self, scores: Mapping[str, Tensor], origin: Mapping[str, tuple[str, int]], bases: Mapping[str, Any]
-    ) -> None:
-        self.scores, self.origin, self.bases = scores, origin, bases
-        self._last: tuple[str, Tensor] | None = None
+    def __init__(self, scores: Mapping[str, Tensor], matrices: ExpertMatrices) -> None:
+        self.scores, self.origin, self.bases = scores, matrices.origin, matrices.bases
+        self.read = _Latest({name: partial(self._by_expert, name) for name in matrices.numbers})
 
     def __getitem__(self, key: str) -> Tensor:
-        if key not in self.origin:
-            return self.scores[key]
-        name, number = self.origin[key]
-        if self._last is None or self._last[0] != name:
-            self._last = None
-            bank = self.bases[name]
-            self._last = name, self.scores[name].reshape(bank.number, bank.rows, bank.in_features)
-        return self._last[1][number]
+        return self.read.one(*self.origin[key]) if key in self.origin else self.scores[key]
+
+    def _by_expert(self, name: str) -> Tensor:
+        bank = self.bases[name]
+        return self.scores[name].reshape(bank.number, bank.rows, bank.in_features)
 
     def __iter__(self) -> Iterator[str]:
         raise NotImplementedError
