@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers import Trainer, TrainingArguments
 
 from peft_ext.mtl import MTLConfig, MTLTrainer
 
@@ -104,6 +105,24 @@ def trainer(folder, model=None, data=None, losses=task_losses, **options):
     )
 
 
+def trained(folder, *args, checkpoint=None, **options):
+    run = trainer(folder, *args, **options)
+    run.train(resume_from_checkpoint=checkpoint)
+    return run
+
+
+def in_pieces(folder, pieces, **options):
+    """Trained on batches of 16 samples, in so many micro-batches."""
+    sizes = {"per_device_train_batch_size": 16 // pieces, "gradient_accumulation_steps": pieces}
+    return trained(folder, train_sampling_strategy="sequential", **sizes, **options)
+
+
+def plain_trainer(folder, model, callbacks=(), **options):
+    fields = config(folder, **options).to_dict()
+    known = {key: value for key, value in fields.items() if key in TrainingArguments.__dataclass_fields__}
+    return Trainer(model=model, args=TrainingArguments(**known), train_dataset=samples(), callbacks=list(callbacks))
+
+
 def weights(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
@@ -114,6 +133,8 @@ def assert_same_weights(actual, expected, tolerance=1e-6):
         assert difference <= tolerance, (name, float(difference))
 
 
-def assert_identical_weights(actual, expected):
-    for name, weight in weights(expected).items():
-        assert torch.equal(dict(actual.named_parameters())[name], weight), name
+def assert_identical(actual, expected):
+    """Weights and buffers are, bit for bit."""
+    state = actual.state_dict()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(state[name], tensor), name

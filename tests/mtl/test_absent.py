@@ -7,19 +7,7 @@ from torch.nn import functional
 
 from peft_ext.mtl import MTLTrainer
 from peft_ext.mtl.data.losses import count_labels, count_labels_by_id, count_labels_of_tasks, labels_of_tasks
-from tests.mtl._models import TASKS, TwoLayers, assert_same_weights, config, samples, task_losses, trainer
-
-
-def in_pieces(folder, pieces, **options):
-    run = trainer(
-        folder,
-        per_device_train_batch_size=16 // pieces,
-        gradient_accumulation_steps=pieces,
-        train_sampling_strategy="sequential",
-        **options,
-    )
-    run.train()
-    return run
+from tests.mtl._models import TASKS, TwoLayers, assert_same_weights, config, in_pieces, samples, task_losses, trainer
 
 
 @pytest.mark.parametrize("logging_steps", [0, 1])
@@ -152,8 +140,7 @@ def test_names_come_from_the_checkpoint(tmp_path):
     data = samples(missing=[(1, i) for i in range(48, 64)])
     options = {"task_names": None, "mtl_method": "famo", "save_strategy": "steps", "save_steps": 3}
     whole = in_pieces(tmp_path, 1, data=data, **options)
-    again = trainer(tmp_path, data=data, train_sampling_strategy="sequential", **options)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    again = in_pieces(tmp_path, 1, data=data, checkpoint=str(tmp_path / "checkpoint-3"), **options)
     assert_same_weights(again.model, whole.model, 0.0)
 
 

@@ -224,28 +224,25 @@ def test_half_precision_rows_are_solved_in_float64(method, dtype):
     assert_close(d, direction(jacobian.double(), method), 0.01)
 
 
-def test_mistakes_are_named():
-    jacobian = random_jacobian(3, 5)
-    with pytest.raises(ValueError, match="method='nope'"):
-        aggregate(jacobian, method="nope")
-    with pytest.raises(ValueError, match="no option 'd'"):
-        aggregate(jacobian, method="cagrad", d=0.4)
-    with pytest.raises(ValueError, match="reduction='sum'"):
-        aggregate(jacobian, reduction="sum")
-    with pytest.raises(ValueError, match="not finite"):
-        aggregate(jacobian / 0)
-    with pytest.raises(ValueError, match="floating-point matrix"):
-        aggregate(jacobian[0])
-    with pytest.raises(ValueError, match="needs the tasks' losses"):
-        aggregate(jacobian, method="famo")
-    with pytest.raises(ValueError, match="not a list"):
-        aggregate(jacobian.tolist())
-    with pytest.raises(ValueError, match="no option 'num_tasks'"):
-        aggregate(jacobian, method="famo", losses=[1.0, 1.0, 1.0], num_tasks=7)
-    with pytest.raises(ValueError, match=r"method='cagrad' does not take the options \{'c': 'x'\}"):
-        aggregate(jacobian, method="cagrad", c="x")
-    with pytest.raises(ValueError, match="update_weights_every=1.5"):
-        aggregate(jacobian, method="nash_mtl", update_weights_every=1.5)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "nope"}, "method='nope'"),
+        ({"method": "cagrad", "d": 0.4}, "no option 'd'"),
+        ({"reduction": "sum"}, "reduction='sum'"),
+        ({"jacobian": torch.full((3, 5), torch.nan)}, "not finite"),
+        ({"jacobian": torch.zeros(5)}, "floating-point matrix"),
+        ({"jacobian": [[1.0, 2.0]]}, "not a list"),
+        ({"method": "famo"}, "needs the tasks' losses"),
+        ({"method": "famo", "losses": [1.0, 1.0, 1.0], "num_tasks": 7}, "no option 'num_tasks'"),
+        ({"method": "cagrad", "c": "x"}, r"method='cagrad' does not take the options \{'c': 'x'\}"),
+        ({"method": "nash_mtl", "update_weights_every": 1.5}, "update_weights_every=1.5"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_mistakes_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        aggregate(**{"jacobian": random_jacobian(3, 5), **options})
 
 
 def test_constant_weights_keep_to_their_tasks_when_one_is_absent():

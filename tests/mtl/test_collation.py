@@ -13,7 +13,7 @@ from peft_ext.mtl.conflicts.recorder import pair_cosines
 from peft_ext.mtl.data.collation import PARTS, SOURCE, TaskCollator, batch_size_of, parts_of
 from peft_ext.mtl.data.datasets import TaskDataset
 from tests._models.vision_language import build
-from tests.mtl._models import assert_identical_weights
+from tests.mtl._models import assert_identical
 from tests.mtl._visual import TASKS, Watched, assert_same, collate, make, one_by_one, results, samples
 
 
@@ -103,7 +103,7 @@ def test_measuring_the_noise_floor_changes_no_bit_of_the_training(tmp_path):
         run.train()
         return run.model
 
-    assert_identical_weights(trained(1), trained(0))
+    assert_identical(trained(1), trained(0))
 
 
 class OwnLoader(Watched):

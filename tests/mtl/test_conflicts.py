@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers import default_data_collator
 
 from peft_ext.mtl import ConflictRecorder, GradientConflictCallback, conflict_incidence, log_gradient_conflicts
 from peft_ext.mtl.conflicts.plots import (
@@ -26,10 +26,11 @@ from tests.mtl._models import (
     TASKS,
     TwoLayers,
     WithMeanLoss,
-    assert_identical_weights,
-    config,
+    assert_identical,
+    plain_trainer,
     samples,
     task_losses,
+    trained,
     trainer,
 )
 
@@ -73,15 +74,13 @@ def test_recorder_sums_up_by_window_half_and_pair(tmp_path):
     assert lines[1]["cos"] == [-0.5]
 
 
+class Noisy(WithMeanLoss):
+    def __init__(self):
+        TwoLayers.__init__(self, dropout=0.3, norm=True)
+
+
 def plain(folder, callbacks=(), **options):
-    fields = config(folder, **options).to_dict()
-    known = {key: value for key, value in fields.items() if key in TrainingArguments.__dataclass_fields__}
-
-    class Noisy(WithMeanLoss):
-        def __init__(self):
-            TwoLayers.__init__(self, dropout=0.3, norm=True)
-
-    return Trainer(model=Noisy(), args=TrainingArguments(**known), train_dataset=samples(), callbacks=list(callbacks))
+    return plain_trainer(folder, Noisy(), callbacks, **options)
 
 
 def probe_batch(data=None):
@@ -107,9 +106,7 @@ def test_watching_changes_no_bit_of_the_training(tmp_path, options):
     callback = GradientConflictCallback(probe_of(options), probe_losses, every_n_steps=2, **options)
     watched = plain(tmp_path / "watched", [callback])
     watched.train()
-    assert_identical_weights(watched.model, alone.model)
-    for name, buffer in watched.model.named_buffers():
-        assert torch.equal(buffer, dict(alone.model.named_buffers())[name]), name
+    assert_identical(watched.model, alone.model)
     assert callback.recorder.steps == [2, 4, 6]
     assert callback.recorder.tasks == TASKS
 
@@ -232,8 +229,7 @@ def test_mistakes_are_named():
 
 def test_figures_come_with_their_data(tmp_path):
     pytest.importorskip("matplotlib")
-    run = trainer(tmp_path / "run", mtl_method="pcgrad", conflict_granularity="layer", max_steps=12)
-    run.train()
+    run = trained(tmp_path / "run", mtl_method="pcgrad", conflict_granularity="layer", max_steps=12)
     read = read_conflicts(str(tmp_path / "run" / "gradient_conflicts.jsonl"))
     np.testing.assert_allclose(read["cos"], np.stack(run.conflicts.cosines))
     runs = {"PCGrad": read, "again": read}

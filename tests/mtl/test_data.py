@@ -8,9 +8,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForSequenceClassification
 
-from peft_ext.mtl import MTLTrainer
 from peft_ext.mtl.data.datasets import SAMPLINGS, TaskSampler, concatenate_tasks, task_ids_of
-from tests.mtl._models import assert_same_weights, config
+from tests.mtl._models import assert_same_weights, trained
 
 
 def ids_of(sizes):
@@ -90,15 +89,10 @@ class Regression(nn.Module):
         return {"loss": functional.mse_loss(logits, labels), "logits": logits}
 
 
-def run(folder, data=None, **options):
+def run(folder, data=None, model=None, **options):
     data = data if data is not None else {"one": Numbers(1, 48, 1), "two": Numbers(2, 48, 2)}
-    evaluation = options.pop("eval_dataset", None)
-    options = {"label_names": ["labels"], "task_names": None, "max_grad_norm": 0.0, **options}
-    result = MTLTrainer(
-        model=Regression(), args=config(folder, **options), train_dataset=data, eval_dataset=evaluation
-    )
-    result.train()
-    return result
+    options = {"label_names": ["labels"], "task_names": None, "max_grad_norm": 0.0, "losses": None, **options}
+    return trained(folder, model or Regression(), data, **options)
 
 
 @pytest.mark.parametrize("method", ["joint", "pcgrad", "famo"])
@@ -131,12 +125,7 @@ def test_every_sampling_trains(tmp_path, sampling):
 def test_resuming_in_the_middle_of_an_epoch_draws_the_same(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 9, "mtl_method": "pcgrad"}
     whole = run(tmp_path, **options)
-    again = MTLTrainer(
-        model=Regression(),
-        args=config(tmp_path, label_names=["labels"], task_names=None, max_grad_norm=0.0, **options),
-        train_dataset={"one": Numbers(1, 48, 1), "two": Numbers(2, 48, 2)},
-    )
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    again = run(tmp_path, checkpoint=str(tmp_path / "checkpoint-4"), **options)
     assert_same_weights(again.model, whole.model, 0.0)
 
 
@@ -157,12 +146,8 @@ def test_a_column_of_a_hub_data_set_is_enough(tmp_path, tiny):
     ]
     data = datasets.Dataset.from_list(rows)
     model: AutoModelForSequenceClassification = tiny("bert")
-    result = MTLTrainer(
-        model=model,
-        args=config(tmp_path, label_names=None, task_names=["even", "odd"], mtl_method="pcgrad", max_steps=3),
-        train_dataset=data,
-    )
-    result.train()
+    options = {"label_names": None, "task_names": ["even", "odd"], "mtl_method": "pcgrad", "max_steps": 3}
+    result = run(tmp_path, data, model, **options)
     assert "task_loss/odd" in result.state.log_history[0]
     assert len(result.conflicts.steps) == 3
 
@@ -180,15 +165,9 @@ def test_task_numbers_may_be_labels_of_one_pass(tmp_path):
         return {task: part.mean() for task, part in found.items() if len(part)}
 
     def train(names, function):
-        options = {"task_names": None, "mtl_method": "cagrad", "task_sampling": "mixed", "noise_floor_steps": 2}
-        result = MTLTrainer(
-            model=Plain(),
-            args=config(tmp_path, label_names=names, per_device_train_batch_size=5, **options),
-            train_dataset={"one": Numbers(1, 48, 1), "two": Numbers(2, 48, 2)},
-            compute_task_losses_func=function,
-        )
-        result.args.gradient_accumulation_steps = 2
-        result.train()
+        options = {"mtl_method": "cagrad", "task_sampling": "mixed", "noise_floor_steps": 2}
+        sizes = {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2}
+        result = run(tmp_path, model=Plain(), label_names=names, losses=function, **options, **sizes)
         lines = (tmp_path / "gradient_conflicts.jsonl").read_text().splitlines()
         return result.model, [json.loads(line)["noise_cos"] for line in lines if "noise_cos" in line]
 

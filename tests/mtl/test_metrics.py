@@ -54,19 +54,19 @@ def test_the_same_name_may_mean_two_things():
     assert relative_task_drop(SINGLE_SAM, SINGLE_SAM, HIGHER) == 0.0
 
 
-def test_mistakes_are_named():
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"reduction": "sum"}, "reduction='sum'"),
+        ({"baseline": {"b": {"x": 1.0}}}, "the baseline"),
+        ({"metrics": {"a": {"y": 1.0}}}, "metrics"),
+        ({"higher_is_better": {}}, "higher_is_better"),
+        ({"baseline": {"a": {"x": 0.0}}}, "baseline above 0"),
+        ({"baseline": {"a": {"x": -1.0}}}, "baseline above 0"),
+        ({"metrics": {"a": {"x": float("nan")}}}, "must be finite"),
+    ],
+)
+def test_mistakes_are_named(arguments, message):
     one = {"a": {"x": 1.0}}
-    with pytest.raises(ValueError, match="reduction='sum'"):
-        relative_task_drop(one, one, {"x": True}, "sum")
-    with pytest.raises(ValueError, match="the baseline"):
-        relative_task_drop(one, {"b": {"x": 1.0}}, {"x": True})
-    with pytest.raises(ValueError, match="metrics"):
-        relative_task_drop(one, {"a": {"y": 1.0}}, {"x": True})
-    with pytest.raises(ValueError, match="higher_is_better"):
-        relative_task_drop(one, one, {})
-    with pytest.raises(ValueError, match="baseline above 0"):
-        relative_task_drop(one, {"a": {"x": 0.0}}, {"x": True})
-    with pytest.raises(ValueError, match="baseline above 0"):
-        relative_task_drop(one, {"a": {"x": -1.0}}, {"x": True})
-    with pytest.raises(ValueError, match="must be finite"):
-        relative_task_drop({"a": {"x": float("nan")}}, one, {"x": True})
+    with pytest.raises(ValueError, match=message):
+        relative_task_drop(**{"metrics": one, "baseline": one, "higher_is_better": {"x": True}, **arguments})

@@ -6,7 +6,7 @@ import torch
 from accelerate.optimizer import patch_optimizer_step
 from transformers import TrainerCallback
 
-from tests.mtl._models import assert_same_weights, task_losses, trainer, weights
+from tests.mtl._models import assert_same_weights, task_losses, trained, trainer, weights
 
 
 class Scaled(TrainerCallback):
@@ -34,8 +34,7 @@ def scaled(folder, scale=2.0**16, **options):
 
 def test_scaling_changes_nothing(tmp_path):
     for method in ("joint", "nash_mtl", "cagrad", "famo", "graddrop"):
-        expected = trainer(tmp_path, mtl_method=method)
-        expected.train()
+        expected = trained(tmp_path, mtl_method=method)
         ours, scaler = scaled(tmp_path, mtl_method=method, gradient_accumulation_steps=1)
         ours.train()
         assert scaler.get_scale() > 2.0**16  # it was used, and grew

@@ -7,7 +7,16 @@ import torch
 from transformers import TrainerCallback
 
 from peft_ext.mtl import MTLTrainer
-from tests.mtl._models import TASKS, TwoLayers, assert_identical_weights, config, samples, task_losses, trainer
+from tests.mtl._models import (
+    TASKS,
+    TwoLayers,
+    assert_identical,
+    config,
+    samples,
+    task_losses,
+    trained,
+    trainer,
+)
 
 
 @pytest.mark.parametrize("method", ["joint", "pcgrad", "graddrop", "nash_mtl", "famo", "gradvac"])
@@ -26,17 +35,15 @@ def test_resuming_is_bit_exact(tmp_path, method):
         "noise_floor_steps": 2,
     }
 
-    def run(folder, checkpoint=None):
-        result = trainer(folder, model=TwoLayers(dropout=0.2, norm=True), **options)
-        result.train(resume_from_checkpoint=checkpoint)
-        return result
+    def run(checkpoint=None):
+        return trained(tmp_path, model=TwoLayers(dropout=0.2, norm=True), checkpoint=checkpoint, **options)
 
-    whole = run(tmp_path / "whole")
-    lines = (tmp_path / "whole" / "gradient_conflicts.jsonl").read_text()
-    resumed = run(tmp_path / "whole", str(tmp_path / "whole" / "checkpoint-3"))
-    assert_identical_weights(resumed.model, whole.model)
+    whole = run()
+    lines = (tmp_path / "gradient_conflicts.jsonl").read_text()
+    resumed = run(str(tmp_path / "checkpoint-3"))
+    assert_identical(resumed.model, whole.model)
     assert resumed.conflicts.state_dict() == whole.conflicts.state_dict()
-    assert (tmp_path / "whole" / "gradient_conflicts.jsonl").read_text() == lines
+    assert (tmp_path / "gradient_conflicts.jsonl").read_text() == lines
 
 
 class _AtTheStart(TrainerCallback):
@@ -73,21 +80,21 @@ def test_a_second_training_of_a_model_made_anew_is_the_first_again(tmp_path, met
     first, state, record = copy.deepcopy(run.model), run.aggregator.state_dict(), run.conflicts.state_dict()
     run.train()
     assert run.model is not first
-    assert_identical_weights(run.model, first)
+    assert_identical(run.model, first)
     torch.testing.assert_close(run.aggregator.state_dict(), state, rtol=0, atol=0)
     assert run.conflicts.state_dict() == record
 
 
 def test_a_state_of_another_method_or_cut_short_is_refused(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 3}
-    trainer(tmp_path, mtl_method="pcgrad", **options).train()
+    trained(tmp_path, mtl_method="pcgrad", **options)
     checkpoint = tmp_path / "checkpoint-3"
     with pytest.raises(ValueError, match="written with pcgrad, not famo"):
-        trainer(tmp_path, mtl_method="famo", **options).train(resume_from_checkpoint=str(checkpoint))
+        trained(tmp_path, mtl_method="famo", checkpoint=str(checkpoint), **options)
     path = checkpoint / "mtl_state.pt"
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(ValueError, match="not a whole state file"):
-        trainer(tmp_path, mtl_method="pcgrad", **options).train(resume_from_checkpoint=str(checkpoint))
+        trained(tmp_path, mtl_method="pcgrad", checkpoint=str(checkpoint), **options)
 
 
 def earlier_state(names):
@@ -127,16 +134,14 @@ def layout(value):
 
 def test_a_checkpoint_of_the_first_release_loads(tmp_path):
     options = {"mtl_method": "famo", "save_strategy": "steps", "save_steps": 3, "max_steps": 4, "conflict_file": ""}
-    written = trainer(tmp_path, conflict_granularity="layer", noise_floor_steps=3, **options)
-    written.train()
+    written = trained(tmp_path, conflict_granularity="layer", noise_floor_steps=3, **options)
     path = tmp_path / "checkpoint-3" / "mtl_state.pt"
     state = earlier_state([name for name, _ in written.model.named_parameters()])
     new = torch.load(path, weights_only=True)
     del new["conflicts"]["layers"]["trunk.4"]
     assert layout(new) == layout(state)
     torch.save(state, path)
-    resumed = trainer(tmp_path, **options)
-    resumed.train(resume_from_checkpoint=str(path.parent))
+    resumed = trained(tmp_path, checkpoint=str(path.parent), **options)
     record, logs = resumed.conflicts.state_dict(), resumed.state.log_history
     assert record["steps"] == [1, 2, 3, 4] and record["cosines"][:3] == state["conflicts"]["cosines"]
     assert (record["noise"], record["layers"]) == (state["conflicts"]["noise"], state["conflicts"]["layers"])
@@ -153,8 +158,7 @@ def test_famo_hears_the_losses_after_the_step_with_the_same_dropout(tmp_path):
     )
     run.train()
     assert not bool(run.aggregator.logits.detach().any())
-    moving = trainer(tmp_path, model=TwoLayers(dropout=0.5), mtl_method="famo", max_steps=4)
-    moving.train()
+    moving = trained(tmp_path, model=TwoLayers(dropout=0.5), mtl_method="famo", max_steps=4)
     assert bool(moving.aggregator.logits.detach().any())
 
 
@@ -170,6 +174,4 @@ def test_replaying_leaves_the_training_as_it_was(tmp_path):
         return result
 
     with_second, without = run(True), run(False)
-    assert_identical_weights(with_second.model, without.model)
-    for name, buffer in with_second.model.named_buffers():
-        assert torch.equal(buffer, dict(without.model.named_buffers())[name]), name
+    assert_identical(with_second.model, without.model)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from torch.nn import functional
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from peft_ext.mtl import MTLTrainer, aggregate
 from peft_ext.mtl.aggregators import OWN_METHODS
@@ -15,30 +15,26 @@ from tests.mtl._models import (
     TwoLayers,
     WithMeanLoss,
     WithTaskLosses,
-    assert_identical_weights,
+    assert_identical,
     assert_same_weights,
     config,
+    in_pieces,
+    plain_trainer,
     samples,
     task_losses,
+    trained,
     trainer,
     weights,
 )
-
-
-def plain_trainer(folder, model, data, **options):
-    fields = config(folder, **options).to_dict()
-    known = {key: value for key, value in fields.items() if key in TrainingArguments.__dataclass_fields__}
-    return Trainer(model=model, args=TrainingArguments(**known), train_dataset=data)
 
 
 @pytest.mark.parametrize("logging_steps", [0, 1, 4])
 @pytest.mark.parametrize("pieces", [1, 4])
 def test_joint_is_the_plain_trainer(tmp_path, pieces, logging_steps):
     options = {"per_device_train_batch_size": 16 // pieces, "gradient_accumulation_steps": pieces}
-    reference = plain_trainer(tmp_path, WithMeanLoss(), samples(), **options)
+    reference = plain_trainer(tmp_path, WithMeanLoss(), **options)
     reference.train()
-    ours = trainer(tmp_path, conflict_logging_steps=logging_steps, **options)
-    ours.train()
+    ours = trained(tmp_path, conflict_logging_steps=logging_steps, **options)
     assert_same_weights(ours.model, reference.model)
     for a, b in zip(ours.state.log_history, reference.state.log_history, strict=True):
         for key in ("loss", "grad_norm", "learning_rate", "train_loss"):
@@ -48,21 +44,9 @@ def test_joint_is_the_plain_trainer(tmp_path, pieces, logging_steps):
 @pytest.mark.parametrize("dropped", [(), [(1, i) for i in range(0, 60, 3)]], ids=["all-labels", "some-missing"])
 @pytest.mark.parametrize("method", OWN_METHODS)
 def test_sixteen_at_once_are_four_times_four(tmp_path, method, dropped):
-    data = samples(missing=dropped)
-    results = []
-    for pieces in (1, 4):
-        run = trainer(
-            tmp_path,
-            data=data,
-            mtl_method=method,
-            per_device_train_batch_size=16 // pieces,
-            gradient_accumulation_steps=pieces,
-            train_sampling_strategy="sequential",
-        )
-        run.train()
-        results.append(run)
+    whole, pieces = [in_pieces(tmp_path, n, data=samples(missing=dropped), mtl_method=method) for n in (1, 4)]
     # The order of additions differs; GradDrop may then keep another sign where a probability is near its draw.
-    assert_same_weights(results[1].model, results[0].model, 2e-6 if method != "graddrop" else 1e-4)
+    assert_same_weights(pieces.model, whole.model, 2e-6 if method != "graddrop" else 1e-4)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "reference"])
@@ -116,8 +100,7 @@ def test_written_gradients_are_those_of_the_dense_jacobian(tmp_path, method, red
 
 def test_absent_tasks_and_zero_gradients_are_left_out(tmp_path):
     missing = [(2, i) for i in range(64)]
-    without = trainer(tmp_path / "a", data=samples(missing=missing), mtl_method="pcgrad")
-    without.train()
+    without = trained(tmp_path / "a", data=samples(missing=missing), mtl_method="pcgrad")
     two = [{k: v for k, v in s.items() if k != "labels_c"} for s in samples()]
     only = trainer(
         tmp_path / "b",
@@ -136,28 +119,23 @@ def test_absent_tasks_and_zero_gradients_are_left_out(tmp_path):
 
 
 def test_shared_parameters_can_be_named(tmp_path):
-    first_layer = trainer(tmp_path / "a", mtl_method="pcgrad", shared_parameters=r"^trunk\.0\.")
-    first_layer.train()
+    first_layer = trained(tmp_path / "a", mtl_method="pcgrad", shared_parameters=r"^trunk\.0\.")
     assert sum(first_layer.mtl_state.gradients.shared) == 2
     with pytest.raises(ValueError, match="shared_parameters='nowhere'"):
-        trainer(tmp_path / "b", mtl_method="pcgrad", shared_parameters="nowhere").train()
+        trained(tmp_path / "b", mtl_method="pcgrad", shared_parameters="nowhere")
 
 
 def test_the_model_may_return_the_losses(tmp_path):
-    expected = trainer(tmp_path, mtl_method="cagrad")
-    expected.train()
-    ours = trainer(tmp_path, model=WithTaskLosses(), losses=None, mtl_method="cagrad")
-    ours.train()
-    assert_identical_weights(ours.model, expected.model)
+    expected = trained(tmp_path, mtl_method="cagrad")
+    ours = trained(tmp_path, model=WithTaskLosses(), losses=None, mtl_method="cagrad")
+    assert_identical(ours.model, expected.model)
 
 
 def test_names_are_learnt_from_the_first_losses_without_a_trace(tmp_path):
-    expected = trainer(tmp_path, model=TwoLayers(dropout=0.3, norm=True), mtl_method="mgda")
-    expected.train()
-    ours = trainer(tmp_path, model=TwoLayers(dropout=0.3, norm=True), mtl_method="mgda", task_names=None)
-    ours.train()
+    expected = trained(tmp_path, model=TwoLayers(dropout=0.3, norm=True), mtl_method="mgda")
+    ours = trained(tmp_path, model=TwoLayers(dropout=0.3, norm=True), mtl_method="mgda", task_names=None)
     assert ours.task_names == TASKS
-    assert_identical_weights(ours.model, expected.model)
+    assert_identical(ours.model, expected.model)
 
 
 def test_losses_may_be_sums_over_the_window(tmp_path):
@@ -175,17 +153,14 @@ def test_losses_may_be_sums_over_the_window(tmp_path):
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 4,
     }
-    expected = trainer(tmp_path, **options)
-    expected.train()
-    ours = trainer(tmp_path, losses=sums, task_loss_scale="window", **options)
-    ours.train()
+    expected = trained(tmp_path, **options)
+    ours = trained(tmp_path, losses=sums, task_loss_scale="window", **options)
     assert_same_weights(ours.model, expected.model)
 
 
 def test_evaluation_reports_every_task(tmp_path):
     held_out = samples(40, seed=7, missing=[(1, i) for i in range(0, 40, 4)])
-    run = trainer(tmp_path, eval_dataset=held_out, mtl_method="pcgrad")
-    run.train()
+    run = trained(tmp_path, eval_dataset=held_out, mtl_method="pcgrad")
     metrics = run.evaluate()
     batch = {key: torch.stack([sample[key] for sample in held_out]) for key in held_out[0]}
     with torch.no_grad():
@@ -195,8 +170,7 @@ def test_evaluation_reports_every_task(tmp_path):
 
 
 def test_logs_have_every_tasks_loss_and_only_numbers(tmp_path):
-    run = trainer(tmp_path, mtl_method="cagrad", conflict_granularity="layer", noise_floor_steps=2)
-    run.train()
+    run = trained(tmp_path, mtl_method="cagrad", conflict_granularity="layer", noise_floor_steps=2)
     logs = [entry for entry in run.state.log_history if "loss" in entry]
     for entry in logs:
         assert all(isinstance(value, (int, float)) for value in entry.values())
@@ -242,28 +216,23 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, reentrant):
             features = torch.utils.checkpoint.checkpoint(self.trunk, x, use_reentrant=reentrant)
             return {task: head(features) for task, head in self.heads.items()}
 
-    expected = trainer(tmp_path, mtl_method="pcgrad")
-    expected.train()
-    ours = trainer(tmp_path, model=Checkpointed(), mtl_method="pcgrad")
-    ours.train()
+    expected = trained(tmp_path, mtl_method="pcgrad")
+    ours = trained(tmp_path, model=Checkpointed(), mtl_method="pcgrad")
     assert_same_weights(ours.model, expected.model, 1e-7)
 
 
 @pytest.mark.parametrize("method", ["joint", "pcgrad"])
 def test_compiling_changes_nothing(tmp_path, method):
     donated = torch._functorch.config.donated_buffer
-    expected = trainer(tmp_path, mtl_method=method)
-    expected.train()
-    ours = trainer(tmp_path, mtl_method=method, torch_compile=True, torch_compile_backend="aot_eager")
-    ours.train()
+    expected = trained(tmp_path, mtl_method=method)
+    ours = trained(tmp_path, mtl_method=method, torch_compile=True, torch_compile_backend="aot_eager")
     assert_same_weights(ours.model, expected.model)
     assert ours.mtl_state.gradients.shared == expected.mtl_state.gradients.shared
     assert torch._functorch.config.donated_buffer == donated  # other models compile as they did before
 
 
 def test_bf16_autocast_trains(tmp_path):
-    run = trainer(tmp_path, mtl_method="cagrad", bf16=True)
-    run.train()
+    run = trained(tmp_path, mtl_method="cagrad", bf16=True)
     assert all(parameter.isfinite().all() for parameter in run.model.parameters())
 
 
@@ -275,10 +244,10 @@ def test_mistakes_are_named(tmp_path):
             tmp_path, losses=None, model=type("M", (TwoLayers,), {"forward": lambda self, x, **k: {"z": x}})()
         ).train()
     with pytest.raises(ValueError, match="must be a scalar tensor"):
-        trainer(tmp_path, losses=lambda outputs, labels, num_items_in_batch=None: dict(outputs)).train()
+        trained(tmp_path, losses=lambda outputs, labels, num_items_in_batch=None: dict(outputs))
     with pytest.raises(ValueError, match="loss for 'd'"):
         bad = lambda outputs, labels, num_items_in_batch=None: {"d": outputs["a"].sum()}  # noqa: E731
-        trainer(tmp_path, losses=bad).train()
+        trained(tmp_path, losses=bad)
     for field, value in (
         ("mtl_method", "best"),
         ("mtl_method_kwargs", "{"),
