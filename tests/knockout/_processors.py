@@ -44,15 +44,14 @@ def tokenizer(kind="bytes", side="left"):
     return fast
 
 
-def _clip(**options):
-    size = {"shortest_edge": 32}
-    return hf.CLIPImageProcessor(size=size, crop_size={"height": 32, "width": 32}, **options)
+SIZE = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+PINPOINTS = [[32, 64], [64, 32], [64, 64], [32, 96], [96, 32]]
 
 
-def llava(kind="bytes", side="left", strategy="default"):
-    return hf.LlavaProcessor(
-        _clip(),
-        tokenizer(kind, side),
+def _processor(kind, images, words, strategy="default"):
+    return kind(
+        images,
+        words,
         patch_size=4,
         vision_feature_select_strategy=strategy,
         image_token="<image>",
@@ -60,35 +59,18 @@ def llava(kind="bytes", side="left", strategy="default"):
     )
 
 
+def llava(kind="bytes", side="left", strategy="default"):
+    return _processor(hf.LlavaProcessor, hf.CLIPImageProcessor(**SIZE), tokenizer(kind, side), strategy)
+
+
 def llava_padding():
-    images = hf.LlavaImageProcessor(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, do_pad=True, do_center_crop=True
-    )
-    return hf.LlavaProcessor(
-        images,
-        tokenizer(),
-        patch_size=4,
-        vision_feature_select_strategy="default",
-        image_token="<image>",
-        num_additional_image_tokens=1,
-    )
-
-
-PINPOINTS = [[32, 64], [64, 32], [64, 64], [32, 96], [96, 32]]
+    images = hf.LlavaImageProcessor(**SIZE, do_pad=True, do_center_crop=True)
+    return _processor(hf.LlavaProcessor, images, tokenizer())
 
 
 def llava_next():
-    images = hf.LlavaNextImageProcessor(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_grid_pinpoints=PINPOINTS
-    )
-    return hf.LlavaNextProcessor(
-        images,
-        tokenizer(),
-        patch_size=4,
-        vision_feature_select_strategy="default",
-        image_token="<image>",
-        num_additional_image_tokens=1,
-    )
+    images = hf.LlavaNextImageProcessor(**SIZE, image_grid_pinpoints=PINPOINTS)
+    return _processor(hf.LlavaNextProcessor, images, tokenizer())
 
 
 def gemma3():

@@ -4,13 +4,13 @@ import csv
 
 import pytest
 import torch
-from peft import get_peft_model
-from torch.utils._python_dispatch import TorchDispatchMode
+from peft import PeftModel, get_peft_model
 
 from peft_ext import MoReSConfig
 from peft_ext.knockout.read.modality import lmar
 from peft_ext.knockout.read.modality_plots import plot_modality
 from tests._models.vision_language import IMAGE, VIDEO, VISION, build, inputs
+from tests.sparse._probes import LargestAllocation
 from tests.tuners.mores._common import adapted
 
 
@@ -20,9 +20,10 @@ TEXTS = ((3, 4), (6, 3))
 
 def maps(model, batch):
     """Every layer's whole attention map `[layers, batch, heads, tokens, tokens]`, fp64."""
-    model.set_attn_implementation("eager")
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base.set_attn_implementation("eager")
     extra = {}
-    if not hasattr(model.model, "rope_deltas"):
+    if not hasattr(base.model, "rope_deltas"):
         extra["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
         attentions = model(**batch, **extra, output_attentions=True).attentions
@@ -135,76 +136,47 @@ def test_with_an_adapter_it_is_that_models_attention():
     model = adapted()
     result = lmar(model, [batch])
     assert not torch.allclose(result.ratio[1:], lmar(build(), [batch]).ratio[1:], rtol=1e-2)
-    with torch.no_grad():
-        model.get_base_model().set_attn_implementation("eager")
-        positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        attentions = model(**batch, position_ids=positions, output_attentions=True).attentions
-    whole = torch.stack([layer.double() for layer in attentions])
-    torch.testing.assert_close(result.ratio, expected(whole, batch), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(result.ratio, expected(maps(model, batch), batch), atol=1e-5, rtol=1e-4)
 
 
 def test_the_model_is_left_as_it_was():
-    model, batch = build(), inputs()
+    model, calls = build(), []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("broken")
+
     before = model.config.text_config._attn_implementation
     lmar(model, [inputs(texts=((3, 4),))])
     assert model.config.text_config._attn_implementation == before != "eager"
-    with pytest.raises(RuntimeError), _broken(model):
+    with pytest.raises(RuntimeError, match="broken"), model.get_decoder().register_forward_pre_hook(fail):
         lmar(model, [inputs(texts=((3, 4),))])
     assert model.config.text_config._attn_implementation == before
-    assert batch.keys() == inputs().keys()
-
-
-class _broken:
-    """Context: the second call of the decoder fails."""
-
-    def __init__(self, model):
-        self.decoder, self.calls = model.get_decoder(), 0
-
-    def __enter__(self):
-        def fail(*args):
-            self.calls += 1
-            if self.calls == 2:
-                raise RuntimeError("broken")
-
-        self.handle = self.decoder.register_forward_pre_hook(fail)
-
-    def __exit__(self, *error):
-        self.handle.remove()
-        return False
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"reduction": "max"}, {"heads": 3}, {"queries": "all"}, {"system": "image"}, {"engine": "fast"}],
-    ids=str,
+    ("options", "message"),
+    [
+        ({"reduction": "max"}, "reduction='max' .*choose one of"),
+        ({"heads": 3}, "heads=3 .*choose one of"),
+        ({"queries": "all"}, "queries='all' .*choose one of"),
+        ({"system": "image"}, "system='image' .*choose one of"),
+        ({"engine": "fast"}, "engine='fast' .*choose one of"),
+        ({"queries": "generated", "max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"queries": "generated", "max_new_tokens": -1}, "max_new_tokens=-1"),
+        ({"queries": "generated", "max_new_tokens": 1.5}, "max_new_tokens=1.5"),
+        ({"model": build().train()}, "training mode"),
+        ({"batches": [inputs(texts=TEXTS)]}, "padding_side='left'"),
+        ({"batches": [inputs(texts=(None,))]}, "no visual tokens"),
+        ({"batches": []}, "batches is empty"),
+        ({"batches": inputs()}, r"\[batch\]"),
+        ({"batches": [{"pixel_values": inputs()["pixel_values"]}]}, "pixel_values, but no input_ids"),
+    ],
 )
-def test_unknown_choices_are_refused(options):
-    with pytest.raises(ValueError, match=f"{next(iter(options))}=.*choose one of"):
-        lmar(build(), [inputs()], **options)
-
-
-def test_what_cannot_be_measured_is_refused():
-    with pytest.raises(ValueError, match="training mode"):
-        lmar(build().train(), [inputs()])
-    with pytest.raises(ValueError, match="padding_side='left'"):
-        lmar(build(), [inputs(texts=TEXTS)])
-    with pytest.raises(ValueError, match="no visual tokens"):
-        lmar(build(), [inputs(texts=(None,))])
-    with pytest.raises(ValueError, match="batches is empty"):
-        lmar(build(), [])
-
-
-@pytest.mark.parametrize("number", [0, -1, 1.5])
-def test_a_number_of_tokens_that_is_none_is_refused(number):
-    with pytest.raises(ValueError, match=f"max_new_tokens={number}"):
-        lmar(build(), [inputs()], queries="generated", max_new_tokens=number)
-
-
-def test_batches_of_another_kind_are_refused():
-    with pytest.raises(ValueError, match=r"\[batch\]"):
-        lmar(build(), inputs())
-    with pytest.raises(ValueError, match="pixel_values, but no input_ids"):
-        lmar(build(), [{"pixel_values": inputs()["pixel_values"]}])
+def test_what_cannot_be_measured_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        lmar(**{"model": build(), "batches": [inputs()], **options})
 
 
 def test_steered_text_needs_the_whole_prompt():
@@ -230,29 +202,14 @@ def test_a_prompt_that_ends_in_an_image_needs_to_be_whole(family):
     torch.testing.assert_close(result.ratio, expected(attention, batch, system="text"), atol=1e-5, rtol=1e-4)
 
 
-class Largest(TorchDispatchMode):
-    """Notes the number of elements of the largest tensor that an operator makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        for tensor in output if isinstance(output, (tuple, list)) else [output]:
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return output
-
-
 def test_no_map_of_tokens_by_tokens_is_made():
     batch = inputs(texts=((1, 500),))
     model = build()
     model.config.text_config.max_position_embeddings = 1024
     tokens = batch["input_ids"].shape[1]
-    with Largest() as step:
+    with LargestAllocation() as step:
         lmar(model, [batch], queries="generated", max_new_tokens=2)
-    with Largest() as full:
+    with LargestAllocation() as full:
         lmar(model, [batch], engine="full")
     assert step.elements < tokens**2 < full.elements
 
