@@ -49,7 +49,8 @@ def test_whatever_is_trained_gets_its_gradient_and_the_output_may_be_changed_in_
     layer = adapt(base, backend=backend, train_bias=also == "the adapter's bias")
     base.bias.requires_grad_(also.startswith("the base"))
     base.weight.requires_grad_(also == "the base")
-    assert_layer_correct(layer, KINDS[kind].draw(), then=_changed_in_place)
+    for x in (KINDS[kind].draw(), KINDS[kind].draw().detach()[0].requires_grad_()):
+        assert_layer_correct(layer, x, then=_changed_in_place)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -141,6 +141,7 @@ def test_a_support_that_was_set_is_followed(selection, backend):
     layer = adapt(random_linear(FAN_IN, ROWS), **options)
     other = adapt(random_linear(FAN_IN, ROWS), adapters=("a", "default"), active=["default"], **options)
     mine, theirs = layer.deltas["default"], other.deltas["default"]
+    layer(torch.randn(20, FAN_IN, requires_grad=True)).sum().backward()  # makes the tables
     assert not torch.equal(mine.indices, theirs.indices)
     for name, tensor in theirs.identity.items():
         setattr(mine, name, tensor.clone())

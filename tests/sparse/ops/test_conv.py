@@ -13,16 +13,9 @@ from peft_ext.sparse.ops.geometry import pad
 from tests._models.layers import CONVS, with_weight
 
 from .._asserts import TOLERANCES, assert_all_close, assert_same_bits, bits, dense_update
-from .._inputs import random_support
+from .._inputs import DTYPES, random_support
 
 
-DTYPES = [
-    (torch.float64, torch.float64),
-    (torch.float32, torch.float32),
-    (torch.bfloat16, torch.float32),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float32),
-]
 # k of a table, or the number of entries of each row of a ragged support, capped at the fan-in.
 SUPPORTS = {"k1": 1, "k3": 3, "ragged": (0, 2, 1, 0, 4, 1, 0, 3), "empty": (0,) * 8}
 SOME = ("1d circular, grouped", "2d same, even kernel", "2d depthwise", "3d")

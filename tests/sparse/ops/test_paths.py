@@ -15,6 +15,7 @@ from .._asserts import (
 )
 from .._inputs import DTYPES, SHAPES, make_inputs
 from ._paths import PATHS, PATHS_AND_SHAPES
+from .gpu._cases import LAYOUTS, laid_out
 
 
 EVERY_LAYOUT = pytest.mark.parametrize("layout", ["linear", "conv1d", "no bias"])
@@ -37,24 +38,14 @@ def test_in_other_dtypes_too(path, shape, dtype, values_dtype, layout):
     assert_product_correct(PATHS[path], make_inputs(SHAPES[shape], dtype, values_dtype, layout))
 
 
-@pytest.mark.parametrize("kind", ["transposed", "every second", "repeated"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("path", "shape"), _paths_with("k1", "k2", "k2 eight tokens", "k2 one token", "ragged"))
-def test_strides_of_x_and_gradient_do_not_matter(path, shape, dtype, kind):
+def test_strides_of_x_and_gradient_do_not_matter(path, shape, dtype, layout):
     inputs = make_inputs(SHAPES[shape], dtype)
-    inputs.x = _restrided(inputs.x.detach(), kind).requires_grad_()
-    inputs.grad = _restrided(inputs.grad, kind)
+    inputs.x = laid_out(inputs.x.detach(), layout).requires_grad_()
+    inputs.grad = laid_out(inputs.grad, layout)
     assert_product_correct(PATHS[path], inputs)
-
-
-def _restrided(matrix, kind):
-    if kind == "transposed":
-        return matrix.t().contiguous().t()
-    if kind == "every second":
-        wide = torch.full((2 * matrix.shape[0], 2 * matrix.shape[1]), torch.nan, dtype=matrix.dtype)
-        wide[::2, ::2] = matrix
-        return wide[::2, ::2]
-    return matrix[:1].expand(matrix.shape)  # stride 0, as the gradient of a sum has
 
 
 @pytest.mark.parametrize("wanted", [("x",), ("values",), ("bias",), ("x", "bias"), ("values", "bias")], ids="+".join)

@@ -18,12 +18,15 @@ MODULES = {"block.0.up": (6, 10), "block.0.down": (4, 3), "block.1.up": (5, 10)}
 
 
 def _weights(dtype=torch.float32, seed=0, values=None):
-    """Random weights; `values`: how many distinct magnitudes, so that ties abound. The second is stored transposed."""
+    """Random weights; `values`: how many distinct magnitudes, so that ties abound, or "near" for such that only wide
+    types tell apart. The second is stored transposed."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in MODULES.items():
         weight = torch.randn(shape, generator=generator)
-        if values is not None:
+        if values == "near":
+            weight = 1 + weight / 1000
+        elif values is not None:
             weight = torch.randint(-values, values + 1, shape, generator=generator) / 4.0
         weights[name] = weight.to(dtype)
     weights["block.0.down"] = weights["block.0.down"].t().contiguous().t()
@@ -53,7 +56,7 @@ def _budget(weights, k):
     return sum(rows * min(k, fan_in) for rows, fan_in in (weight.shape for weight in weights.values()))
 
 
-@pytest.mark.parametrize("values", [None, 0, 1, 3], ids=["distinct", "zero", "3 values", "7 values"])
+@pytest.mark.parametrize("values", [None, 0, 1, 3, "near"], ids=["distinct", "zero", "3 values", "7 values", "near"])
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_selection_is_that_of_a_dense_sort(selection, dtype, values):
