@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -100,10 +100,13 @@ def test_generated_code_gives_the_same(base, ids):
         torch.testing.assert_close(compiled(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_hot_swap(bases, ids, tmp_path):
+@pytest.mark.parametrize(("backend", "origin"), [("auto", "loaded"), ("bypass", "created")])
+def test_hot_swap(bases, ids, tmp_path, backend, origin):
     for name, seed in (("first", 1), ("second", 2)):
-        adapted(bases(), seed=seed, selection="random").save_pretrained(tmp_path / name)
-    model = adapted(bases())
+        adapted(bases(), seed=seed, selection="random", backend=backend).save_pretrained(tmp_path / name)
+    model = adapted(bases(), backend=backend)
+    if origin == "loaded":
+        model = PeftModel.from_pretrained(bases(), tmp_path / "first", is_trainable=True)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     gradients(model, ids, compiled)
     for name in ("first", "second"):

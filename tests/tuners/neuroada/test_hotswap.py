@@ -3,7 +3,6 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
 
 from peft_ext import NeuroAdaConfig, hotswap_adapter
 from tests.contract._untouched import Untouched
@@ -88,68 +87,6 @@ def test_ragged_adapters_of_equal_size(tiny, save, ids, options):
     model = adapted(tiny("llama"), k=2, **options)
     hotswap_adapter(model, str(folder))
     assert torch.equal(logits(model, ids), expected)
-
-
-# ------------------------------------------------------------------ compiled
-
-
-@pytest.fixture
-def compiler():
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        yield
-    torch._dynamo.reset()
-
-
-def _mlp():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 8)).eval()
-
-
-@pytest.mark.parametrize(
-    ("backend", "origin"),
-    [("bypass", "created"), ("bypass", "loaded and run")] + [(backend, "loaded") for backend in BACKENDS],
-)
-def test_compiled_model_is_not_compiled_again(tmp_path, compiler, backend, origin):
-    x = torch.randn(4, 16)
-    expected = {}
-    for name, options in {"first": {"k": 2}, "second": {"k": 2, "selection": "random"}}.items():
-        model = adapted(_mlp(), seed=len(name), target_modules=["0", "2"], backend=backend, **options)
-        model.save_pretrained(tmp_path / name)
-        expected[name] = model(x).detach()
-    if origin == "created":
-        model = adapted(_mlp(), seed=len("first"), k=2, target_modules=["0", "2"], backend=backend)
-    else:
-        model = PeftModel.from_pretrained(_mlp(), tmp_path / "first")
-    with torch.no_grad():
-        if origin == "loaded and run":
-            model(x)
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=backend == "bypass")
-        torch.testing.assert_close(compiled(x), expected["first"], atol=1e-5, rtol=1e-5)
-        for name in ("second", "first"):
-            hotswap_adapter(compiled, str(tmp_path / name))
-            torch.testing.assert_close(compiled(x), expected[name], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("backend", ["bypass", "folded"])
-def test_compiled_training_step_is_not_compiled_again(tmp_path, compiler, backend):
-    options = {"k": 2, "target_modules": ["0", "2"], "backend": backend}
-    adapted(_mlp(), seed=2, **{**options, "selection": "random"}).save_pretrained(tmp_path)
-    x = torch.randn(4, 16, requires_grad=True)
-    model = adapted(_mlp(), **options)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=backend == "bypass")
-    compiled(x).square().sum().backward()
-    x.grad = None
-    model.zero_grad()
-    hotswap_adapter(compiled, str(tmp_path))
-    compiled(x).square().sum().backward()
-    gradient, x.grad = x.grad, None
-    reference = PeftModel.from_pretrained(_mlp(), tmp_path, is_trainable=True)
-    reference(x).square().sum().backward()
-    torch.testing.assert_close(gradient, x.grad, atol=1e-5, rtol=1e-4)
-    for layer, other in zip(wrapped(model).values(), wrapped(reference).values(), strict=True):
-        gradients = layer.deltas["default"].weight.grad, other.deltas["default"].weight.grad
-        torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
 
 
 # ------------------------------------------------------------------ refused

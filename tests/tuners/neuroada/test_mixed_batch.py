@@ -1,8 +1,10 @@
 """A batch whose samples use different adapters: `adapter_names=[...]` in forward and generate."""
 
+import copy
+
 import pytest
 import torch
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 
 from tests.tuners.neuroada._common import adapted, add, fill, logits, wrapped
 
@@ -51,36 +53,28 @@ def test_half_precision(tiny, ids, dtype):
     torch.testing.assert_close(mixed, expected, atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_generate(model, ids, beams):
-    def generate(**kwargs):
-        return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options, **kwargs)
+# Beams by argument, in a generation config, and set on the model.
+BEAMS = {
+    "none": {},
+    "argument": {"num_beams": 3},
+    "config": {"generation_config": GenerationConfig(num_beams=2, pad_token_id=0, eos_token_id=2)},
+    "model": {},
+}
 
-    options = {"num_beams": beams, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+
+@pytest.mark.parametrize("beams", BEAMS)
+def test_generate(model, ids, beams):
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    if beams == "model":
+        model.generation_config.num_beams = 2
+
+    def generate(**kwargs):
+        return model.generate(input_ids=ids, **options, **copy.deepcopy(BEAMS[beams]), **kwargs)
+
     expected = one_by_one(model, generate)
     mixed = generate(adapter_names=NAMES)
     assert torch.equal(mixed, expected)
     assert not torch.equal(mixed, generate())  # the adapters do differ
-
-
-def test_beams_given_in_a_generation_config(model, ids):
-    from transformers import GenerationConfig
-
-    config = GenerationConfig(num_beams=2, max_new_tokens=4, min_new_tokens=4, pad_token_id=0, eos_token_id=2)
-
-    def generate(**kwargs):
-        mask = torch.ones_like(ids)
-        return model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **kwargs)
-
-    expected = one_by_one(model, generate)
-    assert torch.equal(generate(adapter_names=NAMES), expected)
-
-
-def test_beams_set_on_the_model(model, ids):
-    model.generation_config.num_beams = 2
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "min_new_tokens": 4}
-    expected = one_by_one(model, lambda: model.generate(input_ids=ids, **options))
-    assert torch.equal(model.generate(input_ids=ids, adapter_names=NAMES, **options), expected)
 
 
 def test_beams_of_an_encoder_decoder(ids):
@@ -100,25 +94,23 @@ def test_beams_of_an_encoder_decoder(ids):
 # ------------------------------------------------------------------ refused
 
 
-def test_training_is_refused(model, ids):
-    with pytest.raises(ValueError, match="adapter_names.*training mode"):
-        logits(model.train(), ids, adapter_names=NAMES)
+REFUSED = {
+    "training": (lambda model: model.train(), NAMES, "adapter_names.*training mode"),
+    "unknown": (lambda model: model, ["default", "third", "other"], "non-existing adapter.*third"),
+    "number": (lambda model: model, ["default", "other"], "2 and 3"),
+    "merged": (lambda model: model.merge_adapter(), NAMES, "merged.*unmerge"),
+}
 
 
-def test_unknown_adapter_is_refused(model, ids):
-    with pytest.raises(ValueError, match="non-existing adapter.*third"):
-        logits(model, ids, adapter_names=["default", "third", "other"])
-
-
-def test_wrong_number_of_names_is_refused(model, ids):
-    with pytest.raises(ValueError, match="2 and 3"):
-        logits(model, ids, adapter_names=["default", "other"])
-
-
-def test_merged_adapters_are_refused(model, ids):
-    model.merge_adapter()
-    with pytest.raises(ValueError, match="merged.*unmerge"):
-        logits(model, ids, adapter_names=NAMES)
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused_and_the_next_call_is_an_ordinary_one(model, ids, what):
+    prepare, names, words = REFUSED[what]
+    prepare(model)
+    expected = logits(model, ids)
+    with pytest.raises(ValueError, match=words):
+        logits(model, ids, adapter_names=names)
+    assert not [module for module in model.modules() if module._forward_pre_hooks]
+    assert torch.equal(logits(model, ids), expected)
 
 
 def test_disabled_adapters_give_the_base_model_as_in_peft(model, ids):
@@ -127,14 +119,6 @@ def test_disabled_adapters_give_the_base_model_as_in_peft(model, ids):
         layer = next(iter(wrapped(model).values()))
         with pytest.raises(ValueError, match="disabled.*enable"):
             layer(torch.zeros(3, 32), adapter_names=NAMES)
-
-
-def test_refused_call_leaves_no_hook(model, ids):
-    expected = logits(model, ids)
-    with pytest.raises(ValueError):
-        logits(model, ids, adapter_names=["default"])
-    assert not [module for module in model.modules() if module._forward_pre_hooks]
-    assert torch.equal(logits(model, ids), expected)
 
 
 def test_names_for_one_call_do_not_depend_on_the_active_adapter(model, ids):

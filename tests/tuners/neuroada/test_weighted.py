@@ -37,25 +37,21 @@ def dense(layer, adapter_name):
     return torch.zeros_like(layer.base_layer.weight)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair not in ("modules", "regex")])
+OF_LLAMA = ("modules", "regex")  # name modules of it
+
+
+@pytest.mark.parametrize(
+    ("name", "pair"),
+    [*(("llama", pair) for pair in PAIRS), *(("gpt2", pair) for pair in PAIRS if pair not in OF_LLAMA)],
+)
 def test_linear_is_the_weighted_sum(tiny, name, pair):
     model = two(tiny(name), pair)
     model.add_weighted_adapter(["default", "b"], [0.3, -1.5], "c")
+    assert all("c" in layer.deltas for layer in wrapped(model).values())
     for path, layer in wrapped(model).items():
         # the same two products and one sum in fp32 for each entry: equal in every bit
         expected = task_arithmetic([dense(layer, "default"), dense(layer, "b")], torch.tensor([0.3, -1.5]))
         assert torch.equal(dense(layer, "c"), expected), path
-
-
-@pytest.mark.parametrize("pair", ["modules", "regex"])
-def test_linear_over_different_modules(llama, pair):
-    model = two(llama, pair)
-    model.add_weighted_adapter(["default", "b"], [2.0, 0.5], "c")
-    targeted = {path for path, layer in wrapped(model).items() if "c" in layer.deltas}
-    assert targeted == wrapped(model).keys()
-    for path, layer in wrapped(model).items():
-        torch.testing.assert_close(dense(layer, "c"), 2 * dense(layer, "default") + 0.5 * dense(layer, "b"), msg=path)
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -168,7 +164,7 @@ def test_what_is_asked_for_is_done_without_a_warning(llama, recwarn, combination
 # ------------------------------------------------------------------ the new adapter is one like the others
 
 
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("pair", ["random", "network", "modules"])
 def test_saved_and_loaded_by_peft_and_by_transformers(tiny, ids, tmp_path, pair):
     model = two(tiny("llama"), pair)
     model.add_weighted_adapter(["default", "b"], [0.3, 0.7], "c")
@@ -214,15 +210,6 @@ def test_adapters_selected_by_gradient_can_be_combined(llama, tiny, ids, tmp_pat
     expected = logits(model, ids)
     model.save_pretrained(tmp_path, selected_adapters=["c"])
     assert torch.equal(logits(PeftModel.from_pretrained(tiny("llama"), tmp_path / "c"), ids), expected)
-
-
-def test_values_in_half_precision(llama):
-    model = add(adapted(llama, k=2, values_dtype="bfloat16"), "b", k=2, values_dtype="bfloat16", selection="random")
-    model.add_weighted_adapter(["default", "b"], [0.5, 0.5], "c")
-    for layer in wrapped(model).values():
-        assert layer.deltas["c"].weight.dtype == torch.bfloat16
-        expected = 0.5 * dense(layer, "default").float() + 0.5 * dense(layer, "b").float()
-        assert torch.equal(dense(layer, "c"), expected.bfloat16())
 
 
 # ------------------------------------------------------------------ refused
@@ -278,18 +265,10 @@ def test_what_has_no_weighted_sum_is_said_to_be_left_out(tiny, first, second, wo
         model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "c")
 
 
-def test_merged_adapters_combine_from_their_values(llama):
-    model = two(llama)
-    model.merge_adapter(["default"])
-    model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "c")
-    model.unmerge_adapter()
-    for layer in wrapped(model).values():
-        torch.testing.assert_close(dense(layer, "c"), dense(layer, "default") + dense(layer, "b"))
-
-
 @pytest.mark.parametrize("values_dtype", [None, "bfloat16"])
-def test_values_keep_their_dtype_on_a_half_precision_base(tiny, values_dtype):
-    model = adapted(tiny("llama").bfloat16(), values_dtype=values_dtype)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_values_keep_their_dtype(tiny, dtype, values_dtype):
+    model = adapted(tiny("llama", dtype), values_dtype=values_dtype)
     add(model, "b", values_dtype=values_dtype)
     model.add_weighted_adapter(["default", "b"], [0.3, 0.3], "c")
     for layer in wrapped(model).values():
