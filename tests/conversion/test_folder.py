@@ -1,17 +1,17 @@
 """Converting an adapter's folder: what may be passed, and a base model that any error leaves as it was."""
 
-import json
 import shutil
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, SupertuningConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from peft_ext import convert
+from tests.contract._damage import CONFIG, add, cut, cut_config, edit, without_weights
+from tests.contract._damage import options as change_options
+from tests.contract._untouched import Untouched
 from tests.conversion._common import CONFIGS, PEERS, peft_adapted
-from tests.sparse._asserts import assert_same_bits, bits
 from tests.tuners.neuroada._common import logits
 
 
@@ -76,19 +76,10 @@ def changed(model, **options):
 
 def refused(folder, base, error, match, **options):
     """Converting raises an error, and leaves everything of the base model as it was."""
-    modules = list(base.named_modules())
-    modes = [module.training for module in base.modules()]
-    trainable = {name: p.requires_grad for name, p in base.named_parameters()}
-    state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    attributes = set(vars(base))
-    with pytest.raises(error, match=match):
+    modules, attributes = list(base.named_modules()), set(vars(base))
+    with Untouched(base), pytest.raises(error, match=match):
         convert(folder, base, **options)
     assert list(base.named_modules()) == modules and set(vars(base)) == attributes
-    assert [module.training for module in base.modules()] == modes
-    assert {name: p.requires_grad for name, p in base.named_parameters()} == trainable
-    for name, tensor in base.state_dict().items():
-        assert_same_bits(tensor, bits(state.pop(name)))
-    assert not state and not hasattr(base, "peft_config")
 
 
 @pytest.mark.parametrize("peer", ["SHiRA", "Super-Tuning from below"])  # targets that are ends of names
@@ -128,36 +119,32 @@ def test_embeddings_that_the_adapter_brings_along(tiny, tmp_path):
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 MALFORMED = {
-    "NaN": ({f"{Q}.shira_weight": lambda t: t * torch.nan}, "q_proj.shira_weight' has values that are not finite"),
-    "infinite": ({f"{Q}.shira_weight": lambda t: t / 0.0}, "q_proj.shira_weight' has values that are not finite"),
-    "wrapping": ({f"{Q}.shira_indices": lambda t: t.long() + 2**32}, "q_proj.shira_indices' has numbers that are no"),
-    "fractional": ({f"{Q}.shira_indices": lambda t: t + 0.5}, "q_proj.shira_indices' has numbers that are no indices"),
-    "negative": ({f"{Q}.shira_indices": lambda t: t - 99}, "q_proj.shira_indices' has numbers that are no indices"),
-    "frozen": (
-        {"base_model.model.model.norm.weight": lambda t: torch.full((32,), 7.0)},
-        "model.norm.weight', which is",
-    ),
+    "NaN": (f"{Q}.shira_weight", lambda t: t * torch.nan, "q_proj.shira_weight' has values that are not finite"),
+    "infinite": (f"{Q}.shira_weight", lambda t: t / 0.0, "q_proj.shira_weight' has values that are not finite"),
+    "wrapping": (f"{Q}.shira_indices", lambda t: t.long() + 2**32, "q_proj.shira_indices' has numbers that are no"),
+    "fractional": (f"{Q}.shira_indices", lambda t: t + 0.5, "q_proj.shira_indices' has numbers that are no indices"),
+    "negative": (f"{Q}.shira_indices", lambda t: t - 99, "q_proj.shira_indices' has numbers that are no indices"),
+    "frozen": ("base_model.model.model.norm.weight", lambda _: torch.full((32,), 7.0), "norm.weight', which is"),
 }
 
 
-def _edit(folder, changes):
-    tensors = load_file(folder / "adapter_model.safetensors")
-    save_file(tensors | {k: f(tensors.get(k)) for k, f in changes.items()}, folder / "adapter_model.safetensors")
+def _change(tensors, key, change):
+    tensors[key] = change(tensors.get(key))
 
 
 @pytest.mark.parametrize("name", MALFORMED)
 def test_malformed_files(tiny, tmp_path, name):
     peft_adapted(tiny("llama")).save_pretrained(tmp_path)
-    changes, match = MALFORMED[name]
-    _edit(tmp_path, changes)
+    key, change, match = MALFORMED[name]
+    edit(lambda tensors: _change(tensors, key, change))(tmp_path)
     refused(tmp_path, tiny("llama"), ValueError, match)
 
 
 def test_indices_saved_on_windows_are_floats(tiny, ids, tmp_path):
     model = peft_adapted(tiny("llama"))
     model.save_pretrained(tmp_path)
-    keys = [key for key in load_file(tmp_path / "adapter_model.safetensors") if key.endswith("indices")]
-    _edit(tmp_path, dict.fromkeys(keys, torch.Tensor.float) | {"foo": lambda t: torch.ones(2)})
+    edit(lambda tensors: tensors.update({k: t.float() for k, t in tensors.items() if k.endswith("indices")}))(tmp_path)
+    add("foo", torch.ones(2))(tmp_path)
     with pytest.warns(UserWarning, match="belong to nothing in this model and are ignored: 'foo'"):
         converted = convert(tmp_path, tiny("llama"))
     torch.testing.assert_close(logits(converted, ids), logits(model, ids), atol=1e-5, rtol=1e-5)
@@ -195,24 +182,20 @@ def test_lora_parts_and_other_methods(tiny, tmp_path):
     refused(tmp_path / "lora", tiny("llama"), TypeError, "LORA, but only")
 
 
-@pytest.mark.parametrize("what", ["no weights", "cut weights", "no config", "broken config", "unknown method"])
+NOT_WHOLE = {
+    "no weights": (without_weights, ValueError, "has no weights"),
+    "cut weights": (cut, ValueError, "not a whole safetensors file"),
+    "no config": (lambda folder: (folder / CONFIG).unlink(), ValueError, "no adapter that can be read"),
+    "broken config": (cut_config, ValueError, "this folder has no adapter that can be read"),
+    "unknown method": (change_options(peft_type="TOMORROW"), TypeError, "'TOMORROW', which this PEFT does not know"),
+}
+
+
+@pytest.mark.parametrize("what", NOT_WHOLE)
 def test_folders_that_are_not_whole(tiny, tmp_path, what):
     peft_adapted(tiny("llama")).save_pretrained(tmp_path)
-    weights, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
-    error, match = ValueError, "this folder has no adapter that can be read"
-    if what == "no weights":
-        weights.unlink()
-        match = "has no weights"
-    elif what == "cut weights":
-        weights.write_bytes(weights.read_bytes()[:500])
-        match = "not a whole safetensors file"
-    elif what == "no config":
-        config.unlink()
-    elif what == "broken config":
-        config.write_text("{")
-    else:
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"peft_type": "TOMORROW"}))
-        error, match = TypeError, "'TOMORROW', which this PEFT does not know"
+    damage, error, match = NOT_WHOLE[what]
+    damage(tmp_path)
     refused(tmp_path, tiny("llama"), error, match)
 
 
