@@ -7,6 +7,7 @@ import transformers as hf
 from peft_ext.knockout import AttentionKnockout, FlowSample, ModuleKnockout, answer_probability_by_layer
 from tests._models.vision_language import LAYERS, WIDTH, grouped
 
+from ._runs import generated, logits
 from ._sweeps import assert_same
 
 
@@ -36,8 +37,7 @@ SCALED = {
 def test_scaled_logits_are_read_as_the_model_scales_them(kind):
     model = build(kind, **SCALED[kind])
     batch, groups = grouped("llama")
-    with torch.no_grad():
-        expected = model(**batch).logits[groups["last"]].softmax(-1)[:, 7]
+    expected = logits(model, batch)[groups["last"]].softmax(-1)[:, 7]
     last = [r["probability"] for r in answer_probability_by_layer(model, batch, {"a": 7}) if r["layer"] == LAYERS]
     torch.testing.assert_close(torch.tensor(last), expected)
     assert_same(model, FlowSample(batch, groups), layers=[1])
@@ -51,11 +51,7 @@ def test_families_whose_cache_or_norm_has_another_name(kind):
     found = []
     for cache in (True, False):
         with AttentionKnockout(model, range(LAYERS), [(groups["question"], groups["last"])]):
-            made = model.generate(
-                **batch, max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=cache, output_logits=True,
-                return_dict_in_generate=True,
-            )  # fmt: skip
-        found.append(torch.stack(made.logits))
+            found.append(generated(model, batch, use_cache=cache)[0])
     torch.testing.assert_close(*found, rtol=0, atol=1e-4)
 
 
@@ -119,5 +115,5 @@ def test_a_context_that_reaches_no_layer_warns(kind):
         knockout = ModuleKnockout(model, [1], groups["question"])
     with pytest.warns(UserWarning, match="ended without a call to its layers"), knockout:
         pass
-    with knockout, torch.no_grad():
-        model(**batch)
+    with knockout:
+        logits(model, batch)

@@ -9,14 +9,11 @@ from transformers import DynamicCache, StaticCache
 from peft_ext.knockout import AttentionKnockout
 from tests._models.vision_language import LAYERS, build, grouped
 
+from ._runs import generated, logits
+
 
 PAIRS = [("image", "question"), ("question", "last"), ("image", "last"), ("last", "last")]
 _PAIR_IDS = [":".join(pair) for pair in PAIRS]
-
-
-def logits(model, batch):
-    with torch.no_grad():
-        return model(**batch).logits
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=_PAIR_IDS)
@@ -29,17 +26,8 @@ def test_cached_generation_equals_uncached(family, pair):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a sliding window may leave no edge to block
             with AttentionKnockout(model, range(LAYERS), [(groups[pair[0]], groups[pair[1]])]):
-                found.append(_generate(model, batch, use_cache=cache))
+                found.append(generated(model, batch, use_cache=cache)[0])
     torch.testing.assert_close(*found, rtol=0, atol=2e-4)
-
-
-def _generate(model, batch, **options):
-    """Scores of five generated tokens, `[5, batch, vocabulary]`."""
-    made = model.generate(
-        **batch, max_new_tokens=5, min_new_tokens=5, output_logits=True, return_dict_in_generate=True, do_sample=False,
-        **options,
-    )  # fmt: skip
-    return torch.stack(made.logits)
 
 
 def test_a_static_cache_equals_a_dynamic_one():
@@ -48,7 +36,7 @@ def test_a_static_cache_equals_a_dynamic_one():
     found = []
     for cache in (DynamicCache(), StaticCache(config=model.config.get_text_config(), max_cache_len=48)):
         with AttentionKnockout(model, [0, 1], [(groups["question"], groups["last"])]):
-            found.append(_generate(model, batch, past_key_values=cache))
+            found.append(generated(model, batch, past_key_values=cache)[0])
     torch.testing.assert_close(*found, rtol=0, atol=2e-4)
 
 
@@ -58,15 +46,14 @@ def test_generated_tokens_take_over_the_last_position():
     batch, groups = grouped("llama", texts=((3, 7),))
     pair = (groups["question"], groups["last"])
     with AttentionKnockout(model, [0, 1], [pair]):
-        tokens = model.generate(**batch, max_new_tokens=4, min_new_tokens=4, do_sample=False)
-        scores = _generate(model, batch)
+        scores, tokens = generated(model, batch)
     whole = {"input_ids": tokens[:, :-1], "attention_mask": torch.ones_like(tokens[:, :-1])}
     length = batch["input_ids"].shape[1]
     source = torch.nn.functional.pad(pair[0], (0, 3))
     target = torch.arange(length + 3)[None] >= length - 1
     with AttentionKnockout(model, [0, 1], [(source, target)]):
         expected = logits(model, whole)[0, length - 1 :]
-    torch.testing.assert_close(scores[:4, 0].double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores[:, 0].double(), expected, rtol=0, atol=1e-5)
     with AttentionKnockout(model, [0, 1], [pair], answer_tokens=3):
         torch.testing.assert_close(logits(model, whole)[0, length - 1 :], expected)
     with AttentionKnockout(model, [0, 1], [pair], generated="fixed", answer_tokens=3):
@@ -77,15 +64,14 @@ def test_beams_repeat_the_rows():
     """Beam search of a batch finds what it finds for each row alone."""
     model = build("llava")
     batch, groups = grouped("llava")
-    options = {"num_beams": 3, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     with AttentionKnockout(model, [0, 1], [(groups["image"], groups["question"])]):
-        together = model.generate(**batch, **options)[:, -4:]
-    without = model.generate(**batch, **options)[:, -4:]
+        together = generated(model, batch, num_beams=3)[1][:, -4:]
+    without = generated(model, batch, num_beams=3)[1][:, -4:]
     for number in range(2):
         own = {name: mask[number : number + 1] for name, mask in groups.items()}
         single = {name: value[number : number + 1] for name, value in batch.items()}
         with AttentionKnockout(model, [0, 1], [(own["image"], own["question"])]):
-            assert torch.equal(model.generate(**single, **options)[0, -4:], together[number])
+            assert torch.equal(generated(model, single, num_beams=3)[1][0, -4:], together[number])
     assert not torch.equal(together, without)
 
 
@@ -111,14 +97,14 @@ def test_assisted_generation_equals_one_token_at_a_time(assistant):
     batch["input_ids"][:, -4:] = batch["input_ids"][:, -8:-4]  # to be looked up
     pair = (groups["question"], groups["last"])
     with AttentionKnockout(model, range(LAYERS), [pair]):
-        expected = _generate(model, batch)
+        expected, _ = generated(model, batch)
     with AttentionKnockout(model, range(LAYERS), [pair], answer_tokens=20):
-        torch.testing.assert_close(_generate(model, batch, **options), expected, rtol=0, atol=2e-4)
+        torch.testing.assert_close(generated(model, batch, **options)[0], expected, rtol=0, atol=2e-4)
     with (
         pytest.raises(ValueError, match="called with .* assisted generation, set answer_tokens"),
         AttentionKnockout(model, range(LAYERS), [pair]),
     ):
-        _generate(model, batch, **options)
+        generated(model, batch, **options)
 
 
 def test_a_prompt_in_chunks_is_refused_with_the_remedy():
@@ -128,7 +114,7 @@ def test_a_prompt_in_chunks_is_refused_with_the_remedy():
         pytest.raises(ValueError, match="called with 4.*without prefill_chunk_size"),
         AttentionKnockout(model, [0], [(groups["question"], groups["last"])]),
     ):
-        _generate(model, batch, prefill_chunk_size=4)
+        generated(model, batch, prefill_chunk_size=4)
 
 
 def test_more_tokens_than_a_step_after_a_longer_prefix_are_refused():

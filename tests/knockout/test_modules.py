@@ -7,11 +7,7 @@ from peft_ext.knockout import AttentionKnockout, ModuleKnockout
 from tests._models.vision_language import FAMILIES, LAYERS, build, grouped
 
 from ._reference import decoder_embeddings, llama_logits
-
-
-def logits(model, batch):
-    with torch.no_grad():
-        return model(**batch).logits
+from ._runs import generated, logits
 
 
 @pytest.mark.parametrize("module", ["attention", "mlp"])
@@ -48,15 +44,14 @@ def test_positions_follow_the_cache():
     """Zeroing the last position while generating equals zeroing it, and what follows, in one pass."""
     model = build("llama")
     batch, groups = grouped("llama", texts=((3, 7),))
-    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     with ModuleKnockout(model, [1], groups["last"], "mlp"):
-        made = model.generate(**batch, **options, output_logits=True, return_dict_in_generate=True)
-    ids = made.sequences[:, :-1]
+        scores, tokens = generated(model, batch)
+    ids = tokens[:, :-1]
     length = batch["input_ids"].shape[1]
     late = torch.arange(ids.shape[1])[None] >= length - 1
     with ModuleKnockout(model, [1], late, "mlp"):
         expected = logits(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-    torch.testing.assert_close(torch.stack(made.logits)[:, 0], expected[0, length - 1 :], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scores[:, 0], expected[0, length - 1 :], rtol=1e-4, atol=1e-5)
 
 
 def test_beside_an_attention_knockout():

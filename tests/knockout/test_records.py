@@ -22,6 +22,10 @@ def samples():
     return [FlowSample(single, own, names=[f"s{n}"], info={"task": "t"}) for n, (single, own) in enumerate(made)]
 
 
+def ordered(records):
+    return sorted(records, key=lambda record: [record[name] for name in ("sample", "pair", "layer")])
+
+
 def test_the_file_holds_what_is_returned(tmp_path):
     path = tmp_path / "new" / "sweep.jsonl"
     records = layer_sweep(build(), samples(), PAIRS, output=path, **OPTIONS)
@@ -40,9 +44,7 @@ def test_an_interrupted_sweep_continues(tmp_path, monkeypatch, cut):
     kept = {"line": "".join(lines[:10])[:-30], "record": "".join(lines[:10]), "sample": "".join(lines[:6])}[cut]
     path.write_text(kept)
     ran = []
-    real = sweep_module.prepare
     monkeypatch.setattr(sweep_module.Sweep, "run", _counting(sweep_module.Sweep.run, ran))
-    assert sweep_module.prepare is real
     records = layer_sweep(model, samples(), PAIRS, output=path, **OPTIONS)
     assert ran == ["s1", "s2"]
     assert records == whole == read_records(path)
@@ -121,13 +123,10 @@ def test_what_another_process_left_behind_is_joined(tmp_path):
     lines = path.read_text().splitlines(keepends=True)
     path.unlink()
     (tmp_path / "sweep.process3.jsonl").write_text("".join(lines[:9]) + lines[9][:20])
-    key = ("sample", "pair", "layer")
     for _ in range(2):
         found = layer_sweep(model, samples(), PAIRS, output=path, **OPTIONS)
         for records in (found, read_records(path)):
-            assert sorted(records, key=lambda r: [r[name] for name in key]) == sorted(
-                whole, key=lambda r: [r[name] for name in key]
-            )
+            assert ordered(records) == ordered(whole)
     assert os.listdir(tmp_path) == ["sweep.jsonl"]
 
 
@@ -171,9 +170,7 @@ def test_two_processes_share_the_samples(tmp_path):
     launch(worker, tmp_path / "logs", 2, path, environment={"ACCELERATE_USE_CPU": "true"})
     assert os.listdir(path.parent) == ["sweep.jsonl"]
     alone = layer_sweep(build(), samples(), PAIRS, **OPTIONS)
-    key = ("sample", "pair", "layer")
-    shared = sorted(read_records(path), key=lambda record: tuple(record[name] for name in key))
-    assert shared == sorted(alone, key=lambda record: tuple(record[name] for name in key))
+    assert ordered(read_records(path)) == ordered(alone)
 
 
 def test_records_are_plain_json(tmp_path):
