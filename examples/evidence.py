@@ -93,7 +93,7 @@ class Evidence:
         """The largest training set of the first comparison, and the learning rates that its search finds there."""
         first = self.plan.comparisons[0]
         size = max(first.steps)
-        searched = replace(first, methods=tuple(methods), steps={size: first.steps[size]}, data=())
+        searched = replace(first, methods=tuple(methods), steps={size: first.steps[size]}, data=(), chosen_by="loss")
         ledger = self.ledger("comparisons", Run)
         searches = conduct(searched, ledger, self.trainer(runs.execute, ledger, "learning rates"))
         chosen = {method: found.best.learning_rate for (method, _), found in searches.items()}
@@ -175,7 +175,7 @@ def parser() -> argparse.ArgumentParser:
     own = options.add_argument_group("a model and data of your own")
     own.add_argument("--model", help="Hub id or folder, or one of minilm, smollm2, dinov2, efficientnet")
     own.add_argument("--data", nargs="+", help="movies, mnist, …, or SOURCE:TEXT_COLUMN:LABEL_COLUMN of a table")
-    own.add_argument("--methods", nargs="+", default=["neuroada-k1", "lora-r8", "probe"], help="[%(default)s]")
+    own.add_argument("--methods", nargs="+", help="[neuroada-k1 lora-r8 probe]; beside --experiments: these alone")
     own.add_argument("--size", type=int, default=1000, help="training samples [%(default)s]")
     own.add_argument("--steps", type=int, default=100, help="of every training [%(default)s]")
     own.add_argument("--batch-size", type=int, default=16, help="[%(default)s]")
@@ -191,7 +191,7 @@ def own_comparison(options: argparse.Namespace) -> Comparison:
         name="own",
         title=f"{options.model}",
         model=options.model,
-        methods=tuple(options.methods),
+        methods=tuple(options.methods or ("neuroada-k1", "lora-r8", "probe")),
         data=tuple(options.data),
         search_data=tuple(options.data),
         steps={options.size: options.steps},
@@ -208,8 +208,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser().error("--model and --data go together: give both, or none for the experiments")
     if options.jobs < 1:
         parser().error(f"--jobs is {options.jobs}: must be at least 1")
+    if options.methods and not (options.model or options.experiments):
+        parser().error("--methods needs --model or --experiments: the methods of all experiments differ")
     begin = time.perf_counter()
     plan = Plan(comparisons=(own_comparison(options),)) if options.model else Plan()
+    if options.methods:
+        plan = replace(plan, comparisons=tuple(replace(c, methods=tuple(options.methods)) for c in plan.comparisons))
     plan = quick(plan) if options.quick else plan
     plan = with_stand_ins(plan) if options.stand_ins else plan
     names = ["own"] if options.model else options.experiments or plan.names

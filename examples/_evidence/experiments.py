@@ -47,7 +47,14 @@ COMPARISONS = (
     replace(
         NEUROADA,
         name="neuroada-by-loss",
-        title="The same, with the learning rates that have the lowest loss on validation samples",
+        title="The same and four more, with the learning rates of the lowest loss on validation samples",
+        methods=(
+            *NEUROADA.methods,
+            "neuroada-k1+train_bias=true",
+            "neuroada-k1+selection=gradient",
+            "neuroada-k1+selection=random",
+            "neuroada-k4+column_budget=8",
+        ),
         chosen_by="loss",
     ),
     Comparison(
@@ -69,6 +76,7 @@ COMPARISONS = (
         data=SEARCHED,
         search_data=SEARCHED,
         steps={200: STEPS[200]},
+        chosen_by="loss",
     ),
     Comparison(
         name="gps-text",
@@ -91,6 +99,7 @@ COMPARISONS = (
         data=SEARCHED,
         search_data=SEARCHED,
         steps={200: STEPS[200]},
+        chosen_by="loss",
     ),
     Comparison(
         name="gps-images",
@@ -115,6 +124,7 @@ COMPARISONS = (
         data=("mnist",),
         search_data=("mnist",),
         steps={400: 50},
+        chosen_by="loss",
         validation=200,
         test=600,
         image_size=56,
@@ -127,6 +137,7 @@ COMPARISONS = (
         data=("mnist",),
         search_data=("mnist",),
         steps={400: 50},
+        chosen_by="loss",
         validation=200,
         test=600,
         image_size=96,
@@ -139,6 +150,7 @@ COMPARISONS = (
         data=("movies",),
         search_data=("movies",),
         steps={200: 40},
+        chosen_by="loss",
         batch_size=8,
         validation=150,
         test=300,
@@ -148,6 +160,7 @@ COMPARISONS = (
         name="neuroada-1000",
         title="NeuroAda beside other methods, 1,000 sentences",
         steps={1000: STEPS[1000]},
+        chosen_by="loss",
     ),
 )
 
@@ -166,7 +179,7 @@ class TasksSize:
 
 @dataclass(frozen=True)
 class MergingSize:
-    """Sizes of the merging experiment; its learning rates are those that `neuroada` has chosen for these methods."""
+    """Sizes of the merging experiment; its learning rates are those of `neuroada-by-loss`."""
 
     methods: tuple[str, ...] = ("neuroada-k1", "neuroada-k4", "lora-r8")
     data: tuple[str, ...] = DOMAINS
@@ -205,7 +218,7 @@ def quick(plan: Plan) -> Plan:
     comparisons = tuple(
         replace(
             comparison,
-            methods=comparison.methods[:1] + comparison.methods[-2:],
+            methods=tuple(dict.fromkeys(comparison.methods[:1] + comparison.methods[-2:])),
             data=comparison.data[:1],
             search_data=comparison.search_data[:1],
             steps={64: 4},

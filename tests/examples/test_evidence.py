@@ -88,6 +88,16 @@ def test_an_interrupted_experiment_goes_on(folder, tmp_path, monkeypatch):
     assert (tmp_path / "evidence.md").read_text() == (folder / "evidence.md").read_text()
 
 
+def test_some_methods_of_an_experiment(folder, tmp_path, capsys):
+    (tmp_path / "runs_comparisons.jsonl").write_text((folder / "runs_comparisons.jsonl").read_text())
+    evidence.main([*QUICK, "--experiments", "neuroada-200", "--methods", "probe", "full", "--out", str(tmp_path)])
+    content = json.loads((tmp_path / "evidence.json").read_text())
+    assert [row["method"] for row in content["neuroada-200"]["rows"]] == ["probe", "full"]
+    with pytest.raises(SystemExit):
+        evidence.main([*QUICK, "--methods", "probe"])
+    assert "--methods needs --model or --experiments" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_all_experiments_run_on_stand_ins_in_two_processes(tmp_path, monkeypatch):
     context = fork_server()
