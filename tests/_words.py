@@ -8,17 +8,22 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 
 
-def save_tokenizer(folder, words, chat_template=None):
-    """Save a tokenizer that splits at blanks; returns the size of its vocabulary."""
-    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *words])}
-    tokens = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+def make_tokenizer(words, chat_template=None):
+    """A tokenizer that splits at blanks."""
+    tokens = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*SPECIAL, *words])}, unk_token="<unk>"))
     tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokens, pad_token="<pad>", eos_token="</s>", bos_token="<s>", unk_token="<unk>"
     )
     tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def save_tokenizer(folder, words, chat_template=None):
+    """Save such a tokenizer; returns the size of its vocabulary."""
+    tokenizer = make_tokenizer(words, chat_template)
     tokenizer.save_pretrained(folder)
-    return len(vocabulary)
+    return len(tokenizer)
 
 
 def save_language_model(folder, words, chat_template=None, **options):

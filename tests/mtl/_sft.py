@@ -4,25 +4,15 @@ import os
 
 import datasets
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from peft_ext import NeuroAdaConfig
 from peft_ext.mtl import MTLSFTConfig, MTLSFTTrainer
 from peft_ext.mtl.data.datasets import concatenate_tasks
 from tests._models.vision_language import build
+from tests._words import make_tokenizer
 
 
 WORDS = ["the", "a", "cat", "dog", "bird", "sees", "hears", "likes", "small", "big", "house", "tree", "and"]
-
-
-def tokenizer():
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
 
 
 def texts(seed, count=24):
@@ -56,7 +46,7 @@ def run(folder, model=None, train=True, train_dataset=None, eval_dataset=None, *
         args=MTLSFTConfig(output_dir=str(folder), **{**defaults, **options}),
         train_dataset=train_dataset or {"short": texts(1), "long": texts(2)},
         eval_dataset=eval_dataset or {"short": texts(3, 6), "long": texts(4, 6)},
-        processing_class=tokenizer(),
+        processing_class=make_tokenizer(WORDS),
         peft_config=NeuroAdaConfig(task_type="CAUSAL_LM", k=2),
     )
     if train:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import trl
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -23,6 +22,7 @@ from transformers import (
 )
 
 from peft_ext.mtl import MTLConfig, MTLSFTConfig, MTLSFTTrainer, MTLTrainer
+from tests._words import make_tokenizer
 
 
 WORDS = [f"w{number}" for number in range(24)]
@@ -35,14 +35,7 @@ COMMON = {
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    words = ["<pad>", "<s>", "</s>", "<unk>", "user", "assistant", *WORDS]
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    found = PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    found.chat_template = TEMPLATE
-    return found
+    return make_tokenizer(["user", "assistant", *WORDS], TEMPLATE)
 
 
 def model(task_type: str = "CAUSAL_LM", seed: int = 0) -> torch.nn.Module:

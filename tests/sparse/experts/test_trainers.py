@@ -6,6 +6,7 @@ from peft import PeftModel
 
 from peft_ext import NeuroAdaConfig
 from tests._models.experts import run, tiny, token_ids
+from tests._words import make_tokenizer
 
 
 datasets = pytest.importorskip("datasets")
@@ -17,15 +18,7 @@ COMMON = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_steps
 
 @pytest.fixture
 def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: number for number, word in enumerate(["<pad>", "</s>", "<s>", "<unk>", *WORDS])}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    return make_tokenizer(WORDS)
 
 
 @pytest.fixture
