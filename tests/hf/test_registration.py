@@ -165,17 +165,6 @@ def test_folder_says_which_package_loads_it(folder):
         assert "pip install peft-ext" in text and "import peft_ext" in text
 
 
-def test_readme_is_explained_once_and_keeps_what_the_user_wrote(llama, tmp_path):
-    model = get_peft_model(llama, peft_ext.NeuroAdaConfig(k=1))
-    model.save_pretrained(tmp_path)
-    readme = tmp_path / "README.md"
-    readme.write_text(readme.read_text() + "\nMy results.\n")
-    for _ in range(2):
-        model.save_pretrained(tmp_path)
-    assert readme.read_text().count("import peft_ext") == 1
-    assert "My results." in readme.read_text()
-
-
 # In another interpreter: without the import, with it as the README prints it, and after importing every file anew.
 STORY = """
 import importlib, sys, warnings

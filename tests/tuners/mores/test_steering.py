@@ -51,20 +51,6 @@ def test_an_orthonormal_parameter_is_its_own_factor():
     torch.testing.assert_close(orthonormal(raw), raw, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("size, rank", [(6, 1), (6, 3), (5, 5)])
-@pytest.mark.parametrize("options", [{}, {"tied": False}, {"with_bias": False}], ids=str)
-def test_finite_differences(size, rank, options):
-    steering = filled(size, rank, dtype=torch.float64, **options).eval()
-    hidden = torch.randn(4, size, dtype=torch.float64, requires_grad=True)
-    names = [name for name, _ in steering.named_parameters()]
-
-    def update(hidden, *values):
-        return torch.func.functional_call(steering, dict(zip(names, values, strict=True)), (hidden,))
-
-    values = [parameter.detach().clone().requires_grad_() for parameter in steering.parameters()]
-    assert torch.autograd.gradcheck(update, (hidden, *values))
-
-
 @pytest.mark.parametrize("size, rank", [(8, 1), (16, 4)])
 @pytest.mark.parametrize("options", [{}, {"tied": False}, {"with_bias": False}], ids=str)
 def test_values_and_gradients_equal_the_formula(size, rank, options):

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import DynamicCache, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import DynamicCache, LlamaForSequenceClassification
 
 from peft_ext import MoReSConfig, visual_tokens
 from tests._models.vision_language import IMAGE, PAD, build, inputs, text_config
+from tests.tuners.mores._cases import text_model
 from tests.tuners.mores._common import adapted, ends, fill, logits
 
 
@@ -138,14 +139,6 @@ def test_replicas_of_data_parallel_are_refused():
         model(**inputs())
 
 
-def test_a_mask_for_generation_without_a_cache():
-    batch, model = inputs(texts=((3, 4), (3, 4))), adapted()
-    mask, options = batch["input_ids"] == IMAGE, {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
-    expected = model.generate(**batch, **options)
-    with visual_tokens(model, mask):
-        assert torch.equal(model.generate(**batch, **options, use_cache=False), expected)
-
-
 def test_a_mask_that_does_not_fit_a_continued_text_is_refused():
     first, model = inputs(texts=((3, 4),)), adapted()
     cache = DynamicCache(config=model.config.text_config)
@@ -170,20 +163,6 @@ def test_masks_around_calls_are_checked_at_once_and_nest():
 def test_visual_tokens_needs_an_adapter():
     with pytest.raises(ValueError, match="without a MoReS adapter"), visual_tokens(build(), torch.ones(1, 1)):
         pass
-
-
-@pytest.mark.parametrize(
-    "kind", [{}, {"use_cache": False}, {"cache_implementation": "static"}, {"num_beams": 2}], ids=str
-)
-def test_the_prompt_is_steered_and_what_follows_is_not(kind):
-    batch, model = inputs(texts=((3, 4), (3, 4))), adapted()
-    steps = changed_tokens(model, lambda: model.generate(**batch, max_new_tokens=3, min_new_tokens=3, **kind))
-    prompt = ends(batch["input_ids"], 0.25).repeat_interleave(kind.get("num_beams", 1), 0)
-    assert len(steps) == 3
-    for step in steps:
-        steered = step[:, : prompt.shape[1]] if step.shape[1] > 1 else torch.zeros_like(prompt[:, :1])
-        assert torch.equal(steered, prompt if step.shape[1] > 1 else steered)
-        assert not step[:, prompt.shape[1] :].any() and (step.shape[1] > 1 or not step.any())
 
 
 def test_a_second_image_in_a_conversation_with_a_cache():
@@ -223,12 +202,6 @@ def test_positional_input_ids():
 
 
 # ---------------------------------------------------------------------- text: LoReFT
-
-
-def text_model():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return LlamaForCausalLM(text_config()).eval()
 
 
 def loreft(**options):
@@ -272,20 +245,6 @@ def test_a_batch_without_a_prompt_is_refused():
     ids = torch.arange(3, 15).repeat(2, 1)
     with pytest.raises(ValueError, match="no prompt to steer"):
         loreft()(input_ids=ids, labels=ids)
-
-
-@pytest.mark.parametrize("kind", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
-def test_text_positions_of_the_prompt_in_generation(kind):
-    ids = torch.arange(3, 15).repeat(2, 1)
-    expected = torch.zeros_like(ids, dtype=torch.bool)
-    expected[:, [0, 1, 9, 10, 11]] = True
-    model = loreft()
-    call = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "min_new_tokens": 3}
-    for step in changed_tokens(model, lambda: model.generate(**call, **kind)):
-        if step.shape[1] == 1:
-            assert not step.any()
-        else:
-            assert torch.equal(step[:, :12], expected) and not step[:, 12:].any()
 
 
 def test_text_positions_leave_out_visual_tokens():

@@ -60,12 +60,30 @@ def _linears(*suffixes, blocks=(0, 1)):
     return {f"model.layers.{block}.{parts.get(name, 'mlp')}.{name}" for block in blocks for name in suffixes}
 
 
-def test_default_is_every_linear_layer_but_the_output(llama):
-    assert _targets(llama) == _linears(*SEVEN)
+ATTENTION = _linears("q_proj", "k_proj", "v_proj", "o_proj")
+OF_LLAMA = {
+    "default": ({}, _linears(*SEVEN)),
+    "all-linear": ({"target_modules": "all-linear"}, _linears(*SEVEN)),
+    "suffixes": ({"target_modules": ["q_proj", "down_proj"]}, _linears("q_proj", "down_proj")),
+    "regex": ({"target_modules": r".*\.1\..*\.(k|up)_proj"}, _linears("k_proj", "up_proj", blocks=[1])),
+    "without a list": (
+        {"target_modules": "all-linear", "exclude_modules": ["gate_proj", "up_proj", "down_proj"]},
+        ATTENTION,
+    ),
+    "without a regex": ({"target_modules": "all-linear", "exclude_modules": r".*mlp\..*"}, ATTENTION),
+    **{
+        f"a block, layers_pattern={pattern}": (
+            {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": pattern},
+            _linears("q_proj", blocks=[1]),
+        )
+        for pattern in (None, "layers", ["layers"])
+    },
+}
 
 
-def test_all_linear(llama):
-    assert _targets(llama, target_modules="all-linear") == _linears(*SEVEN)
+@pytest.mark.parametrize(("options", "expected"), OF_LLAMA.values(), ids=OF_LLAMA)
+def test_targets(llama, options, expected):
+    assert _targets(llama, **options) == expected
 
 
 def test_default_of_a_classifier_leaves_its_head(tiny):
@@ -76,26 +94,6 @@ def test_default_covers_conv1d(tiny):
     targets = _targets(tiny("gpt2"))
     assert {name.rpartition(".")[2] for name in targets} == {"c_attn", "c_proj", "c_fc"}
     assert len(targets) == 8
-
-
-def test_suffixes(llama):
-    assert _targets(llama, target_modules=["q_proj", "down_proj"]) == _linears("q_proj", "down_proj")
-
-
-def test_regular_expression(llama):
-    assert _targets(llama, target_modules=r".*\.1\..*\.(k|up)_proj") == _linears("k_proj", "up_proj", blocks=[1])
-
-
-@pytest.mark.parametrize("excluded", [["gate_proj", "up_proj", "down_proj"], r".*mlp\..*"], ids=["list", "regex"])
-def test_exclude_modules(llama, excluded):
-    targets = _targets(llama, target_modules="all-linear", exclude_modules=excluded)
-    assert targets == _linears("q_proj", "k_proj", "v_proj", "o_proj")
-
-
-@pytest.mark.parametrize("pattern", [None, "layers", ["layers"]])
-def test_layers_to_transform(llama, pattern):
-    targets = _targets(llama, target_modules=["q_proj"], layers_to_transform=[1], layers_pattern=pattern)
-    assert targets == _linears("q_proj", blocks=[1])
 
 
 def test_k_larger_than_the_fan_in_is_capped(llama):
@@ -176,7 +174,7 @@ def test_unsupported_type(name, kind):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("selection", ["magnitude", "reverse", "random", "magnitude_network"])
+@pytest.mark.parametrize("selection", ["magnitude", "random"])
 def test_weight_that_is_not_finite(llama, selection, value):
     broken = "model.layers.1.mlp.down_proj"
     llama.get_submodule(broken).weight.data[3, 5] = value
@@ -196,25 +194,22 @@ def test_gradient_selection_without_scores(llama):
         get_peft_model(llama, NeuroAdaConfig(selection="gradient"))
 
 
-def test_scores_that_lack_a_module(llama):
+UP = "model.layers.0.mlp.up_proj"
+SCORES = {
+    "lacking": (lambda scores: scores.pop(UP), f"'{UP}'; add them, or leave it out"),
+    "another shape": (
+        lambda scores: scores.update({UP: scores[UP].t().contiguous()}),
+        rf"{UP}'\] has shape \(32, 272\)",
+    ),
+    "not finite": (lambda scores: scores[UP].fill_(torch.nan), f"scores of module '{UP}'"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), SCORES.values(), ids=SCORES)
+def test_scores_that_do_not_fit(llama, spoil, message):
     scores = _scores(llama)
-    missing = "model.layers.1.mlp.up_proj"
-    del scores[missing]
-    with Untouched(llama), pytest.raises(ValueError, match=f"'{missing}'; add them, or leave it out"):
-        get_peft_model(llama, NeuroAdaConfig(selection="gradient").with_scores(scores))
-
-
-def test_scores_of_another_shape(llama):
-    scores = _scores(llama)
-    scores["model.layers.0.mlp.up_proj"] = scores["model.layers.0.mlp.up_proj"].t().contiguous()
-    with Untouched(llama), pytest.raises(ValueError, match=r"model.layers.0.mlp.up_proj'\] has shape \(32, 272\)"):
-        get_peft_model(llama, NeuroAdaConfig(selection="gradient").with_scores(scores))
-
-
-def test_scores_that_are_not_finite(llama):
-    scores = _scores(llama)
-    scores["model.layers.0.mlp.up_proj"][0, 0] = float("nan")
-    with Untouched(llama), pytest.raises(ValueError, match=r"scores of module 'model.layers.0.mlp.up_proj'"):
+    spoil(scores)
+    with Untouched(llama), pytest.raises(ValueError, match=message):
         get_peft_model(llama, NeuroAdaConfig(selection="gradient").with_scores(scores))
 
 
