@@ -7,14 +7,15 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from ...hf.adapter_state import MalformedAdapter, check_state, without_wrappers
 from ...hf.injection import clean_refusal
 from ...hf.internals import BaseTuner
 from ...hf.loadable import LoadableTuner
 from ...sparse.bases.sharded import with_wrapped
 from .architecture import Architecture, inspect_model
-from .checkpoint import check_checkpoint
 from .config import MoReSConfig
 from .finder import TokenFinder
 from .generate import attach_generate, detach_generate
@@ -176,8 +177,28 @@ class MoReSModel(LoadableTuner, BaseTuner):
         tensors: dict[str, Tensor],
         whole_may_differ: bool = False,
     ) -> None:
-        """Compare tensors that are about to be loaded with the adapter that awaits them; see [`check_checkpoint`]."""
-        check_checkpoint(model, adapter_name, tensors, whole_may_differ)
+        """
+        Compare tensors, by their names in the model, with the adapter that awaits them, before they are loaded.
+        `whole_may_differ`: see `peft_ext.hf.adapter_state.check_state`.
+
+        Raises [`MalformedAdapter`] if they are not the whole adapter and nothing else, or cannot be an adapter's.
+        """
+        own = {
+            f"{without_wrappers(name)}.mores_steering.{adapter_name}.{key}": tensor
+            for name, module in model.named_modules()
+            if isinstance(module, MoReSLayer) and adapter_name in module.mores_steering
+            for key, tensor in module.mores_steering[adapter_name].state_dict().items()
+        }
+        check_state(model, adapter_name, tensors, own, "mores_steering", whole_may_differ=whole_may_differ)
+        for key in own:
+            if key.rpartition(".")[2].startswith("raw_") and not tensors[key].is_meta:
+                # Only its directions count, so compare with its own largest number: the scale may be anything.
+                singular = torch.linalg.svdvals(tensors[key].double())
+                if not singular[-1] > 1e-10 * singular[0]:
+                    raise MalformedAdapter(
+                        f"'{key}' has linearly dependent columns, from which no orthonormal R follows. Nothing was "
+                        "loaded; save the adapter again."
+                    )
 
     # ------------------------------------------------------------------ calls
 
