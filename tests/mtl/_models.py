@@ -123,6 +123,12 @@ def plain_trainer(folder, model, callbacks=(), **options):
     return Trainer(model=model, args=TrainingArguments(**known), train_dataset=samples(), callbacks=list(callbacks))
 
 
+def jacobian(losses, parameters):
+    """A row of gradients per loss."""
+    found = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+    return torch.stack([torch.cat([gradient.flatten() for gradient in row]) for row in found])
+
+
 def weights(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 

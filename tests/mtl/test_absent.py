@@ -5,9 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from peft_ext.mtl import MTLTrainer
 from peft_ext.mtl.data.losses import count_labels, count_labels_by_id, count_labels_of_tasks, labels_of_tasks
-from tests.mtl._models import TASKS, TwoLayers, assert_same_weights, config, in_pieces, samples, task_losses, trainer
+from tests.mtl._models import TASKS, TwoLayers, assert_same_weights, in_pieces, samples, task_losses, trained, trainer
 
 
 @pytest.mark.parametrize("logging_steps", [0, 1])
@@ -121,14 +120,9 @@ def test_missing_labels_where_samples_have_one_task(tmp_path, missing):
 
     def run(pieces):
         options = {"per_device_train_batch_size": 16 // pieces, "gradient_accumulation_steps": pieces}
-        names = {"label_names": ["labels"], "task_names": None}
-        result = MTLTrainer(
-            model=Classifier(),
-            args=config(tmp_path, mtl_method="pcgrad", **names, **options),
-            train_dataset={"one": data(1, ()), "two": data(2, missing)},
-        )
-        result.train()
-        return result
+        names = {"label_names": ["labels"], "task_names": None, "losses": None}
+        given = {"one": data(1, ()), "two": data(2, missing)}
+        return trained(tmp_path, Classifier(), given, mtl_method="pcgrad", **names, **options)
 
     whole, pieces = run(1), run(4)
     assert not whole.mtl_state.skipped_steps

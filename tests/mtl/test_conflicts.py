@@ -27,6 +27,7 @@ from tests.mtl._models import (
     TwoLayers,
     WithMeanLoss,
     assert_identical,
+    jacobian,
     plain_trainer,
     samples,
     task_losses,
@@ -117,13 +118,8 @@ def test_measured_cosines_are_those_of_autograd(tmp_path):
     run = plain(tmp_path)
     callback.measure(model, run.args, run.state)
     losses = probe_losses(model, probe_batch())
-    rows = [
-        torch.cat(
-            [g.flatten() for g in torch.autograd.grad(losses[t], list(model.trunk.parameters()), retain_graph=True)]
-        )
-        for t in TASKS
-    ]
-    assert callback.recorder.cosines[0] == pytest.approx(pair_cosines(gramian(torch.stack(rows))), abs=1e-6)
+    rows = jacobian([losses[task] for task in TASKS], list(model.trunk.parameters()))
+    assert callback.recorder.cosines[0] == pytest.approx(pair_cosines(gramian(rows)), abs=1e-6)
 
 
 def test_one_batch_per_task_uses_the_models_own_loss(tmp_path):
@@ -144,13 +140,10 @@ def test_the_noise_floor_compares_every_other_sample_with_the_rest(tmp_path):
     model, data, run = WithMeanLoss(), samples(12, seed=9), plain(tmp_path)
     callback = GradientConflictCallback(data, probe_losses, **WITH_FLOOR)
     callback.measure(model, run.args, run.state)
-    trunk, cosines = list(model.trunk.parameters()), []
+    halves, cosines = [probe_losses(model, probe_batch(half)) for half in (data[::2], data[1::2])], []
     for task in TASKS:
-        rows = [
-            torch.cat([g.flatten() for g in torch.autograd.grad(probe_losses(model, probe_batch(half))[task], trunk)])
-            for half in (data[::2], data[1::2])
-        ]
-        cosines.append(pair_cosines(gramian(torch.stack(rows)))[0])
+        rows = jacobian([losses[task] for losses in halves], list(model.trunk.parameters()))
+        cosines.append(pair_cosines(gramian(rows))[0])
     line = json.loads((tmp_path / "gradient_conflicts.jsonl").read_text())
     assert line["noise_cos"] == pytest.approx(cosines, abs=1e-6)
 

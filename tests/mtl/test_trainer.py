@@ -19,6 +19,7 @@ from tests.mtl._models import (
     assert_same_weights,
     config,
     in_pieces,
+    jacobian,
     plain_trainer,
     samples,
     task_losses,
@@ -58,13 +59,7 @@ def test_written_gradients_are_those_of_the_dense_jacobian(tmp_path, method, red
     batch = {key: torch.stack([sample[key] for sample in data]) for key in data[0]}
     before = weights(model)
     losses = task_losses(model(batch["x"]), {name: batch[name] for name in LABELS})
-    trunk = list(model.trunk.parameters())
-    jacobian = torch.stack(
-        [
-            torch.cat([g.flatten() for g in torch.autograd.grad(losses[task], trunk, retain_graph=True)])
-            for task in TASKS
-        ]
-    )
+    rows = jacobian([losses[task] for task in TASKS], list(model.trunk.parameters()))
     heads = {task: torch.autograd.grad(losses[task], model.heads[task].weight, retain_graph=True)[0] for task in TASKS}
     run = trainer(
         tmp_path,
@@ -82,7 +77,7 @@ def test_written_gradients_are_those_of_the_dense_jacobian(tmp_path, method, red
     run.train()
     values = [float(losses[task]) for task in TASKS]
     extra = {"losses": values} if method == "famo" else {}
-    direction = aggregate(jacobian, method=method, reduction=reduction, seed=5, **extra)
+    direction = aggregate(rows, method=method, reduction=reduction, seed=5, **extra)
     step = torch.cat([(before[f"trunk.{n}"] - p).flatten() for n, p in run.model.trunk.named_parameters()])
     torch.testing.assert_close(step.detach(), direction, rtol=1e-4, atol=2e-6)
     share = {"mean": 1 / 3, "reference": 1.0}[reduction]
@@ -91,9 +86,9 @@ def test_written_gradients_are_those_of_the_dense_jacobian(tmp_path, method, red
         if method == "famo":
             weight = (1 / values[index]) / sum(1 / v for v in values)
         if method == "nash_mtl":
-            unclipped = aggregate(jacobian.double(), method=method, max_norm=0.0)
+            unclipped = aggregate(rows.double(), method=method, max_norm=0.0)
             # The weights are what the unclipped direction is made of.
-            weight = float(torch.linalg.lstsq(jacobian.double().T, unclipped).solution[index])
+            weight = float(torch.linalg.lstsq(rows.double().T, unclipped).solution[index])
         moved = before[f"heads.{task}.weight"] - run.model.heads[task].weight
         torch.testing.assert_close(moved.detach(), weight * heads[task], rtol=1e-4, atol=2e-6)
 
