@@ -46,19 +46,19 @@ def options(**changes):
     return damage
 
 
-def edit(change):
+def edit(change, file=WEIGHTS):
     """Another tool rewrites the file: without our checksum, and not as it was."""
 
     def damage(folder):
-        tensors = load_file(folder / WEIGHTS)
+        tensors = load_file(folder / file)
         change(tensors)
-        save_file({key: value.contiguous() for key, value in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+        save_file({key: value.contiguous() for key, value in tensors.items()}, folder / file, {"format": "pt"})
 
     return damage
 
 
-def drop(key):
-    return edit(lambda tensors: tensors.pop(key))
+def drop(key, file=WEIGHTS):
+    return edit(lambda tensors: tensors.pop(key), file)
 
 
 def replace(key, function):

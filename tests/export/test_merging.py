@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from peft_ext import GPSConfig, NeuroAdaConfig, cli
 from peft_ext.export.merging import ORIGINALS_FILE, merge_checkpoint, revert_checkpoint
 from tests._processes import run
+from tests.contract._damage import drop, edit
 from tests.export._common import (
     assert_same_files,
     assert_same_tensors,
@@ -44,6 +45,12 @@ CASES = {
         "mixtral",
         torch.float32,
         NeuroAdaConfig(k=2, target_modules=["experts"], experts_to_transform=[1], neuron_ratio=0.5),
+        {},
+    ),
+    "GPS with its biases and head": (
+        "bert",
+        torch.float32,
+        GPSConfig(k=1, selection="magnitude", task_type="SEQ_CLS"),
         {},
     ),
     "convolution, attention": (
@@ -92,49 +99,43 @@ def test_commands(folders, tmp_path, capsys):
     assert not (tmp_path / "back" / ORIGINALS_FILE).exists()
 
 
-def test_another_base_is_refused_and_nothing_is_left(folders, capsys):
-    base, adapter, out = folders
-    tensors = load_file(base / "model.safetensors")
-    key = "model.layers.1.mlp.down_proj.weight"
-    tensors[key] += 0.5
-    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    refused(capsys, (base, adapter, out), "another base model", key, "adapter_model.safetensors")
-    assert not out.exists()
+def _cut(base):
+    (base / MODEL).write_bytes((base / MODEL).read_bytes()[:-100])
 
 
-def test_a_cut_shard_is_refused(folders, capsys):
-    base, adapter, out = folders
-    content = (base / "model.safetensors").read_bytes()
-    (base / "model.safetensors").write_bytes(content[:-100])
-    refused(capsys, (base, adapter, out), "not a whole safetensors file", "model.safetensors")
-    assert not out.exists()
-
-
-def test_a_quantised_base_is_refused(folders, capsys):
-    base, adapter, out = folders
+def _quantise(base):
     config = json.loads((base / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes"}
-    (base / "config.json").write_text(json.dumps(config))
-    refused(capsys, (base, adapter, out), "quantised (bitsandbytes)", "unquantised")
+    (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}}))
 
 
-def test_what_the_checkpoint_lacks_is_named(folders, capsys):
-    base, adapter, out = folders
-    tensors = load_file(base / "model.safetensors")
-    del tensors["model.layers.0.self_attn.q_proj.weight"]
-    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    refused(capsys, (base, adapter, out), "'model.layers.0.self_attn.q_proj.weight'", "merge_and_unload")
+MODEL, DOWN, Q = "model.safetensors", "model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.q_proj.weight"
+EXPERT = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
+# Model, damage to its checkpoint, and what the error says.
+MISFITS = {
+    "another base": (
+        "llama",
+        edit(lambda t: t[DOWN].add_(0.5), MODEL),
+        ["another base model", DOWN, "adapter_model.safetensors"],
+    ),
+    "a cut shard": ("llama", _cut, ["not a whole safetensors file", MODEL]),
+    "a quantised base": ("llama", _quantise, ["quantised (bitsandbytes)", "unquantised"]),
+    "a tensor lacking": ("llama", drop(Q, MODEL), [f"'{Q}'", "merge_and_unload"]),
+    "experts of another base": (
+        "mixtral",
+        edit(lambda t: t[EXPERT].add_(0.1), MODEL),
+        ["another base model", "experts.down_proj"],
+    ),
+}
 
 
-def test_experts_of_another_base_are_refused(tmp_path, capsys):
-    base = saved_base(tmp_path / "base", "mixtral")
-    adapter = saved_adapter(tmp_path / "adapter", base, "mixtral", NeuroAdaConfig(k=1, target_modules=["experts"]))
-    tensors = load_file(base / "model.safetensors")
-    key = next(key for key in tensors if key.endswith("experts.1.w2.weight"))
-    tensors[key] += 0.1
-    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    refused(capsys, (base, adapter, tmp_path / "out"), "another base model", "experts.down_proj")
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_a_checkpoint_that_does_not_fit_is_refused_and_nothing_is_left(misfit, tmp_path, capsys):
+    name, damage, words = MISFITS[misfit]
+    base, out = saved_base(tmp_path / "base", name), tmp_path / "out"
+    adapter = saved_adapter(tmp_path / "adapter", base, name)
+    damage(base)
+    refused(capsys, (base, adapter, out), *words)
+    assert not out.exists()
 
 
 def test_adapters_of_other_methods_are_refused(folders, tmp_path, capsys):
@@ -163,15 +164,6 @@ def test_a_folder_with_files_is_left_alone(folders, capsys):
     out.mkdir()
     (out / "mine.txt").write_text("mine")
     refused(capsys, (base, adapter, out), "has files in it")
-
-
-def test_gps_with_its_biases(tmp_path):
-    base = saved_base(tmp_path / "base", "bert")
-    model = loaded_base(base, "bert")
-    scores = {name: torch.rand_like(m.weight) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    adapter = saved_adapter(tmp_path / "adapter", base, "bert", GPSConfig(task_type="SEQ_CLS").with_scores(scores))
-    merge_checkpoint(base, adapter, tmp_path / "merged")
-    assert_same_tensors(tmp_path / "merged", merged_in_memory(tmp_path / "reference", adapter, base, "bert"))
 
 
 # The checkpoint is a file with one large tensor per shard; peak and start are the process's own anonymous memory.
