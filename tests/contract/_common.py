@@ -69,4 +69,5 @@ def base_bits(model):
 def assert_equal_bits(actual, expected):
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype, name
         assert torch.equal(actual[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name

@@ -16,7 +16,8 @@ import peft_ext.install.loading
 import peft_ext.install.saving
 import peft_ext.io
 from peft_ext import NeuroAdaConfig
-from tests.tuners.neuroada._common import adapted, assert_equal_bits, fill, logits
+from tests.contract._common import assert_equal_bits, fill
+from tests.tuners.neuroada._common import adapted, logits
 
 
 WEIGHTS, CONFIG, README = "adapter_model.safetensors", "adapter_config.json", "README.md"

@@ -50,13 +50,6 @@ def bits(model, adapter_name="default"):
     }
 
 
-def assert_equal_bits(actual, expected):
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert actual[name].dtype == tensor.dtype, name
-        assert torch.equal(actual[name], tensor), name
-
-
 def assert_orthonormal(model):
     for layer in layers_of(model).values():
         for steering in layer.mores_steering.values():

@@ -6,17 +6,8 @@ from peft import LoraConfig, PeftModel, inject_adapter_in_model
 
 from peft_ext import MoReSConfig, hotswap_adapter
 from tests._models.vision_language import build, inputs
-from tests.tuners.mores._common import (
-    adapted,
-    assert_equal_bits,
-    bits,
-    ends,
-    fill,
-    layers_of,
-    logits,
-    steered_base,
-    values_of,
-)
+from tests.contract._common import assert_equal_bits
+from tests.tuners.mores._common import adapted, bits, ends, fill, layers_of, logits, steered_base, values_of
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 from tests._models.vision_language import build, inputs
-from tests.tuners.mores._common import adapted, assert_equal_bits, bits, logits
+from tests.contract._common import assert_equal_bits
+from tests.tuners.mores._common import adapted, bits, logits
 
 
 EVERY_KIND = pytest.mark.parametrize("kind", list(CheckpointImpl), ids=lambda kind: kind.name)

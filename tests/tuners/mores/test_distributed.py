@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests._models.vision_language import build, inputs
 from tests._processes import fork_server
-from tests.tuners.mores._common import adapted, assert_equal_bits, bits
+from tests.contract._common import assert_equal_bits
+from tests.tuners.mores._common import adapted, bits
 
 
 def _worker(rank, folder, results, kind):

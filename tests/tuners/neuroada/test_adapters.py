@@ -5,13 +5,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from peft_ext import NeuroAdaConfig
-from tests.tuners.neuroada._common import SEVEN, adapted, add, fill, wrapped
+from tests.contract._common import fill, layers_of
+from tests.tuners.neuroada._common import SEVEN, adapted, add
 
 
 def test_all_linear_for_a_second_adapter(llama):
     model = adapted(llama, k=1, target_modules=["q_proj"])
     add(model, "other", k=1, target_modules="all-linear")
-    assert sum("other" in layer.deltas for layer in wrapped(model).values()) == 2 * len(SEVEN)
+    assert sum("other" in layer.deltas for layer in layers_of(model).values()) == 2 * len(SEVEN)
 
 
 def test_two_adapters_that_train_biases_are_refused(tiny):
@@ -36,7 +37,7 @@ def test_dtype_of_values(tiny, dtype, autocast):
     expected = torch.float32 if autocast else torch.bfloat16
     if dtype is not None:
         expected = getattr(torch, dtype)
-    assert {layer.deltas["default"].weight.dtype for layer in wrapped(model).values()} == {expected}
+    assert {layer.deltas["default"].weight.dtype for layer in layers_of(model).values()} == {expected}
 
 
 @pytest.mark.parametrize("values", ["bfloat16", "float16"])

@@ -11,7 +11,8 @@ from transformers import LlamaForCausalLM
 
 import peft_ext
 from peft_ext import NeuroAdaConfig, cli
-from tests.tuners.neuroada._common import adapted, logits, wrapped
+from tests.contract._common import layers_of
+from tests.tuners.neuroada._common import adapted, logits
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_every_way_of_loading(way, sibling, adapter, tmp_path, ids):
         model = way(sibling, adapter, tmp_path).eval()
     found = logits(model, ids)  # outside
     tensors = load_file(adapter / "adapter_model.safetensors")
-    for name, layer in wrapped(model).items():
+    for name, layer in layers_of(model).items():
         delta = layer.deltas[layer.active_adapters[0]]
         key = f"base_model.model.{name.removeprefix('base_model.model.')}.neuroada_delta"
         weight = base[f"{name.removeprefix('base_model.model.')}.weight"].clone()

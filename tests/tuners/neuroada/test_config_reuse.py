@@ -7,7 +7,8 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 
 from peft_ext import NeuroAdaConfig
-from tests.tuners.neuroada._common import fill, logits
+from tests.contract._common import fill
+from tests.tuners.neuroada._common import logits
 
 
 TARGETS = ["q_proj", "v_proj"]

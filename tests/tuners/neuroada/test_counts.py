@@ -8,7 +8,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_ext import NeuroAdaConfig
-from tests.tuners.neuroada._common import SEVEN, wrapped
+from tests.contract._common import layers_of
+from tests.tuners.neuroada._common import SEVEN
 
 
 SHAPES = {
@@ -47,18 +48,18 @@ def test_trained_share_is_the_thesis_s(name, k, printed):
     model = get_peft_model(base, NeuroAdaConfig(k=k, target_modules=SEVEN))
     trained, _ = model.get_nb_trainable_parameters()
     assert f"{100 * trained / total:.3f}" == printed
-    assert len(wrapped(model)) == 7 * SHAPES[name]["num_hidden_layers"]
+    assert len(layers_of(model)) == 7 * SHAPES[name]["num_hidden_layers"]
 
 
 def test_defaults_train_the_same_modules():
     explicit = get_peft_model(on_meta("LLaMA-7B"), NeuroAdaConfig(target_modules=SEVEN))
-    assert wrapped(get_peft_model(on_meta("LLaMA-7B"), NeuroAdaConfig())).keys() == wrapped(explicit).keys()
+    assert layers_of(get_peft_model(on_meta("LLaMA-7B"), NeuroAdaConfig())).keys() == layers_of(explicit).keys()
 
 
 def test_model_without_weights_says_what_to_do(ids):
     """Nothing can be ranked on the meta device; the adapter must be told its entries before it is used."""
     model = get_peft_model(on_meta("LLaMA-7B"), NeuroAdaConfig(k=1))
-    layer = next(iter(wrapped(model).values()))
+    layer = next(iter(layers_of(model).values()))
     assert layer.deltas["default"].pending
     with pytest.raises(RuntimeError, match="Load the checkpoint"):
         layer.get_delta_weight("default")
@@ -67,7 +68,7 @@ def test_model_without_weights_says_what_to_do(ids):
 def with_values(name, **options):
     """An adapted model of these shapes whose base stays on the meta device and whose adapter has numbers."""
     model = get_peft_model(on_meta(name), NeuroAdaConfig(target_modules=SEVEN, **options))
-    for layer in wrapped(model).values():
+    for layer in layers_of(model).values():
         delta = layer.deltas["default"]
         rows, k = delta.weight.shape
         dtype = getattr(torch, options.get("values_dtype") or "float32")

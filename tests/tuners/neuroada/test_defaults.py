@@ -7,8 +7,8 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from peft_ext import NeuroAdaConfig
+from tests.contract._common import fill, layers_of
 from tests.contract._untouched import Untouched
-from tests.tuners.neuroada._common import fill, wrapped
 
 
 SIZES = {"vocab_size": 64, "max_position_embeddings": 32, "num_labels": 3}
@@ -39,7 +39,7 @@ def test_adapter_on_a_new_head_is_loaded_onto_another(name, tmp_path):
         return AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3).eval()
 
     model = fill(get_peft_model(with_new_head(), NeuroAdaConfig(task_type="SEQ_CLS"))).eval()
-    names = {key.removeprefix("base_model.model.") for key in wrapped(model)}
+    names = {key.removeprefix("base_model.model.") for key in layers_of(model)}
     assert names and not any(key == out or key.startswith(f"{out}.") for key in names for out in left_out)
     model.save_pretrained(tmp_path / "adapter")
     base = with_new_head()

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from peft_ext import NeuroAdaConfig, hotswap_adapter
+from tests.contract._common import base_bits
 from tests.contract._damage import WEIGHTS, add, drop, options, replace
 from tests.contract._untouched import Untouched
-from tests.tuners.neuroada._common import adapted, base_bits, logits
+from tests.tuners.neuroada._common import adapted, logits
 
 
 @pytest.fixture

@@ -5,9 +5,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from peft_ext import NeuroAdaConfig, hotswap_adapter
+from tests.contract._common import layers_of
 from tests.contract._untouched import Untouched
 from tests.sparse._probes import tensors_of
-from tests.tuners.neuroada._common import adapted, add, logits, wrapped
+from tests.tuners.neuroada._common import adapted, add, logits
 
 
 WEIGHTS = "adapter_model.safetensors"
@@ -70,7 +71,7 @@ def test_training_goes_on_after_a_swap(tiny, save, ids):
     model(ids, labels=ids).loss.backward()  # the input gradient runs over the transposed table
     reference = PeftModel.from_pretrained(tiny("llama"), folder, is_trainable=True)
     reference(ids, labels=ids).loss.backward()
-    for (name, layer), other in zip(wrapped(model).items(), wrapped(reference).values(), strict=True):
+    for (name, layer), other in zip(layers_of(model).items(), layers_of(reference).values(), strict=True):
         assert torch.equal(layer.deltas["default"].weight.grad, other.deltas["default"].weight.grad), name
 
 

@@ -7,8 +7,9 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from peft_ext import MoReSConfig, NeuroAdaConfig
+from tests.contract._common import fill, layers_of
 from tests.contract._untouched import Untouched
-from tests.tuners.neuroada._common import HALF_TYPES, SEVEN, fill, logits, wrapped
+from tests.tuners.neuroada._common import HALF_TYPES, SEVEN, logits
 
 
 BACKENDS = ["auto", "bypass", "folded", "dense", "reference"]
@@ -24,7 +25,7 @@ def test_new_adapter_changes_no_bit_of_the_output(tiny, inputs_of, name, backend
     model, inputs = tiny(name, dtype), inputs_of(name, dtype)
     expected = model(**inputs).logits
     model = get_peft_model(model, NeuroAdaConfig(k=2, backend=backend)).eval()
-    assert wrapped(model)
+    assert layers_of(model)
     with_gradients = model(**inputs).logits
     assert with_gradients.requires_grad
     assert torch.equal(with_gradients, expected)
@@ -52,7 +53,7 @@ def test_one_forward_trains_every_value_and_nothing_else(llama, ids):
 
 def _targets(base, **options):
     model = get_peft_model(base, NeuroAdaConfig(**options))
-    return {name.removeprefix("base_model.model.") for name in wrapped(model)}
+    return {name.removeprefix("base_model.model.") for name in layers_of(model)}
 
 
 def _linears(*suffixes, blocks=(0, 1)):
@@ -97,7 +98,7 @@ def test_default_covers_conv1d(tiny):
 
 
 def test_k_larger_than_the_fan_in_is_capped(llama):
-    for layer in wrapped(get_peft_model(llama, NeuroAdaConfig(k=100))).values():
+    for layer in layers_of(get_peft_model(llama, NeuroAdaConfig(k=100))).values():
         k = min(100, layer.in_features)
         assert layer.neuroada_delta["default"].weight.shape == (layer.out_features, k)
 

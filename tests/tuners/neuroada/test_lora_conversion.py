@@ -3,7 +3,8 @@
 import torch
 from peft import PeftModel, save_as_lora
 
-from tests.tuners.neuroada._common import adapted, assert_equal_bits, base_bits, logits
+from tests.contract._common import assert_equal_bits, base_bits
+from tests.tuners.neuroada._common import adapted, logits
 
 
 def test_lora_of_full_rank_is_the_same_model(tiny, ids, tmp_path):

@@ -5,13 +5,8 @@ import copy
 import torch
 from torch import nn
 
-from tests.tuners.neuroada._common import (
-    adapted,
-    add,
-    assert_equal_bits,
-    base_bits,
-    logits,
-)
+from tests.contract._common import assert_equal_bits, base_bits
+from tests.tuners.neuroada._common import adapted, add, logits
 
 
 def test_merge_and_unload_chosen_adapters(llama, ids):

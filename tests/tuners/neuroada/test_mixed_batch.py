@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 
-from tests.tuners.neuroada._common import adapted, add, fill, logits, wrapped
+from tests.contract._common import fill, layers_of
+from tests.tuners.neuroada._common import adapted, add, logits
 
 
 NAMES = ["other", "__base__", "default"]
@@ -116,7 +117,7 @@ def test_refused_and_the_next_call_is_an_ordinary_one(model, ids, what):
 def test_disabled_adapters_give_the_base_model_as_in_peft(model, ids):
     with model.disable_adapter():
         assert torch.equal(logits(model, ids, adapter_names=NAMES), logits(model, ids))
-        layer = next(iter(wrapped(model).values()))
+        layer = next(iter(layers_of(model).values()))
         with pytest.raises(ValueError, match="disabled.*enable"):
             layer(torch.zeros(3, 32), adapter_names=NAMES)
 

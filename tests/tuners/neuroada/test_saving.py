@@ -6,14 +6,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.tuners.neuroada._common import (
-    HALF_TYPES,
-    adapted,
-    adapter_bits,
-    assert_equal_bits,
-    logits,
-    wrapped,
-)
+from tests.contract._common import assert_equal_bits, layers_of
+from tests.tuners.neuroada._common import HALF_TYPES, adapted, adapter_bits, logits
 
 
 WEIGHTS = "adapter_model.safetensors"
@@ -72,7 +66,7 @@ def test_pickle_file(tiny, ids, tmp_path):
 def test_file_holds_values_indices_and_fingerprints_only(tiny, tmp_path):
     model = adapted(tiny("llama"), k=2)
     model.save_pretrained(tmp_path)
-    prefixes = {f"{name}.neuroada_delta" for name in wrapped(model)}
+    prefixes = {f"{name}.neuroada_delta" for name in layers_of(model)}
     expected = {f"{prefix}.{part}" for prefix in prefixes for part in ("weight", "indices", "fingerprint")}
     assert load_file(tmp_path / WEIGHTS).keys() == expected
     assert all(key.startswith("base_model.model.model.layers.") for key in expected)
@@ -90,7 +84,7 @@ def test_last_index_of_every_width_survives(tmp_path, fan_in, dtype, low_cpu_mem
         return model.eval()
 
     model = adapted(base(), k=1, target_modules=["0"])
-    assert wrapped(model)["base_model.model.0"].deltas["default"].indices.tolist() == [[fan_in - 1]] * 2
+    assert layers_of(model)["base_model.model.0"].deltas["default"].indices.tolist() == [[fan_in - 1]] * 2
     model.save_pretrained(tmp_path)
     assert load_file(tmp_path / WEIGHTS)["base_model.model.0.neuroada_delta.indices"].dtype == dtype
     loaded = PeftModel.from_pretrained(base(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)

@@ -6,7 +6,8 @@ from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 
 from peft_ext import NeuroAdaConfig
 from peft_ext.sparse.selection import SCORED, SELECTIONS
-from tests.tuners.neuroada._common import adapter_bits, assert_equal_bits, fill, logits, wrapped
+from tests.contract._common import assert_equal_bits, fill, layers_of
+from tests.tuners.neuroada._common import adapter_bits, logits
 
 
 WITHOUT_SCORES = [name for name in SELECTIONS if not name.startswith(SCORED)]
@@ -38,14 +39,14 @@ def _round_trip(tiny, name, model, ids, folder, low_cpu_mem_usage, **kwargs):
 
 
 def _entries(model):
-    return sum(layer.deltas["default"].support.entries for layer in wrapped(model).values())
+    return sum(layer.deltas["default"].support.entries for layer in layers_of(model).values())
 
 
 @pytest.mark.parametrize(("name", "low_cpu_mem_usage"), [("llama", False), ("gpt2", True)])
 @pytest.mark.parametrize("selection", WITHOUT_SCORES)
 def test_saved_and_loaded(tiny, ids, tmp_path, selection, name, low_cpu_mem_usage):
     model = fill(get_peft_model(tiny(name), NeuroAdaConfig(k=2, selection=selection))).eval()
-    assert _entries(model) == sum(2 * layer.out_features for layer in wrapped(model).values())
+    assert _entries(model) == sum(2 * layer.out_features for layer in layers_of(model).values())
     _round_trip(tiny, name, model, ids, tmp_path, low_cpu_mem_usage)
 
 
@@ -53,7 +54,7 @@ def test_saved_and_loaded(tiny, ids, tmp_path, selection, name, low_cpu_mem_usag
 @pytest.mark.parametrize("selection", [name for name in WITHOUT_SCORES if "_" not in name])
 def test_share_of_the_neurons_saved_and_loaded(tiny, ids, tmp_path, selection, low_cpu_mem_usage):
     model = fill(get_peft_model(tiny("llama"), NeuroAdaConfig(k=2, selection=selection, neuron_ratio=0.3))).eval()
-    assert _entries(model) == sum(2 * round(0.3 * layer.out_features) for layer in wrapped(model).values())
+    assert _entries(model) == sum(2 * round(0.3 * layer.out_features) for layer in layers_of(model).values())
     _round_trip(tiny, "llama", model, ids, tmp_path, low_cpu_mem_usage)
 
 
@@ -75,7 +76,7 @@ def test_gradient_chooses_the_largest_scores_of_each_neuron(tiny, ids, name):
     base = tiny(name)
     scores = gradients(base, ids)
     model = get_peft_model(base, NeuroAdaConfig(k=3, selection="gradient").with_scores(scores))
-    for path, layer in wrapped(model).items():
+    for path, layer in layers_of(model).items():
         score = scores[path.removeprefix("base_model.model.")].abs()
         rows = score if name == "llama" else score.t()  # a neuron of a Conv1D is a column
         chosen = rows.gather(1, layer.deltas["default"].indices.long())
@@ -111,7 +112,7 @@ def test_network_wide_sizes_are_in_the_config(tiny, tmp_path, selection):
     model = get_peft_model(tiny("llama"), NeuroAdaConfig(k=2, selection=selection))
     sizes = {
         name.removeprefix("base_model.model."): layer.deltas["default"].support.entries
-        for name, layer in wrapped(model).items()
+        for name, layer in layers_of(model).items()
     }
     assert len(set(sizes.values())) > 1  # not what sharing out evenly would give
     model.save_pretrained(tmp_path)
@@ -127,7 +128,7 @@ def test_module_without_entries_is_saved_and_loaded(tiny, ids, tmp_path):
         return model
 
     model = fill(get_peft_model(base(), NeuroAdaConfig(selection="magnitude_network"))).eval()
-    empty = [name for name, layer in wrapped(model).items() if layer.deltas["default"].support.entries == 0]
+    empty = [name for name, layer in layers_of(model).items() if layer.deltas["default"].support.entries == 0]
     assert empty == ["base_model.model.model.layers.0.mlp.up_proj"]
     expected = logits(model, ids)
     model.save_pretrained(tmp_path)
@@ -150,7 +151,7 @@ def test_config_used_for_two_models_chooses_twice(tiny):
     base.model.layers[0].mlp.up_proj.weight.data *= 10
     second = get_peft_model(base, config)
     name = "base_model.model.model.layers.0.mlp.up_proj"
-    sizes = [wrapped(model)[name].deltas["default"].support.entries for model in (first, second)]
+    sizes = [layers_of(model)[name].deltas["default"].support.entries for model in (first, second)]
     assert sizes[1] > sizes[0]
 
 
@@ -158,7 +159,7 @@ def test_config_used_for_two_models_chooses_twice(tiny):
 def test_seed_decides_random_entries(tiny, options):
     def indices(seed):
         model = get_peft_model(tiny("llama"), NeuroAdaConfig(k=2, selection="random", seed=seed, **options))
-        return torch.cat([layer.deltas["default"].indices.reshape(-1) for layer in wrapped(model).values()])
+        return torch.cat([layer.deltas["default"].indices.reshape(-1) for layer in layers_of(model).values()])
 
     assert torch.equal(indices(1), indices(1)) and not torch.equal(indices(1), indices(2))
 

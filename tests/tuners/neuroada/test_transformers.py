@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from peft_ext import NeuroAdaConfig
+from tests.contract._common import fill, layers_of
 from tests.contract._untouched import Untouched
-from tests.tuners.neuroada._common import fill, logits, wrapped
+from tests.tuners.neuroada._common import logits
 
 
 def test_state_dict_instead_of_a_folder(llama, tiny, ids):
@@ -30,4 +31,4 @@ def test_refused_first_adapter_can_be_put_right(llama, ids):
     with Untouched(llama), pytest.raises(TypeError, match="embed_tokens"):
         llama.add_adapter(NeuroAdaConfig(target_modules=["embed_tokens"]))
     llama.add_adapter(NeuroAdaConfig(k=1))
-    assert wrapped(llama)
+    assert layers_of(llama)

@@ -7,8 +7,9 @@ from peft.utils.merge_utils import prune, task_arithmetic, ties
 from transformers import AutoModelForCausalLM
 
 from peft_ext import NeuroAdaConfig
+from tests.contract._common import layers_of
 from tests.contract._untouched import Untouched
-from tests.tuners.neuroada._common import adapted, add, logits, wrapped
+from tests.tuners.neuroada._common import adapted, add, logits
 
 
 # Options of two adapters: supports that are equal, overlap, are disjoint in modules, or ragged.
@@ -47,8 +48,8 @@ OF_LLAMA = ("modules", "regex")  # name modules of it
 def test_linear_is_the_weighted_sum(tiny, name, pair):
     model = two(tiny(name), pair)
     model.add_weighted_adapter(["default", "b"], [0.3, -1.5], "c")
-    assert all("c" in layer.deltas for layer in wrapped(model).values())
-    for path, layer in wrapped(model).items():
+    assert all("c" in layer.deltas for layer in layers_of(model).values())
+    for path, layer in layers_of(model).items():
         # the same two products and one sum in fp32 for each entry: equal in every bit
         expected = task_arithmetic([dense(layer, "default"), dense(layer, "b")], torch.tensor([0.3, -1.5]))
         assert torch.equal(dense(layer, "c"), expected), path
@@ -57,11 +58,11 @@ def test_linear_is_the_weighted_sum(tiny, name, pair):
 @pytest.mark.parametrize("pair", PAIRS)
 def test_support_is_the_union(llama, pair):
     model = two(llama, pair)
-    for layer in wrapped(model).values():
+    for layer in layers_of(model).values():
         for delta in layer.deltas.values():
             delta.weight.data.fill_(1.0)
     model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "c")
-    for layer in wrapped(model).values():
+    for layer in layers_of(model).values():
         union = (dense(layer, "default") != 0) | (dense(layer, "b") != 0)
         assert layer.deltas["c"].support.entries == int(union.sum())
         assert torch.equal(dense(layer, "c") != 0, union)
@@ -70,7 +71,7 @@ def test_support_is_the_union(llama, pair):
 def test_three_adapters(llama):
     model = add(two(llama), "d", k=1, selection="reverse", seed=5)
     model.add_weighted_adapter(["default", "b", "d"], [0.5, 0.25, 2.0], "c")
-    for layer in wrapped(model).values():
+    for layer in layers_of(model).values():
         expected = 0.5 * dense(layer, "default") + 0.25 * dense(layer, "b") + 2.0 * dense(layer, "d")
         torch.testing.assert_close(dense(layer, "c"), expected)
 
@@ -94,7 +95,7 @@ def test_ties_is_that_of_the_dense_updates(llama, pair, density, sign):
     model = two(llama, pair)
     weights = [0.7, 0.4]
     model.add_weighted_adapter(["default", "b"], weights, "c", "ties", density=density, majority_sign_method=sign)
-    for path, layer in wrapped(model).items():
+    for path, layer in layers_of(model).items():
         updates = [_pruned(layer, name, density, "magnitude", False) for name in ("default", "b")]
         expected = ties(updates, torch.tensor(weights), 1.0, sign)
         torch.testing.assert_close(dense(layer, "c"), expected, msg=path)
@@ -104,7 +105,7 @@ def test_ties_is_that_of_the_dense_updates(llama, pair, density, sign):
 def test_magnitude_prune_is_that_of_the_dense_updates(llama, pair):
     model = two(llama, pair)
     model.add_weighted_adapter(["default", "b"], [0.7, 0.4], "c", "magnitude_prune", density=0.5)
-    for layer in wrapped(model).values():
+    for layer in layers_of(model).values():
         updates = [_pruned(layer, name, 0.5, "magnitude", False) for name in ("default", "b")]
         torch.testing.assert_close(dense(layer, "c"), task_arithmetic(updates, torch.tensor([0.7, 0.4])))
 
@@ -115,7 +116,7 @@ def test_dare_linear_keeps_a_rescaled_share(llama):
     torch.manual_seed(0)
     model.add_weighted_adapter(["default"], [1.0], "c", "dare_linear", density=0.25)
     kept = total = 0
-    for layer in wrapped(model).values():
+    for layer in layers_of(model).values():
         before, after = dense(layer, "default"), dense(layer, "c")
         assert torch.all((after == 0) | torch.isclose(after, before / 0.25))
         kept, total = kept + int((after != 0).sum()), total + int((before != 0).sum())
@@ -128,7 +129,9 @@ def test_dare_is_repeatable_with_a_seed(tiny):
         model = two(tiny("llama"))
         torch.manual_seed(seed)
         model.add_weighted_adapter(["default", "b"], [1.0, 0.5], "c", "dare_ties", density=0.5)
-        results.append(torch.cat([layer.deltas["c"].weight.detach().reshape(-1) for layer in wrapped(model).values()]))
+        results.append(
+            torch.cat([layer.deltas["c"].weight.detach().reshape(-1) for layer in layers_of(model).values()])
+        )
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
 
 
@@ -136,7 +139,7 @@ def test_dare_is_repeatable_with_a_seed(tiny):
 def test_dare_of_everything_is_the_combination_without_dropping(llama, combination):
     model = two(llama)
     model.add_weighted_adapter(["default", "b"], [0.7, 0.4], "c", combination, density=1.0)
-    for layer in wrapped(model).values():
+    for layer in layers_of(model).values():
         updates = [dense(layer, "default"), dense(layer, "b")]
         weights = torch.tensor([0.7, 0.4])
         expected = ties(updates, weights, 1.0) if combination == "dare_ties" else task_arithmetic(updates, weights)
@@ -187,7 +190,7 @@ def test_it_can_be_trained_merged_combined_and_deleted(llama, ids):
     model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "c")
     model.set_adapter("c")
     model(ids, labels=ids).loss.backward()
-    assert all(layer.deltas["c"].weight.grad.any() for layer in wrapped(model).values())
+    assert all(layer.deltas["c"].weight.grad.any() for layer in layers_of(model).values())
     expected = logits(model, ids)
     model.merge_adapter()
     torch.testing.assert_close(logits(model, ids), expected, atol=1e-5, rtol=1e-5)
@@ -271,7 +274,7 @@ def test_values_keep_their_dtype(tiny, dtype, values_dtype):
     model = adapted(tiny("llama", dtype), values_dtype=values_dtype)
     add(model, "b", values_dtype=values_dtype)
     model.add_weighted_adapter(["default", "b"], [0.3, 0.3], "c")
-    for layer in wrapped(model).values():
+    for layer in layers_of(model).values():
         delta = layer.neuroada_delta
         assert delta["c"].weight.dtype == delta["b"].weight.dtype == getattr(torch, values_dtype or "float32")
         expected = 0.3 * delta["default"].weight.float() + 0.3 * delta["b"].weight.float()
