@@ -67,7 +67,7 @@ def combinations():
                 yield pytest.param(name, way, padding, marks=marks, id=f"{name}-{way}-{'left' if padding else 'full'}")
 
 
-@pytest.mark.parametrize("name, way, padding", combinations())
+@pytest.mark.parametrize("name, way, padding", list(combinations()))
 def test_every_way_equals_whole_passes(name, way, padding):
     actual = adapted(name).generate(**batch_of(name, padding), **GREEDY, **WAYS[way])
     assert_same(actual, expected(name, padding, way == "beams"))
