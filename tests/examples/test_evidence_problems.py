@@ -111,8 +111,8 @@ def test_a_probe_on_cached_features_is_the_probe(where):
     run = runs.Run(*where, "probe", 64, 5, 16, 1e-2, runs.SEARCH_SEED, 40, 40, image_size)
     cached = runs.execute(run)
     problem = run.problem
-    model: nn.Module = adapt(problem.base, Method.parse("probe"), problem.train.first(64), 0)
-    runs.train(model, problem.train.first(64), runs.Recipe(5, 16), 1e-2, 0)
+    model: nn.Module = adapt(problem.base, Method.parse("probe"), problem.train.first(64), runs.SEARCH_SEED)
+    runs.train(model, problem.train.first(64), runs.Recipe(5, 16), 1e-2, runs.SEARCH_SEED)
     plain = runs.evaluate(model, problem.validation.first(40))
     assert cached["validation_result"]["loss"] == pytest.approx(plain["loss"], abs=1e-4)
     assert cached["validation_result"]["correct"] == plain["correct"]
