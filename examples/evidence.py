@@ -48,6 +48,7 @@ from _quickstart.search import Search
 
 
 REFERENCE = "lora-r8"  # of times
+OWN_METHODS = ("neuroada-k1", "lora-r8", "probe")  # on a model of one's own
 
 
 class Evidence:
@@ -90,14 +91,13 @@ class Evidence:
         self.text += tables.comparison_table(comparison, found, refused)
 
     def rates(self, methods: Sequence[str]) -> tuple[Comparison, dict[str, float]]:
-        """The largest training set of the first comparison, and the learning rates that its search finds there."""
-        first = self.plan.comparisons[0]
-        size = max(first.steps)
-        searched = replace(first, methods=tuple(methods), steps={size: first.steps[size]}, data=(), chosen_by="loss")
+        """`neuroada-by-loss`, and the learning rates that it has for these methods."""
+        comparison = self.plan.comparison("neuroada-by-loss")
+        searched = replace(comparison, methods=tuple(methods), data=())
         ledger = self.ledger("comparisons", Run)
         searches = conduct(searched, ledger, self.trainer(runs.execute, ledger, "learning rates"))
         chosen = {method: found.best.learning_rate for (method, _), found in searches.items()}
-        return replace(searched, data=first.data), chosen
+        return comparison, chosen
 
     def merging(self) -> None:
         """Adapters of all domains in one."""
@@ -175,7 +175,7 @@ def parser() -> argparse.ArgumentParser:
     own = options.add_argument_group("a model and data of your own")
     own.add_argument("--model", help="Hub id or folder, or one of minilm, smollm2, dinov2, efficientnet")
     own.add_argument("--data", nargs="+", help="movies, mnist, …, or SOURCE:TEXT_COLUMN:LABEL_COLUMN of a table")
-    own.add_argument("--methods", nargs="+", help="[neuroada-k1 lora-r8 probe]; beside --experiments: these alone")
+    own.add_argument("--methods", nargs="+", help=f"[{' '.join(OWN_METHODS)}]; beside --experiments: these alone")
     own.add_argument("--size", type=int, default=1000, help="training samples [%(default)s]")
     own.add_argument("--steps", type=int, default=100, help="of every training [%(default)s]")
     own.add_argument("--batch-size", type=int, default=16, help="[%(default)s]")
@@ -191,10 +191,11 @@ def own_comparison(options: argparse.Namespace) -> Comparison:
         name="own",
         title=f"{options.model}",
         model=options.model,
-        methods=tuple(options.methods or ("neuroada-k1", "lora-r8", "probe")),
+        methods=tuple(options.methods or OWN_METHODS),
         data=tuple(options.data),
         search_data=tuple(options.data),
         steps={options.size: options.steps},
+        chosen_by="accuracy",
         batch_size=options.batch_size,
         image_size=options.image_size,
         pooling=options.pooling,

@@ -41,6 +41,7 @@ NEUROADA = Comparison(
     data=DOMAINS,
     search_data=SEARCHED,
     steps={200: STEPS[200]},
+    chosen_by="accuracy",
 )
 COMPARISONS = (
     NEUROADA,
@@ -76,7 +77,6 @@ COMPARISONS = (
         data=SEARCHED,
         search_data=SEARCHED,
         steps={200: STEPS[200]},
-        chosen_by="loss",
     ),
     Comparison(
         name="gps-text",
@@ -99,7 +99,6 @@ COMPARISONS = (
         data=SEARCHED,
         search_data=SEARCHED,
         steps={200: STEPS[200]},
-        chosen_by="loss",
     ),
     Comparison(
         name="gps-images",
@@ -124,7 +123,6 @@ COMPARISONS = (
         data=("mnist",),
         search_data=("mnist",),
         steps={400: 50},
-        chosen_by="loss",
         validation=200,
         test=600,
         image_size=56,
@@ -137,7 +135,6 @@ COMPARISONS = (
         data=("mnist",),
         search_data=("mnist",),
         steps={400: 50},
-        chosen_by="loss",
         validation=200,
         test=600,
         image_size=96,
@@ -150,7 +147,6 @@ COMPARISONS = (
         data=("movies",),
         search_data=("movies",),
         steps={200: 40},
-        chosen_by="loss",
         batch_size=8,
         validation=150,
         test=300,

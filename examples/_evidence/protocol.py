@@ -55,7 +55,7 @@ class Comparison:
     steps: dict[int, int]
     batch_size: int = 16
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    chosen_by: str = "accuracy"
+    chosen_by: str = "loss"
     trials: int = 5
     widenings: int = 3
     validation: int = 300
