@@ -42,11 +42,15 @@ def save_inputs(ctx: Any, needed: Sequence[bool], inputs: Sequence[Any]) -> None
     ctx.save_for_backward(*inputs)
 
 
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` is at work; a compiler sees through them."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def call(operator: Any, *arguments: Any) -> Tensor:
     """An operator with its derivative, also inside transforms of `torch.func`, which do not enter the autograd of a
     registered operator."""
-    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    return _Transformable.apply(operator, *arguments) if transformed else operator(*arguments)
+    return _Transformable.apply(operator, *arguments) if is_transformed() else operator(*arguments)
 
 
 class _Transformable(torch.autograd.Function):

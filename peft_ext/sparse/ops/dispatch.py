@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..memory import why_not_ours
 from .crossovers import fastest_path
+from .derivatives import is_transformed
 from .standard import is_exporting_to_onnx
 
 
@@ -48,7 +49,7 @@ def choose_backend(
     path = _settled_path(requested, x, weight, entries)
     if path is not None or weight is None:
         return path or "bypass"
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if is_transformed():
         return "reference" if requested == "reference" else "bypass"  # the one with rules for torch.func
     if requested != "auto":
         return requested
@@ -76,7 +77,7 @@ def choose_conv_backend(requested: str, x: Tensor, weight: Tensor | None, entrie
     The path to take for one call of a convolution; see [`choose_backend`]. The folded path takes any support, and
     `"copied"` is one more that only `"auto"` takes: without gradients, where a copy of W is soon made.
     """
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if is_transformed():
         requested = "reference"  # the one with rules for torch.func
     path = _settled_path(requested, x, weight, entries)
     if path is not None or weight is None:
