@@ -51,8 +51,6 @@ class _Attempt:
         if self.before is None:
             return
         configs = getattr(self.model, "peft_config", {})
-        if self.adapter_name in configs and len(configs) > 1:
-            self.model.delete_adapter(self.adapter_name)
         self.before.restore()
         configs.pop(self.adapter_name, None)
         if not self.was_adapted:
