@@ -195,7 +195,6 @@ def own_comparison(options: argparse.Namespace) -> Comparison:
         data=tuple(options.data),
         search_data=tuple(options.data),
         steps={options.size: options.steps},
-        chosen_by="accuracy",
         batch_size=options.batch_size,
         image_size=options.image_size,
         pooling=options.pooling,

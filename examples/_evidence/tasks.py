@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -35,6 +37,7 @@ MAX_TOKENS = 24  # four sentences a row: shorter ones than in the other experime
 HEAD_SPEED = 10.0  # the trainer has one learning rate: larger features let the new heads learn faster than the encoder
 NOISE_FLOOR_STEPS = 4
 DENSITY = 0.3
+DIVERGED = 1e9  # the loss of a run without a finite one
 BATCH_SIZE = 8  # rows: as many sentences of every domain
 
 
@@ -145,15 +148,28 @@ def conduct(plan: Plan, widenings: int, ledger: Ledger, train: Callable[[Sequenc
     runs = plan.search()
     train(runs)
     for _ in range(widenings):
-        chosen = choose_rates(plan.bench, map(ledger.__getitem__, runs))
+        chosen = _best_rates(plan, ledger, runs)
         wider = [plan.trial(cell, rate) for cell, best in chosen.items() if (rate := _beyond(cell, best, runs))]
         if not wider:
             break
         train(wider)
         runs += wider
-    chosen = choose_rates(plan.bench, map(ledger.__getitem__, runs))
+    chosen = _best_rates(plan, ledger, runs)
     train(plan.final(chosen))
     return chosen
+
+
+def _best_rates(plan: Plan, ledger: Ledger, runs: Sequence[Run]) -> dict[Cell, float]:
+    """Per cell the rate of the lowest losses on validation rows, as the other experiments choose; Δm of losses."""
+    losses = [
+        {**record, "validation": _as_metrics(record["losses"]["validation"])}
+        for record in map(ledger.__getitem__, runs)
+    ]
+    return choose_rates(replace(plan.bench, higher_is_better={"loss": False}), losses)
+
+
+def _as_metrics(losses: dict[str, float]) -> dict[str, dict[str, float]]:
+    return {task: {"loss": loss if math.isfinite(loss) else DIVERGED} for task, loss in losses.items()}
 
 
 def _beyond(cell: Cell, best: float, runs: Sequence[Run]) -> float | None:
