@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .answers import chosen_letter, exact_match, normalise_vqa, vqa_accuracy, yes_or_no
-from .data import Sample, from_turns, question_message, read_llava, with_choices
+from .data import Sample, from_turns, question_message, read_json, read_llava, with_choices
 
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -23,7 +23,10 @@ class Question:
     references: list[str]  # the right answer, or several people's
     group: str = ""  # what questions are scored together by: an image of MME, a part of POPE
     options: int = 0  # number of choices
-    extra: dict[str, Any] = field(default_factory=dict)
+
+
+Reader = Callable[[Path, Path, "Path | None"], list[Question]]
+Scorer = Callable[[list[Question], list[str]], dict[str, float]]
 
 
 def _question(image: Path, text: str, references: list[str], **more: Any) -> Question:
@@ -37,12 +40,7 @@ def _read(path: Path, *keys: str) -> Any:
     Raises:
         `ValueError`: if the file is not there, is no JSON, or lacks one of the keys.
     """
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+    content = read_json(path)
     for key in keys:
         if not isinstance(content, dict) or key not in content:
             raise ValueError(f"{path} is of another layout: it has no `{key}`.")
@@ -167,26 +165,22 @@ def _mean(values: Sequence[float]) -> float:
     return 100 * sum(values) / len(values)
 
 
-def score_vqa(questions: list[Question], answers: list[str]) -> dict[str, float]:
-    """VQA's accuracy."""
-    return {"accuracy": _mean([vqa_accuracy(a, q.references) for q, a in zip(questions, answers, strict=True)])}
+def _share(name: str, right: Callable[[str, Question], float]) -> Scorer:
+    """A scorer that gives the mean of how right the answers are."""
+
+    def score(questions: list[Question], answers: list[str]) -> dict[str, float]:
+        return {name: _mean([right(a, q) for q, a in zip(questions, answers, strict=True)])}
+
+    return score
 
 
-def score_gqa(questions: list[Question], answers: list[str]) -> dict[str, float]:
-    """The share of answers that are the right one, both normalised as VQA's."""
-    right = [normalise_vqa(a) == normalise_vqa(q.references[0]) for q, a in zip(questions, answers, strict=True)]
-    return {"accuracy": _mean(right)}
-
-
-def score_exact(questions: list[Question], answers: list[str]) -> dict[str, float]:
-    """Exact match."""
-    return {"exact match": _mean([exact_match(a, q.references) for q, a in zip(questions, answers, strict=True)])}
-
-
-def score_choice(questions: list[Question], answers: list[str]) -> dict[str, float]:
-    """The share of right letters."""
-    right = [chosen_letter(a, q.options) == q.references[0] for q, a in zip(questions, answers, strict=True)]
-    return {"accuracy": _mean(right)}
+score_vqa = _share("accuracy", lambda answer, question: vqa_accuracy(answer, question.references))
+# One reference, normalised as VQA's.
+score_gqa = _share("accuracy", lambda answer, question: normalise_vqa(answer) == normalise_vqa(question.references[0]))
+score_exact = _share("exact match", lambda answer, question: exact_match(answer, question.references))
+score_choice = _share(
+    "accuracy", lambda answer, question: chosen_letter(answer, question.options) == question.references[0]
+)
 
 
 def score_pope(questions: list[Question], answers: list[str]) -> dict[str, float]:
@@ -227,8 +221,6 @@ def score_mme(questions: list[Question], answers: list[str]) -> dict[str, float]
     return {"score": sum(scores.values()), **scores}
 
 
-Reader = Callable[[Path, Path, "Path | None"], list[Question]]
-Scorer = Callable[[list[Question], list[str]], dict[str, float]]
 BENCHMARKS: dict[str, tuple[Reader, Scorer]] = {
     "vqav2": (vqav2, score_vqa),
     "gqa": (gqa, score_gqa),

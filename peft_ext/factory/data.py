@@ -214,6 +214,16 @@ def _lengths(data: Any, image_tokens: int) -> list[int]:
     return [len(t) // 4 + image_tokens * (t.count(IMAGE) + t.count('"type": "image"')) for t in texts]
 
 
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises `ValueError` if it is not there or no JSON."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+
+
 def read_llava(path: Path, images: Path, limit: int | None = None) -> list[dict[str, Any]]:
     """
     Rows of a file such as `llava_v1_5_mix665k.json`: `conversations` as JSON text and `images` as paths.
@@ -221,12 +231,7 @@ def read_llava(path: Path, images: Path, limit: int | None = None) -> list[dict[
     Raises:
         `ValueError`: if an entry is of another layout or names an image that is not there.
     """
-    if not path.is_file():
-        raise ValueError(f"data: there is no file {path}.")
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+    entries = read_json(path)
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path} is not in LLaVA's layout, a list of entries with `conversations` and `image`.")
     rows = []
