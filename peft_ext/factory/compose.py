@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from .connectors import CONNECTORS, NATIVE, OWN, connector_options, token_count
+from .connectors import NATIVE, OWN, connector_options
 from .masking import end_of_turn
 from .modeling import LlavaFactoryConfig, LlavaFactoryForConditionalGeneration
 from .templates import IMAGE, chat_template
@@ -107,7 +107,7 @@ def compose(
     Raises:
         `ValueError`: If the parts can't be put together. The message has the reason.
     """
-    options = _connector_options(connector, connector_config)
+    options = connector_options(connector, connector_config or {})
     text = AutoModelForCausalLM.from_pretrained(text_model, dtype=dtype)
     if dtype == "auto":
         dtype = text.dtype
@@ -143,7 +143,7 @@ def assemble(
     template: str = "auto",
 ) -> Composed:
     """As [`compose`], from parts in memory, which become parts of the result."""
-    options = _connector_options(connector, connector_config)
+    options = connector_options(connector, connector_config or {})
     check_text(text, tokenizer)
     probe = torch.arange(3, 11).unsqueeze(0) % text.config.vocab_size
     with torch.no_grad():
@@ -171,7 +171,7 @@ def assemble(
         vision_config=tower.config,
         text_config=text.config,
         image_token_id=image_token_id,
-        image_seq_length=token_count(connector, count, options),
+        image_seq_length=OWN[connector][0].count(count, options),
         vision_feature_layer=feature_layer,
         vision_feature_select_strategy="default" if class_token else "full",
         tie_word_embeddings=tied,
@@ -184,12 +184,6 @@ def assemble(
     _check_logits(model, probe, expected)
     _check_image(composed)
     return composed
-
-
-def _connector_options(connector: str, given: dict[str, Any] | None) -> dict[str, Any]:
-    if connector not in CONNECTORS:
-        raise ValueError(f"connector={connector!r} is not known; use one of {', '.join(CONNECTORS)}.")
-    return connector_options(connector, given or {})
 
 
 def _assemble(model_class: Any, config: Any, text: Any, tower: Any, head: nn.Linear, tied: bool) -> Any:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
+from transformers.activations import ACT2FN
 from transformers.models.idefics2.configuration_idefics2 import Idefics2PerceiverConfig
 from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverResampler
 
@@ -81,15 +81,17 @@ class Identity(Connector):
 class Perceptron(Connector):
     """One or two linear layers, for towers whose features are maps (ConvNeXt), which Llava's own can't read."""
 
-    def __init__(self, config: Any, activation: nn.Module | None) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.linear_1 = nn.Linear(self.vision_width, self.text_width)
-        self.act = activation
-        self.linear_2 = None if activation is None else nn.Linear(self.text_width, self.text_width)
+        self.act = self.linear_2 = None
+        if config.connector != "linear":
+            self.act = ACT2FN[NATIVE[config.connector]]
+            self.linear_2 = nn.Linear(self.text_width, self.text_width)
 
     def forward(self, features: Tensor) -> Tensor:
         hidden = self.linear_1(tokens_of(features))  # [batch, tokens, D]
-        return hidden if self.linear_2 is None or self.act is None else self.linear_2(self.act(hidden))
+        return hidden if self.linear_2 is None else self.linear_2(self.act(hidden))
 
 
 class PixelShuffle(Connector):
@@ -174,27 +176,16 @@ class QFormer(Connector):
         return self.linear(hidden.to(context.dtype))
 
 
-# How each connector outside transformers' Llava is made, and the options that it takes beside its library's own.
-OWN: dict[str, tuple[Callable[[Any], Connector], dict[str, Any]]] = {
+# The connectors outside transformers' Llava, and the options that each takes beside its library's own.
+OWN: dict[str, tuple[type[Connector], dict[str, Any]]] = {
     "identity": (Identity, {}),
     "pixel_shuffle": (PixelShuffle, {"factor": 2}),
     "resampler": (Resampler, {"queries": 64}),
     "qformer": (QFormer, {"queries": 32}),
-    "linear": (lambda config: Perceptron(config, None), {}),
-    "mlp2x_gelu": (lambda config: Perceptron(config, nn.GELU()), {}),
-    "mlp2x_relu": (lambda config: Perceptron(config, nn.ReLU()), {}),
-    "mlp2x_silu": (lambda config: Perceptron(config, nn.SiLU()), {}),
+    **dict.fromkeys(NATIVE, (Perceptron, {})),
 }
-CONNECTORS = tuple(OWN)
 # Configurations whose options a connector takes, too.
 LIBRARY: dict[str, Any] = {"resampler": Idefics2PerceiverConfig, "qformer": Blip2QFormerConfig}
-
-
-def token_count(connector: str, tokens: int, options: dict[str, Any]) -> int:
-    """Number of tokens that the language model sees of an image with `tokens` features."""
-    make = OWN[connector][0]
-    kind = make if isinstance(make, type) and issubclass(make, Connector) else Connector
-    return kind.count(tokens, options)
 
 
 def connector_options(connector: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -202,8 +193,10 @@ def connector_options(connector: str, given: dict[str, Any]) -> dict[str, Any]:
     A connector's options, with their defaults.
 
     Raises:
-        `ValueError`: if it has no such option, or a number is not positive.
+        `ValueError`: if there is no such connector, it has no such option, or a number is not positive.
     """
+    if connector not in OWN:
+        raise ValueError(f"connector={connector!r} is not known; use one of {', '.join(OWN)}.")
     defaults = OWN[connector][1]
     library = LIBRARY.get(connector)
     for name, value in given.items():
