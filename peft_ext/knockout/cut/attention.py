@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,17 +89,16 @@ class AttentionKnockout(KnockoutScope):
     def _put_hooks(self, stack: ExitStack) -> None:
         self._implementation = stack.enter_context(editable_attention(self.architecture))
         for index, attention in self.attentions.items():
-            before, after = own_thread(self._before(index)), own_thread(self._after(index))
+            before, after = (own_thread(partial(hook, index)) for hook in (self._before, self._after))
             stack.enter_context(attention.register_forward_pre_hook(before, with_kwargs=True))
             stack.enter_context(attention.register_forward_hook(after, prepend=True))
 
-    def _before(self, index: int) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-            arguments = bind(module, args, kwargs)
-            arguments["attention_mask"] = self._edit(index, module, arguments)
-            return (), arguments
-
-        return hook
+    def _before(
+        self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]]:
+        arguments = bind(module, args, kwargs)
+        arguments["attention_mask"] = self._edit(index, module, arguments)
+        return (), arguments
 
     def _edit(self, index: int, module: nn.Module, arguments: dict[str, Any]) -> Tensor:
         """The mask of a call, without the blocked edges."""
@@ -136,12 +136,9 @@ class AttentionKnockout(KnockoutScope):
         assert blocked is not None
         return blocked
 
-    def _after(self, index: int) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            emptied = self._emptied.pop(index, None)
-            return output if emptied is None else zero_output(output, emptied)
-
-        return hook
+    def _after(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        emptied = self._emptied.pop(index, None)
+        return output if emptied is None else zero_output(output, emptied)
 
 
 def zero_output(output: Any, positions: Tensor) -> Any:

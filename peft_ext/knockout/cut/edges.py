@@ -74,13 +74,9 @@ class Edges:
 def extend(mask: Tensor, positions: range, value: bool) -> Tensor:
     """A prompt's mask at any positions: False before the prompt, `value` after it."""
     length = mask.shape[1]
-    inside = mask[:, max(positions.start, 0) : max(positions.stop, 0)]
-    before = max(0, min(0, positions.stop) - positions.start)
-    after = max(0, positions.stop - max(length, positions.start))
-    inside = torch.nn.functional.pad(inside, (before, after), value=False)
-    if value and after:
-        inside[:, -after:] = True
-    return inside
+    at = torch.arange(positions.start, positions.stop, device=mask.device)
+    inside = mask[:, at.clamp(0, length - 1)] & (at >= 0) & (at < length)
+    return inside | (at >= length) if value else inside
 
 
 def is_last(mask: Tensor) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -86,25 +87,19 @@ class ModuleKnockout(KnockoutScope):
     def _put_hooks(self, stack: ExitStack) -> None:
         for index, target in self.targets.items():
             layer = self.architecture.layers[index].module
-            stack.enter_context(layer.register_forward_pre_hook(own_thread(self._before(index)), with_kwargs=True))
+            before, after = (own_thread(partial(hook, index)) for hook in (self._before, self._after))
+            stack.enter_context(layer.register_forward_pre_hook(before, with_kwargs=True))
             # Before the hooks with which transformers collects attentions and states, so that they see the zeros.
-            stack.enter_context(target.register_forward_hook(own_thread(self._after(index)), prepend=True))
+            stack.enter_context(target.register_forward_hook(after, prepend=True))
 
-    def _before(self, index: int) -> Callable[..., Any]:
+    def _before(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """On the layer, since only its arguments tell where in the sequence a call stands."""
+        arguments = bind(module, args, kwargs)
+        attention = self.architecture.layers[index].attention
+        queries = span_of_call(arguments, int(getattr(attention, "layer_idx", None) or index)).queries
+        start = self.position.start(queries, index)
+        rows = extend(self.positions, range(queries.start - start, queries.stop - start), self.follows)
+        self._rows[index] = repeat_rows(rows, len(arguments["hidden_states"]), "positions")
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            arguments = bind(module, args, kwargs)
-            attention = self.architecture.layers[index].attention
-            queries = span_of_call(arguments, int(getattr(attention, "layer_idx", None) or index)).queries
-            start = self.position.start(queries, index)
-            rows = extend(self.positions, range(queries.start - start, queries.stop - start), self.follows)
-            self._rows[index] = repeat_rows(rows, len(arguments["hidden_states"]), "positions")
-
-        return hook
-
-    def _after(self, index: int) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            return zero_output(output, self._rows[index])
-
-        return hook
+    def _after(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return zero_output(output, self._rows[index])

@@ -45,12 +45,11 @@ class Architecture:
     @property
     def norm(self) -> nn.Module:
         """The norm after the last layer. Raises `ValueError` if it cannot be told."""
-        for name in _NORM:
-            if isinstance(norm := getattr(self.decoder, name, None), nn.Module):
-                return norm
-        raise ValueError(
-            f"{type(self.decoder).__name__} has no final norm under any of the names {', '.join(_NORM)}. {REMEDY}"
-        )
+        if (norm := _child(self.decoder, _NORM)) is None:
+            raise ValueError(
+                f"{type(self.decoder).__name__} has no final norm under any of the names {', '.join(_NORM)}. {REMEDY}"
+            )
+        return norm
 
     @property
     def vocabulary(self) -> int:
@@ -172,11 +171,12 @@ def _layer_list(decoder: Any) -> nn.ModuleList | None:
     return None
 
 
+def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+    return next((child for name in names if isinstance(child := getattr(module, name, None), nn.Module)), None)
+
+
 def _layer(index: int, module: nn.Module, kind: str) -> Layer:
-    mlp = next((getattr(module, name) for name in _MLP if isinstance(getattr(module, name, None), nn.Module)), None)
-    attention = next(
-        (getattr(module, name) for name in _ATTENTION if isinstance(getattr(module, name, None), nn.Module)), None
-    )
+    mlp, attention = _child(module, _MLP), _child(module, _ATTENTION)
     if attention is not None and not parameters(type(attention).forward) and hasattr(attention, "self_attn"):
         attention = attention.self_attn
     if attention is None:

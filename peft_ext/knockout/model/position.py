@@ -21,16 +21,11 @@ class PromptPosition:
         self.answer_tokens = answer_tokens
         self._starts: dict[int, int] = {}
         self._tokens: dict[int, int] = {}
-        self._asked = False
+        self.called = False  # whether there was a call since
 
     def reset(self) -> None:
         """Forget earlier calls."""
-        self._starts, self._tokens, self._asked = {}, {}, False
-
-    @property
-    def called(self) -> bool:
-        """Whether there was a call since."""
-        return self._asked
+        self._starts, self._tokens, self.called = {}, {}, False
 
     def start(self, queries: range, layer: int) -> int:
         """
@@ -39,7 +34,7 @@ class PromptPosition:
         Raises:
             `ValueError`: if this cannot be the prompt that the masks were made for.
         """
-        self._asked = True
+        self.called = True
         known = self._starts.get(layer)
         if known is not None and queries.start >= known + self.length:
             return known  # a step that continues the cache
