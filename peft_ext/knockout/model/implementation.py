@@ -1,9 +1,9 @@
-"""For the time of a knockout: an attention implementation that takes any mask."""
+"""For the time of a measurement: an attention implementation that takes any mask, or gives its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 from .architecture import Architecture
@@ -12,51 +12,43 @@ from .architecture import Architecture
 EDITABLE = ("sdpa", "eager")
 
 
-def implementation_of(architecture: Architecture) -> str:
-    """The decoder's attention implementation, as transformers names it."""
-    return str(architecture.text_config._attn_implementation)
+def editable_attention(architecture: Architecture) -> AbstractContextManager[str]:
+    """[`switched_attention`] of a decoder to an implementation that takes edited masks, unlike flash and flex."""
+    return switched_attention(architecture.model, architecture.text_config, EDITABLE)
 
 
 @contextmanager
-def editable_attention(architecture: Architecture) -> Iterator[str]:
+def switched_attention(model: Any, text_config: Any, names: Sequence[str]) -> Iterator[str]:
     """
-    Switch a decoder whose implementation takes no edited masks (flash, flex) to sdpa, or to eager where it has no
-    sdpa, and back on exit. The vision tower keeps its own.
+    Switch a decoder whose attention implementation is none of these to the first that it has, and back on exit. The
+    vision tower keeps its own.
 
     Yields:
-        `str`: `"sdpa"` or `"eager"`.
+        `str`: the implementation, as transformers names it.
     """
-    before = implementation_of(architecture)
-    if before in EDITABLE:
+    before = text_config._attn_implementation
+    if before in names:
         yield before
         return
-    for name in EDITABLE:
-        try:
-            _switch(architecture, name)
-        except (ValueError, ImportError):
-            continue
-        if implementation_of(architecture) == name:
+    for name in names:
+        _switch(model, text_config, name)
+        if text_config._attn_implementation == name:
             break
     else:
         raise ValueError(
-            f"{type(architecture.model).__name__} runs its decoder with attention {before!r}, which takes no edited "
-            'masks, and refuses sdpa and eager; load it with attn_implementation="eager".'
+            f"{type(model).__name__} runs its decoder with attention {before!r}, but {' or '.join(names)} is needed, "
+            'and it refuses to switch; load it with attn_implementation="eager".'
         )
     try:
-        yield implementation_of(architecture)
+        yield name
     finally:
-        _restore(architecture, before)
+        _switch(model, text_config, before)
+        if text_config._attn_implementation != before:  # what was set by hand is put back by hand
+            text_config._attn_implementation_internal = before
 
 
-def _switch(architecture: Architecture, name: str) -> None:
-    model: Any = architecture.model
+def _switch(model: Any, text_config: Any, name: str) -> None:
     own = model.config
-    keys = [key for key in getattr(own, "sub_configs", {}) if getattr(own, key, None) is architecture.text_config]
-    model.set_attn_implementation({keys[0]: name} if keys else name)
-
-
-def _restore(architecture: Architecture, name: str) -> None:
+    keys = [key for key in getattr(own, "sub_configs", {}) if getattr(own, key, None) is text_config]
     with suppress(ValueError, ImportError):
-        _switch(architecture, name)
-    if implementation_of(architecture) != name:  # what was set by hand is put back by hand
-        architecture.text_config._attn_implementation_internal = name
+        model.set_attn_implementation({keys[0]: name} if keys else name)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from tqdm import tqdm
 
 from ...tuners.mores import MoReSLayer
+from ..model.implementation import switched_attention
 from ..prompts.image_tokens import image_token_ids
 
 
@@ -205,14 +206,14 @@ def modality_attention(
     rows: list[Tensor], image: Tensor, text: Tensor, reduction: str, count_generated: bool
 ) -> Tensor:
     """fp64 `[3, batch, layers, heads]`: on image, on text, and the image's share of all attention."""
+    # Of all tokens, which the layers without a sliding window attend to.
+    new = max(max(row.shape[-1] for row in rows) - image.shape[1], 0)
+    masks = [pad(image, (0, new)), pad(text, (0, new), value=count_generated)]
+    counts = [mask.sum(dim=1).view(-1, 1) for mask in masks]
     layers = []
-    prompt = image.shape[1]
     for row in rows:  # [batch, heads, keys]; keys may be only the last ones (sliding windows)
         row = row.double()
         keys = row.shape[-1]
-        new = max(_length(rows) - prompt, 0)
-        masks = [_extended(image, new, False), _extended(text, new, count_generated)]
-        counts = [mask.sum(dim=1).view(-1, 1) for mask in masks]
         sums = [(row * mask[:, -keys:].unsqueeze(1)).sum(dim=-1) for mask in masks]  # [batch, heads]
         total = row.sum(dim=-1)
         if reduction == "mean":
@@ -223,22 +224,14 @@ def modality_attention(
     return torch.stack(layers, dim=2)
 
 
-def _length(rows: list[Tensor]) -> int:
-    """The number of keys that a layer without a sliding window attends to."""
-    return max(row.shape[-1] for row in rows)
-
-
-def _extended(mask: Tensor, new: int, value: bool) -> Tensor:
-    return torch.cat([mask, mask.new_full((len(mask), new), value)], dim=1)
-
-
 def attention_rows(model: Any, batch: dict[str, Tensor], number: int, engine: str) -> Iterator[list[Tensor]]:
     """For each output token, each layer's attention `[batch, heads, keys]` of the token that decides it."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     ids = inputs.pop("input_ids")
     mask = inputs.pop("attention_mask", torch.ones_like(ids))
     per_token = {name: inputs.pop(name) for name in _PER_TOKEN if name in inputs}
-    inner = _inner(model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = getattr(base, "model", base)
     cut = 0 if engine == "full" else ids.shape[1] - 1
 
     def call(start: int, stop: int, **kwargs: Any) -> Any:
@@ -254,7 +247,7 @@ def attention_rows(model: Any, batch: dict[str, Tensor], number: int, engine: st
     if cut:
         past = call(0, cut, **inputs).past_key_values
         inputs = {}
-    with eager_text(model):
+    with switched_attention(base, base.config.get_text_config(), ["eager"]):
         for index in range(number):
             output = call(cut, ids.shape[1], past_key_values=past, output_attentions=True, **inputs)
             yield [weights[:, :, -1] for weights in output.attentions]
@@ -262,30 +255,4 @@ def attention_rows(model: Any, batch: dict[str, Tensor], number: int, engine: st
                 past, cut, inputs = output.past_key_values, ids.shape[1], {}
                 ids = torch.cat([ids, output.logits[:, -1:].argmax(dim=-1)], dim=1)
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-                per_token = {name: torch.nn.functional.pad(value, (0, 1)) for name, value in per_token.items()}
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _inner(model: Any) -> Any:
-    base = _base(model)
-    return getattr(base, "model", base)
-
-
-@contextmanager
-def eager_text(model: Any) -> Iterator[None]:
-    """Around calls whose attention maps are wanted: eager attention in the text model, then what it was before."""
-    base = _base(model)
-    text_config = base.config.get_text_config()
-    before = text_config._attn_implementation
-    if before == "eager":
-        yield
-        return
-    key = "text_config" if text_config is not base.config else None
-    base.set_attn_implementation({key: "eager"} if key else "eager")
-    try:
-        yield
-    finally:
-        base.set_attn_implementation({key: before} if key else before)
+                per_token = {name: pad(value, (0, 1)) for name, value in per_token.items()}
