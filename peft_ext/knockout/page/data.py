@@ -11,6 +11,7 @@ import numpy as np
 
 from ..plots import summarise
 from ..prompts.images import open_image
+from ..prompts.spans import consecutive_runs
 from ..sweep.records import Record
 from .pictures import data_uri, shrunk
 from .views import Effects, SampleView
@@ -151,13 +152,7 @@ def _number(value: float) -> float | None:
 
 def _ranges(positions: Sequence[int]) -> list[list[int]]:
     """Sorted positions as first and last of each run."""
-    runs: list[list[int]] = []
-    for at in positions:
-        if runs and at == runs[-1][1] + 1:
-            runs[-1][1] = at
-        else:
-            runs.append([at, at])
-    return runs
+    return [[run[0], run[-1]] for run in consecutive_runs(positions)]
 
 
 def _halves(values: np.ndarray) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..prompts.samples import FlowSample
-from ..prompts.spans import segments
+from ..prompts.spans import consecutive_runs, segments
 
 
 @dataclass
@@ -35,10 +35,5 @@ def pieces_of(tokenizer: Any, sample: FlowSample, patches: list[int]) -> list[Pi
                 pieces[-1].text += character
             else:
                 pieces.append(Piece(character, owners))
-    run: list[int] = []
-    for at in [*(visual & attended).nonzero().flatten().tolist(), -1]:
-        if run and at != run[-1] + 1:
-            pieces.append(Piece("", run))
-            run = []
-        run.append(at)
+    pieces += [Piece("", run) for run in consecutive_runs((visual & attended).nonzero().flatten().tolist())]
     return sorted(pieces, key=lambda piece: piece.positions[0])

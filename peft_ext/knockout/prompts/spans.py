@@ -148,13 +148,17 @@ def _in_word(character: str) -> bool:
 
 def segments(tokenizer: Any, tokens: Sequence[int], kept: Sequence[bool]) -> list[Segment]:
     """The text of a row of `input_ids`; `kept` says which tokens are text, neither image nor padding."""
-    found, run = [], list[int]()
-    for at in range(len(tokens) + 1):
-        if at < len(tokens) and kept[at]:
-            run.append(at)
-        elif run:
-            found.append(_segment(tokenizer, tokens, run))
-            run = []
+    return [_segment(tokenizer, tokens, run) for run in consecutive_runs([at for at, text in enumerate(kept) if text])]
+
+
+def consecutive_runs(positions: Sequence[int]) -> list[list[int]]:
+    """Sorted positions, in runs of neighbours."""
+    found: list[list[int]] = []
+    for at in positions:
+        if found and at == found[-1][-1] + 1:
+            found[-1].append(at)
+        else:
+            found.append([at])
     return found
 
 
