@@ -114,6 +114,16 @@ def test_hot_swap(bases, ids, tmp_path, backend, origin):
         assert_same(gradients(model, ids, compiled), gradients(model, ids))
 
 
+def test_a_state_dict_that_is_loaded_compiles_nothing_anew(base, ids):
+    """What is compiled does not ask whether the entries were checked since, which loading undoes."""
+    model = adapted(base)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    gradients(model, ids, compiled)
+    model.load_state_dict(model.state_dict())
+    assert not any(layer.deltas["default"].checked for layer in layers(model))
+    assert_same(gradients(model, ids, compiled), gradients(model, ids))
+
+
 def test_switching_adapters_compiles_at_most_once_for_each(base, ids):
     model = adapted(base)
     torch.manual_seed(1)

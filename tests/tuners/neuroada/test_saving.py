@@ -38,6 +38,14 @@ def test_reload_with_options(tiny, ids, tmp_path, options, low_cpu_mem_usage):
     assert loaded.peft_config["default"].backend == options.get("backend", "auto")
 
 
+def test_reload_onto_a_16_bit_base_rounds_no_value(tiny, tmp_path):
+    model = adapted(tiny("llama", torch.bfloat16), target_modules=["q_proj"])
+    assert layers_of(model).popitem()[1].deltas["default"].weight.dtype == torch.float32
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny("llama", torch.bfloat16), tmp_path, low_cpu_mem_usage=True)
+    assert_equal_bits(adapter_bits(loaded), adapter_bits(model))
+
+
 @LOW
 @pytest.mark.parametrize("bias", ["all", "neuroada_only"])
 def test_reload_with_biases_and_a_head(tiny, inputs_of, tmp_path, bias, low_cpu_mem_usage):

@@ -41,6 +41,17 @@ def test_combined(tiny, ids, tmp_path):
     assert torch.equal(logits(loaded, ids), expected)
 
 
+def test_swapped_for_one_of_the_same_base(tiny, ids, tmp_path):
+    expected = adapted(tiny("llama"), seed=3, **OPTIONS)
+    expected.save_pretrained(tmp_path)
+    model = add(adapted(tiny("llama"), **OPTIONS), "b", **OPTIONS)
+    model.merge_adapter(["default"])
+    hotswap_adapter(model, str(tmp_path), "b")
+    model.unmerge_adapter()
+    model.set_adapter("b")
+    assert torch.equal(logits(model, ids), logits(expected, ids))
+
+
 def test_swapped_for_one_of_another_base(tiny, tmp_path):
     adapted(tiny("llama"), k=2).save_pretrained(tmp_path)
     other = tiny("llama")
