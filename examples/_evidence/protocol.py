@@ -44,6 +44,7 @@ class Comparison:
         seeds: of the table.
         chosen_by: `"accuracy"` or `"loss"`: what the search compares on the validation parts.
         trials, widenings: learning rates per method, and at most so many more beyond the edges.
+        lower: final runs take the rate so many places of the grid below the best: how much hangs on the choice?
     """
 
     name: str
@@ -58,6 +59,7 @@ class Comparison:
     chosen_by: str = "loss"
     trials: int = 5
     widenings: int = 3
+    lower: int = 0
     validation: int = 300
     test: int = 600
     image_size: int | None = None
@@ -108,6 +110,10 @@ class Comparison:
             found = Search(sorted(trials, key=lambda trial: trial.learning_rate))
         return found
 
+    def rate(self, found: Search) -> float:
+        """Of the final runs."""
+        return found.trials[max(0, found.trials.index(found.best) - self.lower)].learning_rate
+
     def _trial(self, cell: Cell, learning_rate: float, ledger: Ledger) -> Trial:
         results = [ledger[run]["validation_result"] for run in self.trial_runs(cell, learning_rate)]
         losses = [float("inf") if result["loss"] is None else result["loss"] for result in results]
@@ -132,5 +138,5 @@ def conduct(comparison: Comparison, ledger: Ledger, train: Conduct) -> dict[Cell
 
 def final_runs(comparison: Comparison, searches: dict[Cell, Search]) -> list[Run]:
     """Seed by seed, so that an unfinished comparison has whole seeds."""
-    runs = [run for cell, found in searches.items() for run in comparison.final_runs(cell, found.best.learning_rate)]
+    runs = [run for cell, found in searches.items() for run in comparison.final_runs(cell, comparison.rate(found))]
     return sorted(runs, key=lambda run: run.seed)

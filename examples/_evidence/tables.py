@@ -34,7 +34,7 @@ def rows(comparison: Comparison, searches: Mapping[Cell, Search], ledger: Ledger
     result = []
     for size in comparison.steps:
         reference = (comparison.methods[0], size)
-        rates = {cell: found.best.learning_rate for cell, found in searches.items() if cell[1] == size}
+        rates = {cell: comparison.rate(found) for cell, found in searches.items() if cell[1] == size}
         baseline = correct(comparison, reference, rates[reference], ledger)
         for cell, rate in rates.items():
             right = correct(comparison, cell, rate, ledger)
