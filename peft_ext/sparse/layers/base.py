@@ -104,7 +104,6 @@ class SparseLayer(BaseAttributes, MergingMixin, ScalingMixin, nn.Module, BaseTun
         self.deltas[adapter_name] = delta or self._new_delta(config, support, pending)
         self.backends[adapter_name] = config.backend
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _new_delta(self, config: SparseConfig, support: Support, pending: bool) -> SparseDelta:
         base_layer = self.get_base_layer()

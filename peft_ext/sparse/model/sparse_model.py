@@ -199,8 +199,6 @@ class SparseModel(CheckpointMixin, MergeMixin, MixedBatchMixin, WeightedAdapterM
                 self._update_layer(part, adapter_name, peft_config, self._injection.plan[uncompiled(name)])
         if not is_new:
             return
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # an additional adapter is not trainable until it is activated
         if isinstance(parent, nn.TransformerEncoderLayer):
             # In inference this class reads the weights of its layers, unless one of them has a hook; and the encoder
             # around it packs padded batches for that.
