@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peft_ext.knockout import FlowSample
-from peft_ext.knockout.sweep import engines
+from peft_ext.knockout.sweep import replay
 from tests._models.vision_language import build, grouped, row
 
 from ._sweeps import PAIRS, assert_same, sweep
@@ -19,7 +19,7 @@ def test_windows(mode, window):
 
 @pytest.mark.parametrize("tokens", [1, 7, 40, 10_000])
 def test_any_packing(monkeypatch, tokens):
-    monkeypatch.setattr(engines, "PACKED_TOKENS", tokens)
+    monkeypatch.setattr(replay, "PACKED_TOKENS", tokens)
     batch, groups = grouped("llava")
     assert_same(build("llava"), FlowSample(batch, groups))
 

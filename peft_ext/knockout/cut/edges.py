@@ -79,6 +79,11 @@ def extend(mask: Tensor, positions: range, value: bool) -> Tensor:
     return inside | (at >= length) if value else inside
 
 
+def first_position(mask: Tensor) -> int:
+    """The first position of a group in any row."""
+    return int(mask.int().argmax(1).min())
+
+
 def is_last(mask: Tensor) -> bool:
     """Whether a group is the last position of the prompt, and nothing else, in every row."""
     return bool(mask[:, -1].all() and mask.sum() == len(mask))

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..cut.attention import AttentionKnockout
-from ..cut.edges import check_mask, check_pairs
+from ..cut.edges import check_mask, check_pairs, first_position
 from ..cut.modules import MODULES, ModuleKnockout
 from ..model.architecture import Architecture, inspect_model
 from ..model.implementation import editable_attention
 from ..model.threads import own_thread
 from ..prompts.samples import last_positions
 from ..sweep.clean_run import NotReusable, clean_run
-from ..sweep.engines import APART_TOKENS, ENGINES, PACKED_TOKENS
+from ..sweep.engines import ENGINES
+from ..sweep.packed import Knock
 from ..sweep.records import Record
-from ..sweep.replay import Knock, replay
+from ..sweep.replay import replay
 from ..sweep.windows import windows
 
 
@@ -141,7 +143,7 @@ def _plan(
 ) -> list[tuple[str, int, Knock]]:
     """Interventions by name and layer."""
     total, plan = len(architecture.layers), []
-    first = _first(positions)
+    first = first_position(positions)
     for module in [modules] if isinstance(modules, str) else modules:
         if module not in MODULES:
             raise ValueError(f'modules holds {module!r}: must be "attention" or "mlp".')
@@ -153,14 +155,10 @@ def _plan(
         edges = check_pairs([pair])[0]
         if edges.source.shape != positions.shape:
             raise ValueError(f"pairs[{name!r}] has the shape {tuple(edges.source.shape)}, positions another.")
-        begin = _first(edges.target)
+        begin = first_position(edges.target)
         for span in windows(total, window, mode or "centred"):
             plan.append((name, span.layer, Knock(begin, span.start, span.end, edges=edges)))
     return plan
-
-
-def _first(mask: Tensor) -> int:
-    return int(mask.int().argmax(1).min())
 
 
 def _replayed(
@@ -174,15 +172,10 @@ def _replayed(
     """States after the last layer, of the clean pass and the others; only those at `positions` count."""
     with editable_attention(architecture) as implementation:
         # from the first position that is read on, even where an intervention begins later
-        firsts = [*(knock.first for knock in knocks), _first(positions)]
-        run = clean_run(architecture, model, dict(inputs), last_positions(inputs), firsts)
-        moved = [
-            Knock(first, knock.start, knock.end, knock.edges, knock.positions, knock.module)
-            for knock, first in zip(knocks, run.firsts, strict=False)
-        ]
-        packed = engine != "suffix"
-        tokens = PACKED_TOKENS if packed else APART_TOKENS
-        found = dict(replay(architecture, run, moved, implementation, tokens, packed))
+        targets = [*(knock.first for knock in knocks), first_position(positions)]
+        run = clean_run(architecture, model, dict(inputs), last_positions(inputs), targets)
+        moved = [replace(knock, first=run.firsts[knock.first]) for knock in knocks]
+        found = dict(replay(architecture, run, moved, implementation, packed=engine != "suffix"))
     assert run.final is not None
 
     def whole(states: Tensor) -> Tensor:
@@ -200,18 +193,16 @@ def _whole(
         def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             seen.append(output[0] if isinstance(output, tuple) else output)
 
-        with architecture.layers[-1].module.register_forward_hook(own_thread(see)):
-            if knock is None:
-                model(**inputs, use_cache=False)
-            else:
-                with _context(model, knock):
-                    model(**inputs, use_cache=False)
+        with architecture.layers[-1].module.register_forward_hook(own_thread(see)), _context(model, knock):
+            model(**inputs, use_cache=False)
         return seen[0][:, architecture.virtual_tokens :]
 
     return run(None), [run(knock) for knock in knocks]
 
 
-def _context(model: nn.Module, knock: Knock) -> AbstractContextManager[Any]:
+def _context(model: nn.Module, knock: Knock | None) -> AbstractContextManager[Any]:
+    if knock is None:
+        return nullcontext()
     layers = range(knock.start, knock.end)
     if knock.edges is not None:
         return AttentionKnockout(model, layers, [(knock.edges.source, knock.edges.target)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,9 +50,9 @@ class CleanRun:
     """A forward pass without knockouts."""
 
     logits: Tensor  # float32 `[batch, vocabulary]` at the readout position of each row
-    # For each given first target, the position that its knockout's effects begin at: the target's own, or the start of
-    # the block of tokens around it that attend both ways (Gemma 3's images)
-    firsts: list[int]
+    # By first target, the position that its knockout's effects begin at: its own, or the start of the block of tokens
+    # around it that attend both ways (Gemma 3's images)
+    firsts: dict[int, int]
     start: int  # the first kept position, the smallest of these
     length: int  # tokens in the sequence
     layers: list[LayerRun] = field(default_factory=list)  # empty if nothing was kept
@@ -82,10 +83,10 @@ def _length(inputs: dict[str, Any]) -> int:
 
 
 def clean_run(
-    architecture: Architecture, model: nn.Module, inputs: dict[str, Any], readout: Tensor, firsts: list[int]
+    architecture: Architecture, model: nn.Module, inputs: dict[str, Any], readout: Tensor, targets: Iterable[int]
 ) -> CleanRun:
     """
-    Run the model as it is. Keep each layer's keys and values, and its states from the first of `firsts` on, which are
+    Run the model as it is. Keep each layer's keys and values, and its states from the first of `targets` on, which are
     the first targets of the knockouts to come.
 
     Raises [`NotReusable`] if all tokens attend both ways, as in PaliGemma's prefix, or a layer is of a kind whose
@@ -98,6 +99,8 @@ def clean_run(
         # It tells its tokens from the inputs of the whole model, which a pass through some layers does not have.
         if isinstance(layer, MoReSLayer) and layer.finder is not None and not layer.disable_adapters:
             raise NotReusable("a MoReS adapter steers tokens after decoder layers, as a whole forward pass tells them")
+    targets = list(dict.fromkeys(targets))
+    firsts = targets
     while True:
         recorder = _Recorder(architecture, firsts, length)
         # Without a config: sliding layers then keep all keys, which a cache of the model's own would drop.
@@ -113,7 +116,8 @@ def clean_run(
                 ) from None
             firsts = earlier.firsts
             continue
-        return CleanRun(logits, firsts, min(firsts), length, recorder.layers(cache), recorder.final)
+        moved = dict(zip(targets, firsts, strict=True))
+        return CleanRun(logits, moved, min(firsts), length, recorder.layers(cache), recorder.final)
 
 
 class _Recorder:

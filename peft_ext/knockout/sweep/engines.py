@@ -10,20 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ..cut.attention import AttentionKnockout
-from ..cut.edges import Edges
+from ..cut.edges import Edges, first_position
 from ..model.architecture import Architecture
 from ..model.implementation import editable_attention
 from ..prompts.samples import Prompt
 from .clean_run import CleanRun, clean_run, logits_at
-from .replay import Knock, replay
-from .windows import Window
+from .packed import Knock
+from .replay import replay
 
 
 ENGINES = ("full", "suffix", "packed")
-# Packed copies attend to each other in vain: beyond some hundreds of tokens this costs more than starting anew saves.
-PACKED_TOKENS = 256
-# Passes that run one by one only keep their states meanwhile: a few MiB for a model 5,120 wide.
-APART_TOKENS = 512
 # The output embeddings are read for many passes at once, but not for all: a vocabulary is large.
 READOUTS = 32
 
@@ -65,26 +61,17 @@ def run_engine(
         }
         return Passes(answer, _read(logits, answer), knocked)
     with editable_attention(architecture) as implementation:
-        targets = {pair: _first_target(prompt.edges[pair]) for pair in spans}
-        distinct = list(dict.fromkeys(targets.values()))
-        run = clean_run(architecture, model, prompt.inputs, prompt.readout, distinct)
+        targets = {pair: first_position(prompt.edges[pair].target) for pair in spans}
+        run = clean_run(architecture, model, prompt.inputs, prompt.readout, targets.values())
         answer = _answer(prompt, run.logits)
-        firsts = dict(zip(distinct, run.firsts, strict=True))
         _warn_of_nothing([pair for pair in spans if not _blocks(prompt.edges[pair], run)])
-        knocks = [Knock(firsts[targets[pair]], *span, edges=prompt.edges[pair]) for pair, span in order]
+        knocks = [Knock(run.firsts[targets[pair]], *span, edges=prompt.edges[pair]) for pair, span in order]
         rows, read = torch.arange(len(answer)), prompt.readout - run.start
-        packed = engine == "packed"
-        passes = replay(architecture, run, knocks, implementation, PACKED_TOKENS if packed else APART_TOKENS, packed)
-        numbers, last = [], []
-        for number, states in passes:
-            numbers.append(number)
-            last.append(states[rows, read])  # [batch, D]
-        found = {}
-        for some in range(0, len(last), READOUTS):
-            logits = architecture.logits(torch.stack(last[some : some + READOUTS]))  # [passes, batch, vocabulary]
-            for number, own in zip(numbers[some : some + READOUTS], logits, strict=True):
-                found[order[number]] = _read(own, answer)
-    return Passes(answer, _read(run.logits, answer), found)
+        passes = replay(architecture, run, knocks, implementation, packed=engine == "packed")
+        last = {number: states[rows, read] for number, states in passes}  # [batch, D]
+    states = torch.stack([last[number] for number in range(len(order))])  # [passes, batch, D]
+    found = [_read(logits, answer) for some in states.split(READOUTS) for logits in architecture.logits(some)]
+    return Passes(answer, _read(run.logits, answer), dict(zip(order, found, strict=True)))
 
 
 def _answer(prompt: Prompt, logits: Tensor) -> Tensor:
@@ -98,16 +85,8 @@ def _read(logits: Tensor, answer: Tensor) -> Tensor:
 
 
 def _full(architecture: Architecture, model: nn.Module, prompt: Prompt, edges: Edges, span: Span) -> Tensor:
-    knockout = AttentionKnockout(
-        model, range(*span), [(edges.source, edges.target)], answer_tokens=prompt.answer_tokens
-    )
-    with knockout:
+    with AttentionKnockout(model, range(*span), [(edges.source, edges.target)], answer_tokens=prompt.answer_tokens):
         return logits_at(architecture, model, prompt.inputs, prompt.readout, use_cache=False)
-
-
-def _first_target(edges: Edges) -> int:
-    """The first position that a pair's knockout changes, in any row."""
-    return int(edges.target.int().argmax(1).min())
 
 
 def _blocks(edges: Edges, run: CleanRun) -> bool:
@@ -131,8 +110,3 @@ def _warn_of_nothing(pairs: Sequence[Pair]) -> None:
         "since it comes earlier or lies outside the layers' windows.",
         stacklevel=2,
     )
-
-
-def span_of(window: Window) -> Span:
-    """The layers of a window."""
-    return window.start, window.end

@@ -17,24 +17,23 @@ from .clean_run import CleanRun
 from .packed import Knock, PackedPasses
 
 
-__all__ = ["Knock", "replay"]
+# Packed copies attend to each other in vain: beyond some hundreds of tokens this costs more than starting anew saves.
+PACKED_TOKENS = 256
+# Passes that run one by one only keep their states meanwhile: a few MiB for a model 5,120 wide.
+APART_TOKENS = 512
 
 
 def replay(
-    architecture: Architecture,
-    clean: CleanRun,
-    knocks: Sequence[Knock],
-    implementation: str,
-    tokens: int,
-    packed: bool = True,
+    architecture: Architecture, clean: CleanRun, knocks: Sequence[Knock], implementation: str, packed: bool
 ) -> Iterator[tuple[int, Tensor]]:
     """
     Run passes and give the number of each with its states after the last layer, `[batch, T, D]` from the clean run's
     start on. The order is the runs', not that of `knocks`.
 
-    At most `tokens` tokens of all passes run at a time; a pass with more runs alone. With `packed` they are one
-    sequence. If not, a layer is called for each pass by itself.
+    With `packed` several passes are one sequence. If not, a layer is called for each pass by itself. Either way some
+    hundred tokens run at a time; a pass with more runs alone.
     """
+    tokens = PACKED_TOKENS if packed else APART_TOKENS
     order = sorted(range(len(knocks)), key=lambda number: (knocks[number].start, number))
     while order:
         chunk = [order.pop(0)]

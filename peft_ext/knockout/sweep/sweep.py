@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..model.architecture import Architecture, inspect_model
 from ..prompts.samples import FlowSample, LazySample, Prompt, parse_pairs, prepare
 from .clean_run import NotReusable
-from .engines import ENGINES, Pair, Passes, Span, run_engine, span_of
+from .engines import ENGINES, Pair, Passes, Span, run_engine
 from .processes import this_process
 from .records import Record, RecordFile, read_records
 from .windows import Window, windows
@@ -198,7 +198,7 @@ class Sweep:
 
     def run(self, prompt: Prompt, sample: FlowSample) -> list[Record]:
         """The records of one prompt. Raises `ValueError` if a given engine would not be exact for it."""
-        spans = {pair: list(dict.fromkeys(map(span_of, self.layer_windows))) for pair in self.pairs}
+        spans = {pair: list(dict.fromkeys((at.start, at.end) for at in self.layer_windows)) for pair in self.pairs}
         engine = self.engine
         try:
             passes = self._checked(prompt, spans) if self.unchecked else self._with(engine, prompt, spans)
@@ -222,7 +222,7 @@ class Sweep:
         for row, name in enumerate(prompt.names):
             for pair in self.pairs:
                 for window in self.layer_windows:
-                    after = passes.knocked[pair, span_of(window)][row].double()
+                    after = passes.knocked[pair, (window.start, window.end)][row].double()
                     records.append(
                         {
                             "sample": name,
@@ -250,12 +250,9 @@ class Sweep:
     def _checked(self, prompt: Prompt, spans: Mapping[Pair, Sequence[Span]]) -> Passes:
         """The first sample, whose largest change of each pair must be what the full engine finds."""
         while self.engine != "full":
-            problem = ""
             try:
                 passes = self._with(self.engine, prompt, spans)
-            except NotReusable:
-                raise
-            except torch.OutOfMemoryError:
+            except (NotReusable, torch.OutOfMemoryError):
                 raise
             except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
                 problem = f"fails on this model ({error})"
