@@ -22,7 +22,7 @@ from .prompts.samples import LazySample, parse_pairs
 from .read.jaccard import topk_jaccard
 from .read.lens import answer_probability_by_layer
 from .sweep.processes import this_process
-from .sweep.records import Record
+from .sweep.records import Record, write_records
 from .sweep.sweep import layer_sweep
 
 
@@ -166,7 +166,7 @@ def _report(
     records: list[Record],
 ) -> None:
     reasons = [{"sample": name, "reason": reason} for name, reason in skipped]
-    _write_lines(options.out / "skipped.jsonl", reasons)
+    write_records(options.out / "skipped.jsonl", reasons)
     if not records:
         first = f"; the first: {reasons[0]['sample']}: {reasons[0]['reason']}" if reasons else ""
         raise ValueError(f"no question of {len(questions)} could be used{first}. See {options.out / 'skipped.jsonl'}.")
@@ -179,7 +179,7 @@ def _report(
     asked = [question for question in questions if question.name in used]
     if options.answer_by_layer or options.jaccard:
         lost = _readouts(options, asker, asked, records)
-        _write_lines(options.out / "skipped.jsonl", reasons + lost)
+        write_records(options.out / "skipped.jsonl", reasons + lost)
     if options.report is not None:
         page = report_questions(
             asker,
@@ -223,10 +223,10 @@ def _readouts(
                 asker.model, inputs, groups["question"], window=options.window, names=[question.name]
             )
     if answers:
-        _write_lines(options.out / "answer_by_layer.jsonl", answers)
+        write_records(options.out / "answer_by_layer.jsonl", answers)
         plot_answer_probability(answers, options.out / "answer_by_layer.png")
     if jaccard:
-        _write_lines(options.out / "jaccard.jsonl", jaccard)
+        write_records(options.out / "jaccard.jsonl", jaccard)
         plot_jaccard(jaccard, options.out / "jaccard.png")
     return lost
 
@@ -239,7 +239,3 @@ def table(rows: Sequence[dict[str, Any]], by: str = "pair") -> str:
         interval = f"[{low['low']:.1f}, {low['high']:.1f}]"
         lines.append(f"{curve:40} {low['layer']:5d} {low['mean']:9.1f}   {interval:18} {low['samples']:7d}")
     return "\n".join(lines)
-
-
-def _write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    write_atomically(str(path), "".join(json.dumps(record) + "\n" for record in records))

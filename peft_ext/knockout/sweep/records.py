@@ -46,7 +46,7 @@ class RecordFile:
             records = self._complete(file)
             self.kept += records
             if file == own:
-                _write(own, records)  # without a line or a sample that was cut off
+                write_records(own, records)  # without a line or a sample that was cut off
         self.done = {str(record["sample"]) for record in self.kept}
         self._file = open(own, "a", encoding="utf-8")  # noqa: SIM115
 
@@ -67,7 +67,7 @@ class RecordFile:
         for file in files:
             before = {str(record["sample"]) for record in records}  # two processes may have had one sample
             records += [record for record in self._complete(file) if str(record["sample"]) not in before]
-        _write(self.path, records)
+        write_records(self.path, records)
         for file in files:
             if file != self.path:
                 os.remove(file)
@@ -152,5 +152,6 @@ def _read(file: Path) -> list[Record]:
     return records
 
 
-def _write(path: Path, records: Iterable[Record]) -> None:
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Write a file of records, all of it or nothing."""
     write_atomically(str(path), "".join(json.dumps(record) + "\n" for record in records))
