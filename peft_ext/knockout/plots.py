@@ -178,7 +178,7 @@ def _curves(
         axes.set_title(title)
         axes.legend(frameon=False)
 
-    _write(path, draw, rows)
+    write_figure(path, draw, rows)
     return rows
 
 
@@ -235,11 +235,12 @@ def plot_token_map(
         for row in range(rows)
         for column in range(columns)
     ]
-    _write(path, draw, data)
+    write_figure(path, draw, data)
     return data
 
 
-def _write(path: str | os.PathLike[str], draw: Callable[[Any], None], rows: Sequence[Mapping[str, Any]]) -> None:
+def write_figure(path: str | os.PathLike[str], draw: Callable[[Any], None], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a figure as a PNG, with its `rows` as a CSV beside it. Raises `ValueError` if `path` is no PNG's."""
     target = Path(path)
     if target.suffix != ".png":
         raise ValueError(f"path is {str(path)!r}: figures are PNG files, so it must end in .png.")
