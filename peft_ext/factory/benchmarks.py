@@ -152,9 +152,9 @@ def llava(path: Path, images: Path, annotations: Path | None) -> list[Question]:
     questions = []
     for row in read_llava(path, images):
         sample = from_turns(json.loads(row["conversations"]), row["images"])
-        first = next(number for number, message in enumerate(sample.messages) if message["role"] == "assistant")
-        answer = sample.messages[first]["content"]
-        questions.append(Question(Sample(sample.messages[:first], sample.images), [answer]))
+        asked = sample.question()
+        answer = sample.messages[len(asked)]["content"]
+        questions.append(Question(Sample(asked, sample.images), [answer]))
     return questions
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ class Sample:
 
     messages: Messages
     images: list[Any]
+
+    def question(self) -> Messages:
+        """The messages before the first answer."""
+        return list(takewhile(lambda message: message["role"] != "assistant", self.messages))
 
     def pictures(self) -> list[Image.Image]:
         """The images, opened, in RGB."""

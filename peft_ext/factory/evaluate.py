@@ -54,12 +54,7 @@ def _inputs(composed: Composed, samples: list[Sample]) -> dict[str, Any]:
 
 def prompts(processor: Any, samples: list[Sample]) -> Any:
     """The samples' questions, up to where the first answer begins, padded on the left."""
-    texts = []
-    for sample in samples:
-        first = next(
-            n for n, message in enumerate([*sample.messages, {"role": "assistant"}]) if message["role"] == "assistant"
-        )
-        texts.append(render(processor, sample.messages[:first], prompt=True))
+    texts = [render(processor, sample.question(), prompt=True) for sample in samples]
     pictures = [picture for sample in samples for picture in sample.pictures()]
     return processor(
         images=pictures or None,
