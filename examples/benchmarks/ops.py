@@ -134,8 +134,10 @@ class Layer:
         return {
             **in_place,
             "forward": lambda: bypass(y, x, self.values, indices, None, *self.transposed),
-            "grad values": lambda: sparse_grad_values(y, x, indices, None),
-            "grad input": lambda: sparse_grad_input(y, self.values, indices, None, *self.transposed, self.dtype),
+            "grad values": lambda: sparse_grad_values(y, x, indices, None, *self.transposed, None),
+            "grad input": lambda: sparse_grad_input(
+                y, x.shape[1:], self.dtype, self.values, indices, None, *self.transposed, None
+            ),
         }
 
     def bytes(self) -> dict[str, int]:

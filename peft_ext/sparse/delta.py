@@ -250,12 +250,11 @@ class SparseDelta(WithTransposedTable):
             result = result + (bias if geometry is None else bias.view(-1, *[1] * len(geometry.kernel)))
         if is_exporting_to_onnx():
             return standard_update(result, x, values, self.indices, self.offsets, self.fan_in, geometry)
-        support = (self.indices, self.offsets, self.transposed_entries, self.transposed_offsets)
         if geometry is not None:
-            return bypass_conv(result, x, values, *support, geometry)
+            return bypass_conv(result, x, values, *self.tables, geometry)
         if owned and may_add_in_place(result, x, values):
-            return add_in_place(result, x, values, *support)
-        return bypass(result, x, values, *support)
+            return add_in_place(result, x, values, *self.tables)
+        return bypass(result, x, values, *self.tables)
 
     def _add_to_experts(self, result: Tensor, x: Tensor, ends: Tensor) -> Tensor:
         if is_exporting_to_onnx():
@@ -264,8 +263,7 @@ class SparseDelta(WithTransposedTable):
             )
         if self.added_bias is not None:
             result = result + _of_experts(self.added_bias, ends, result)
-        tables = (self.indices, self.offsets, self.transposed_entries, self.transposed_offsets)
-        return bypass(result, x, self.values, *tables, ends)
+        return bypass(result, x, self.values, *self.tables, ends)
 
     def extra_repr(self) -> str:
         shape = "x".join(map(str, self.weight.shape))

@@ -93,10 +93,7 @@ class Support:
         if experts > 1:
             columns = columns + (self.row_of_entry() // (self.rows // experts)) * self.fan_in
         entries = torch.argsort(columns, stable=True).to(torch.int32)
-        counts = torch.bincount(columns, minlength=experts * self.fan_in)
-        offsets = torch.zeros(experts * self.fan_in + 1, dtype=torch.int32, device=columns.device)
-        offsets[1:] = counts.cumsum(0)
-        return entries, offsets
+        return entries, offsets_from_counts(torch.bincount(columns, minlength=experts * self.fan_in))
 
     def check(self) -> None:
         """

@@ -55,6 +55,11 @@ class WithTransposedTable(nn.Module):
         offsets: Tensor = self._transposed_offsets
         return offsets
 
+    @property
+    def tables(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """The support and its transposed table, as the operators take them."""
+        return self.indices, self.offsets, self.transposed_entries, self.transposed_offsets
+
     def refresh(self) -> None:
         """
         Check `indices` that changed, and let the transposed table follow them.

@@ -117,8 +117,8 @@ def test_neuroada_allocates_no_tensor_of_the_weights_size(bench: SimpleNamespace
 def test_nothing_is_timed_when_a_gradient_is_wrong(
     bench: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = bench.gate.sparse_linear
-    monkeypatch.setattr(bench.gate, "sparse_linear", lambda x, w, b, values, i: right(x, w, b, 1.01 * values, i))
+    right = bench.gate.sparse_product
+    monkeypatch.setattr(bench.gate, "sparse_product", lambda x, w, b, values, i: right(x, w, b, 1.01 * values, i))
     monkeypatch.setattr(bench.step, "interleave", lambda *args: pytest.fail("timed in spite of the gate"))
     with pytest.raises(bench.gate.GateError, match="'case': 'layer', 'backend': 'bypass', 'k': 1"):
         bench.step.main([*TINY, "--out", str(tmp_path / "results.json")])

@@ -1,7 +1,5 @@
 """One adapted layer of every kind, in forward and backward: its paths, hooks, several adapters, mixed batches."""
 
-import importlib
-
 import pytest
 import torch
 from torch import nn
@@ -9,7 +7,7 @@ from torch.nn.modules import module as global_hooks
 from transformers.pytorch_utils import Conv1D
 
 from peft_ext.sparse.bases.neurons import is_plain
-from peft_ext.sparse.ops import BACKENDS
+from peft_ext.sparse.ops import BACKENDS, folding
 from tests._models.layers import KINDS, SOME
 
 from ._asserts import TOLERANCES, assert_all_close, assert_layer_correct, dense_output, layer_and_dense_results
@@ -225,10 +223,9 @@ def test_extra_arguments_reach_the_base_layer():
 def test_auto_computes_the_same_bits_without_gradients_on_a_convolution(kind, dtype, monkeypatch):
     """As with them, where the values are written into the weight; that must not be done where threads may share it."""
     layer, x = adapt(KINDS[kind].build(dtype), k=1), KINDS[kind].draw(dtype).detach()
-    module = importlib.import_module("peft_ext.sparse.ops.folded_conv")  # its package has a function of that name
     for inputs in (x, x[0]):
         with_gradients = layer(inputs)
         assert with_gradients.requires_grad
         with monkeypatch.context() as patch, torch.no_grad():
-            patch.setattr(module, "folded_in", lambda *_: pytest.fail("folded into the weight"))
+            patch.setattr(folding, "why_not_ours", lambda *_: pytest.fail("folded into the weight"))
             assert torch.equal(layer(inputs), with_gradients)

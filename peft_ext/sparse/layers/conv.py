@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from ...hf.internals import QuantizationBackend
 from ..bases.padding import OwnPadding, convolved, has_own_forward
-from ..ops import choose_conv_backend, folded_conv
-from ..ops.folded_conv import copied_conv, reference_conv
+from ..ops import choose_conv_backend, copied, dense, folded
+from ..ops.reference import sparse_product
 from .base import SparseLayer
 
 
@@ -35,12 +35,9 @@ class SparseConv(SparseLayer):
         bias = self._bias_with(delta)
         x, geometry = convolved(base_layer, self.own_padding, x)
         if path in ("copied", "reference"):
-            convolve = copied_conv if path == "copied" else reference_conv
+            convolve = copied if path == "copied" else sparse_product
             return convolve(x, weight, bias, delta.values, delta.indices, delta.offsets, geometry)
-        return folded_conv(
-            x, weight, bias, delta.values, delta.indices, delta.offsets, delta.transposed_entries,
-            delta.transposed_offsets, geometry, dense_gradient=path == "dense",
-        )  # fmt: skip
+        return (dense if path == "dense" else folded)(x, weight, bias, delta.values, *delta.tables, geometry)
 
     def _add(self, adapter_name: str, result: Tensor, x: Tensor) -> Tensor:
         return self.ready(adapter_name, x)(result, *convolved(self.get_base_layer(), self.own_padding, x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..bases.neurons import neuron_view
 from ..ops import choose_backend, dense, folded
-from ..ops.reference import sparse_linear
+from ..ops.reference import sparse_product
 from .base import SparseLayer
 
 
@@ -30,8 +31,5 @@ class SparseLinear(SparseLayer):
             owned = weight is not None and type(self.base_layer) in (nn.Linear, Conv1D)
             return delta(self._base_result(x, *args, **kwargs), x, owned=owned)
         bias = self._bias_with(delta)
-        if path == "folded":
-            return folded(x, weight, bias, delta.values, delta.indices, delta.offsets)
-        if path == "dense":
-            return dense(x, weight, bias, delta.values, delta.indices, delta.offsets)
-        return sparse_linear(x, weight, bias, delta.values, delta.indices, delta.offsets)
+        products: dict[str, Callable[..., Tensor]] = {"folded": folded, "dense": dense, "reference": sparse_product}
+        return products[path](x, weight, bias, delta.values, delta.indices, delta.offsets)

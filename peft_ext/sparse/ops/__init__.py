@@ -4,8 +4,7 @@ from .bypass import bypass
 from .conv import bypass_conv
 from .dense import dense
 from .dispatch import BACKENDS, Backend, choose_backend, choose_conv_backend
-from .folded import folded
-from .folded_conv import folded_conv
+from .folded import copied, folded
 from .geometry import ConvGeometry
 from .in_place import add_in_place, may_add_in_place
 
@@ -19,8 +18,8 @@ __all__ = [
     "bypass_conv",
     "choose_backend",
     "choose_conv_backend",
+    "copied",
     "dense",
     "folded",
-    "folded_conv",
     "may_add_in_place",
 ]

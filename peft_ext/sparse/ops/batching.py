@@ -9,26 +9,27 @@ import torch
 from torch import Tensor
 
 
-ENDS = 7  # place of the argument that only operators of experts are given
-
-
 def _folded(tensor: Tensor, dim: int | None, batch: int) -> Tensor:
     """`[batch * tokens, n]` from `[tokens, n]` with a batch dimension at `dim`, or repeated if it has none."""
     tensor = tensor.expand(batch, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _sample(argument: Any, dim: int | None, number: int) -> Any:
-    return argument if dim is None else argument.select(dim, number)
+def _sample(argument: Any, dim: Any, number: int) -> Any:
+    return argument.select(dim, number) if isinstance(dim, int) else argument  # lists have lists of dimensions
 
 
 def vmap_rule(op: Any, activations: int) -> Callable[..., tuple[Tensor, int]]:
-    """The rule of an operator whose first `activations` arguments are activations; 0 if it sums over tokens."""
+    """
+    The rule of an operator whose first `activations` arguments are activations; 0 if it sums over tokens. Its last one
+    is the `ends` of experts.
+    """
 
-    def rule(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Tensor, int]:
+    def rule(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Tensor, int]:
         batch = info.batch_size
-        sorts_tokens = any(ends is not None for ends in arguments[ENDS:])  # by expert, sample by sample
-        if batch and activations and not sorts_tokens and all(dim is None for dim in in_dims[activations:]):
+        *_, ends = arguments  # by which tokens are sorted, sample by sample
+        shared = not any(isinstance(dim, int) for dim in in_dims[activations:])
+        if batch and activations and ends is None and shared:
             folded = [
                 _folded(tensor, dim, batch)
                 for tensor, dim in zip(arguments[:activations], in_dims[:activations], strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..support import Support
 from .bags import accumulation_dtype, add_into, input_gradient_into, values_gradient
 from .batching import vmap_rule
-from .derivatives import call, register_derivative, save_inputs
+from .derivatives import call, register_update
 from .experts import add_of_experts, input_gradient_of_experts, values_gradient_of_experts
 
 
@@ -21,9 +22,9 @@ def bypass_linear(
     values: Tensor,
     indices: Tensor,
     offsets: Tensor | None,
-    transposed_entries: Tensor,
-    transposed_offsets: Tensor,
-    ends: Tensor | None = None,
+    transposed_entries: Tensor | None,
+    transposed_offsets: Tensor | None,
+    ends: Tensor | None,
 ) -> Tensor:
     """[`bypass`] for two-dimensional activations, rounded once to the dtype of `result`."""
     out = torch.empty_like(result, memory_format=torch.contiguous_format)
@@ -39,8 +40,9 @@ def _(result: Tensor, *rest: Any) -> Tensor:
 
 @torch.library.custom_op("peft_ext::sparse_grad_values", mutates_args=())
 def sparse_grad_values(
-    grad: Tensor, x: Tensor, indices: Tensor, offsets: Tensor | None, ends: Tensor | None = None
-) -> Tensor:
+    grad: Tensor, x: Tensor, indices: Tensor, offsets: Tensor | None, transposed_entries: Tensor | None,
+    transposed_offsets: Tensor | None, ends: Tensor | None,
+) -> Tensor:  # fmt: skip
     """`grad^T x` at the support only: `grad` `[tokens, rows]`, `x` `[tokens, fan_in]`; fp32 (or fp64)."""
     if ends is not None:
         return values_gradient_of_experts(grad, x, indices, offsets, ends)
@@ -54,17 +56,14 @@ def _(grad: Tensor, x: Tensor, indices: Tensor, *rest: Any) -> Tensor:
 
 @torch.library.custom_op("peft_ext::sparse_grad_input", mutates_args=())
 def sparse_grad_input(
-    grad: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    transposed_entries: Tensor,
-    transposed_offsets: Tensor,
-    dtype: torch.dtype,
-    ends: Tensor | None = None,
-) -> Tensor:
-    """`S^T grad` through the transposed table, so without atomics: `[tokens, fan_in]` in `dtype`."""
-    out = _empty_input_gradient(grad, transposed_offsets, dtype, ends)
+    grad: Tensor, size: Sequence[int], dtype: torch.dtype, values: Tensor, indices: Tensor, offsets: Tensor | None,
+    transposed_entries: Tensor | None, transposed_offsets: Tensor | None, ends: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`S^T grad` through the transposed table, so without atomics: `[tokens, *size]` in `dtype`."""
+    out = grad.new_empty((len(grad), *size), dtype=dtype)
+    if transposed_entries is None or transposed_offsets is None:
+        experts = 1 if ends is None else len(ends)
+        transposed_entries, transposed_offsets = Support(indices, out.shape[1], offsets).transposed(experts)
     support = (values, indices, offsets, transposed_entries, transposed_offsets)
     if ends is not None:
         return input_gradient_of_experts(out, grad, *support, ends)
@@ -72,60 +71,11 @@ def sparse_grad_input(
 
 
 @sparse_grad_input.register_fake
-def _(grad, values, indices, offsets, transposed_entries, transposed_offsets, dtype, ends=None):  # type: ignore[no-untyped-def]
-    return _empty_input_gradient(grad, transposed_offsets, dtype, ends)
+def _(grad: Tensor, size: Sequence[int], dtype: torch.dtype, *rest: Any) -> Tensor:
+    return grad.new_empty((grad.shape[0], *size), dtype=dtype)
 
 
-def _empty_input_gradient(grad: Tensor, transposed_offsets: Tensor, dtype: torch.dtype, ends: Tensor | None) -> Tensor:
-    experts = 1 if ends is None else ends.shape[0]
-    return grad.new_empty(grad.shape[0], (transposed_offsets.shape[0] - 1) // experts, dtype=dtype)
-
-
-# ---------------------------------------------------------------------- derivatives
-
-
-def _setup(ctx, needed, inputs) -> None:  # type: ignore[no-untyped-def]
-    _, x, values, *support = inputs
-    ctx.x_dtype = x.dtype
-    ctx.save_for_backward(x if needed[2] else None, values, *support)
-
-
-def _backward(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
-    x, values, *support, ends = ctx.saved_tensors
-    grad_x = call(sparse_grad_input, grad, values, *support, ctx.x_dtype, ends) if needed[1] else None
-    grad_values = _of_values(grad, x, values, support, ends) if needed[2] else None
-    return grad, grad_x, grad_values, *(None,) * 5
-
-
-def _backward_grad_values(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
-    outer, x, indices, offsets, ends = ctx.saved_tensors
-    experts = 1 if ends is None else len(ends)
-    support = (indices, offsets, *Support(indices, x.shape[-1], offsets).transposed(experts))
-    grad_outer = call(bypass_linear, torch.zeros_like(outer), x, grad, *support, ends) if needed[0] else None
-    grad_x = call(sparse_grad_input, outer, grad, *support, x.dtype, ends) if needed[1] else None
-    return grad_outer, grad_x, None, None, None
-
-
-def _setup_grad_input(ctx, needed, inputs) -> None:  # type: ignore[no-untyped-def]
-    *tensors, _, ends = inputs
-    ctx.save_for_backward(*tensors, ends)
-
-
-def _backward_grad_input(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
-    outer, values, *support, ends = ctx.saved_tensors
-    grad_outer = call(bypass_linear, torch.zeros_like(outer), grad, values, *support, ends) if needed[0] else None
-    grad_values = _of_values(outer, grad, values, support, ends) if needed[1] else None
-    return grad_outer, grad_values, *(None,) * 6
-
-
-def _of_values(grad: Tensor, x: Tensor, values: Tensor, support: list[Any], ends: Tensor | None) -> Tensor:
-    return call(sparse_grad_values, grad, x, *support[:2], ends).to(values.dtype)
-
-
-register_derivative(bypass_linear, _setup, _backward)
-register_derivative(sparse_grad_values, save_inputs, _backward_grad_values)
-register_derivative(sparse_grad_input, _setup_grad_input, _backward_grad_input)
-
+register_update(bypass_linear, sparse_grad_input, sparse_grad_values)
 for _op, _activations in ((bypass_linear, 2), (sparse_grad_input, 1), (sparse_grad_values, 0)):
     _op.register_vmap(vmap_rule(_op, _activations))
 

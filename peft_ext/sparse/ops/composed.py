@@ -5,81 +5,112 @@ lies, and in how the gradient of the values is taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .derivatives import register_derivative, save_inputs
+from . import base_products
+from .derivatives import register_derivative, save, save_inputs, saved
+from .geometry import ConvGeometry
 
 
 Composed = Callable[[Tensor, Tensor, Tensor, Tensor | None], AbstractContextManager[Tensor]]
-Linear = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None], Tensor]
 
 
-def linear_with(path: str, composed: Composed, grad_values: Callable[..., Tensor]) -> Linear:
+class ComposedPath:
     """
-    Register the operators of a path for linear layers.
+    `(W + S(values)) x + b` with W + S rounded to the weight's dtype; differentiable in `x`, `bias` and `values`.
 
     Args:
-        path (`str`): what their names begin with.
-        composed (`Callable`): takes a weight `[rows, fan_in]`, values, indices and offsets, and gives a context with
-            their sum.
-        grad_values (`Callable`): the operator for `grad^T x` at the support, of `grad`, `x`, indices and offsets.
-
-    Returns:
-        The product as a function of `x`, weight, bias, values, indices and offsets, with `x` `[..., fan_in]` in the
-        weight's dtype. `W + S` is rounded to the weight's dtype. `x` is the only tensor saved for backward.
+        name (`str`): what the names of the operators begin with, which are registered here.
+        composed (`Callable`): takes a weight, values, indices and offsets, and gives a context with their sum.
+        grad_values (`Callable`): `grad^T x` at the support, of `grad`, `x`, indices, offsets, the entries by tap and a
+            packed geometry.
     """
 
-    @torch.library.custom_op(f"peft_ext::{path}_linear", mutates_args=())
-    def product(
-        x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor, offsets: Tensor | None
+    def __init__(self, name: str, composed: Composed, grad_values: Callable[..., Tensor]) -> None:
+        @torch.library.custom_op(f"peft_ext::{name}_product", mutates_args=())
+        def product(
+            x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor, offsets: Tensor | None,
+            tap_entries: Tensor | None, tap_ends: Tensor | None, geometry: Sequence[int],
+        ) -> Tensor:  # fmt: skip
+            with composed(weight, values, indices, offsets) as whole:
+                result = base_products.product(x, whole, bias, geometry)
+            # In one dimension torch gives a view, which autograd would not let a model change in place.
+            if result._is_view():
+                result = result.new_empty(0).set_(
+                    result.untyped_storage(), result.storage_offset(), result.shape, result.stride()
+                )
+            return result
+
+        @torch.library.custom_op(f"peft_ext::{name}_grad_input", mutates_args=())
+        def grad_input(
+            grad: Tensor, size: Sequence[int], weight: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None,
+            tap_entries: Tensor | None, tap_ends: Tensor | None, geometry: Sequence[int],
+        ) -> Tensor:  # fmt: skip
+            with composed(weight, values, indices, offsets) as whole:
+                return base_products.input_gradient(grad, whole, size, geometry)
+
+        @product.register_fake
+        def _(x: Tensor, weight: Tensor, bias: Tensor | None, *support: Any) -> Tensor:
+            return base_products.product(x, weight, bias, support[-1])
+
+        @grad_input.register_fake
+        def _(grad: Tensor, size: Sequence[int], *rest: Any) -> Tensor:
+            return grad.new_empty(tuple(size))
+
+        def setup(ctx: Any, needed: Sequence[bool], inputs: Sequence[Any]) -> None:
+            x, weight, _, *support = inputs
+            save(ctx, x if needed[3] else None, x.shape, weight, *support)
+
+        def backward(ctx: Any, needed: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
+            x, size, weight, values, *places = saved(ctx)
+            grad_x = grad_input(grad, size, weight, values, *places) if needed[0] else None
+            grad_bias = grad.sum([0, *range(2, grad.dim())]) if needed[2] else None
+            return grad_x, None, grad_bias, of_values(needed[3], grad, x, values, places), *(None,) * len(places)
+
+        def backward_grad_input(ctx: Any, needed: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
+            outer, _, weight, values, *places = saved(ctx)
+            grad_outer = product(grad, weight, None, values, *places) if needed[0] else None
+            return grad_outer, None, None, of_values(needed[3], outer, grad, values, places), *(None,) * len(places)
+
+        def of_values(needed: bool, grad: Tensor, x: Tensor, values: Tensor, places: Sequence[Any]) -> Tensor | None:
+            return grad_values(grad, x, *places).to(values.dtype) if needed else None
+
+        register_derivative(product, setup, backward)
+        register_derivative(grad_input, save_inputs, backward_grad_input)
+        self._product = product
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        values: Tensor,
+        indices: Tensor,
+        offsets: Tensor | None,
+        tap_entries: Tensor | None = None,
+        tap_ends: Tensor | None = None,
+        geometry: ConvGeometry | None = None,
     ) -> Tensor:
-        with composed(weight, values, indices, offsets) as whole:
-            return F.linear(x, whole, bias)
-
-    @torch.library.custom_op(f"peft_ext::{path}_grad_input", mutates_args=())
-    def grad_input(grad: Tensor, weight: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None) -> Tensor:
-        with composed(weight, values, indices, offsets) as whole:
-            return grad @ whole
-
-    @product.register_fake
-    def _(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-        return x.new_empty(x.shape[0], weight.shape[0])
-
-    @grad_input.register_fake
-    def _(grad: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-        return grad.new_empty(grad.shape[0], weight.shape[1])
-
-    def setup(ctx, needed, inputs) -> None:  # type: ignore[no-untyped-def]
-        x, weight, _, *support = inputs
-        ctx.save_for_backward(x if needed[3] else None, weight, *support)
-
-    def backward(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
-        x, weight, values, *places = ctx.saved_tensors
-        grad_x = grad_input(grad, weight, values, *places) if needed[0] else None
-        grad_bias = grad.sum(0) if needed[2] else None
-        return grad_x, None, grad_bias, of_values(needed[3], grad, x, values, places), None, None
-
-    def backward_grad_input(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
-        outer, weight, values, *places = ctx.saved_tensors
-        grad_outer = product(grad, weight, None, values, *places) if needed[0] else None
-        return grad_outer, None, of_values(needed[2], outer, grad, values, places), None, None
-
-    def of_values(needed: bool, grad: Tensor, x: Tensor, values: Tensor, places: Any) -> Tensor | None:
-        return grad_values(grad, x, *places).to(values.dtype) if needed else None
-
-    register_derivative(product, setup, backward)
-    register_derivative(grad_input, save_inputs, backward_grad_input)
-
-    def linear(
-        x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor, offsets: Tensor | None
-    ) -> Tensor:
-        result: Tensor = product(x.reshape(-1, x.shape[-1]), weight, bias, values, indices, offsets)
-        return result.view(*x.shape[:-1], weight.shape[0])
-
-    return linear
+        """
+        Args:
+            x (`torch.Tensor`): `[..., fan_in]`, of a convolution `[samples, channels, *size]` or `[channels, *size]`,
+                in the weight's dtype. The only tensor saved for backward.
+            weight (`torch.Tensor`): frozen, any strides: `[rows, fan_in]`, or `[rows, channels / groups, *kernel]`.
+                Bit for bit the same afterwards.
+            bias (`torch.Tensor`, *optional*): `[rows]`.
+            values, indices, offsets: any support of the weight flattened to `[rows, fan_in]`, see [`Support`].
+            tap_entries, tap_ends: of a convolution, from [`entries_by_tap`].
+            geometry ([`ConvGeometry`], *optional*): of a convolution.
+        """
+        support = (values, indices, offsets, tap_entries, tap_ends)
+        if geometry is None:
+            result = self._product(x.reshape(-1, x.shape[-1]), weight, bias, *support, [])
+            return result.view(*x.shape[:-1], weight.shape[0])
+        if x.dim() < weight.dim():
+            return self._product(x[None], weight, bias, *support, geometry.pack()).squeeze(0)
+        return self._product(x, weight, bias, *support, geometry.pack())

@@ -13,16 +13,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..support import row_of_entry
+from ..support import offsets_from_counts, row_of_entry
 from .bags import accumulation_dtype
-from .derivatives import register_derivative
+from .derivatives import register_update
 from .geometry import ConvGeometry
 
 
@@ -41,9 +41,7 @@ def entries_by_tap(indices: Tensor, taps: int) -> tuple[Tensor, Tensor]:
     """
     tap = indices.reshape(-1) % taps
     entries = torch.argsort(tap, stable=True).to(torch.int32)
-    ends = torch.zeros(taps + 1, dtype=torch.int32)
-    ends[1:] = torch.bincount(tap, minlength=taps).cumsum(0).cpu()
-    return entries, ends
+    return entries, offsets_from_counts(torch.bincount(tap, minlength=taps)).cpu()
 
 
 @dataclass(frozen=True)
@@ -69,24 +67,26 @@ class _Entries:
         channel = columns // geometry.taps + group * (channels // geometry.groups)
         return cls(number, row, channel, columns % geometry.taps, tap_ends.tolist(), geometry)
 
-    def by_tap(self, output: Tensor) -> Iterator[tuple[slice, tuple[slice, ...]]]:
-        """Slices of entries of one tap, and what the tap sees of a padded input, for `[samples, rows, *size]`."""
-        for tap, (start, end) in enumerate(pairwise(self.ends)):
-            window = self.geometry.window(tap, output.shape[2:])
+    def by_tap(self, padded: Tensor, output: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of entries of one tap, and the view of a padded input that the tap sees, for an output
+        `[samples, rows, *size]`."""
+        windows = self.geometry.windows(padded, output.shape[2:])
+        for place, (start, end) in zip(product(*map(range, self.geometry.kernel)), pairwise(self.ends), strict=True):
+            seen: Any = (slice(None), slice(None), *place)
             for part in _slices(start, end, output):
-                yield part, window
+                yield part, windows[seen]
 
     def seen(self, padded: Tensor, output: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Slices of entries, and what they see of a padded input: `[samples, entries, *size]`, a copy."""
         if padded.is_cuda or len(self.number) < ENTRIES_PER_TAP * self.geometry.taps:
             windows = self.geometry.windows(padded, output.shape[2:])
-            places = self.geometry.places(self.taps)
+            places = torch.unravel_index(self.taps, self.geometry.kernel)
             for part in _slices(0, len(self.number), output):
                 chosen: Any = (slice(None), self.channels[part], *(place[part] for place in places))
                 yield part, windows[chosen]
         else:
-            for part, window in self.by_tap(output):
-                yield part, padded[window].index_select(1, self.channels[part])
+            for part, window in self.by_tap(padded, output):
+                yield part, window.index_select(1, self.channels[part])
 
 
 def _chunk(tensor: Tensor, elements_each: int) -> int:
@@ -129,7 +129,7 @@ def _bypass_conv(
 
 
 @_bypass_conv.register_fake
-def _(result, x, values, indices, offsets, tap_entries, tap_ends, geometry):  # type: ignore[no-untyped-def]
+def _(result: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(result, memory_format=torch.contiguous_format)
 
 
@@ -154,7 +154,7 @@ def conv_grad_values(
 
 
 @conv_grad_values.register_fake
-def _(grad, x, indices, offsets, tap_entries, tap_ends, geometry):  # type: ignore[no-untyped-def]
+def _(grad: Tensor, x: Tensor, indices: Tensor, *rest: Any) -> Tensor:
     return grad.new_empty(indices.shape, dtype=accumulation_dtype(grad, x))
 
 
@@ -163,76 +163,28 @@ def conv_grad_input(
     grad: Tensor, size: Sequence[int], dtype: torch.dtype, values: Tensor, indices: Tensor, offsets: Tensor | None,
     tap_entries: Tensor, tap_ends: Tensor, geometry: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    """The gradient of an input of `size` and `dtype`; see [`bypass_conv`]."""
+    """The gradient of inputs, each of `size`, in `dtype`; see [`bypass_conv`]."""
     accumulate = accumulation_dtype(grad, values)
     shape = ConvGeometry.unpack(geometry)
-    support = _Entries.of(indices, offsets, tap_entries, tap_ends, shape, grad.shape[1], size[1])
+    support = _Entries.of(indices, offsets, tap_entries, tap_ends, shape, grad.shape[1], size[0])
     weights = values.reshape(-1).to(accumulate)[support.number].view(-1, *(1,) * len(shape.kernel))
-    out = torch.empty(tuple(size), dtype=dtype, device=grad.device)
+    out = grad.new_empty((len(grad), *size), dtype=dtype)
     samples = _samples_at_once(out)
     for part, grad_part in zip(out.split(samples), grad.split(samples), strict=True):
         total = _padded(torch.zeros(part.shape, dtype=accumulate, device=grad.device), shape)
-        for some, window in support.by_tap(grad_part):
+        for some, window in support.by_tap(total, grad_part):
             back = grad_part.index_select(1, support.rows[some]).to(accumulate).mul_(weights[some])
-            total[window].index_add_(1, support.channels[some], back)
+            window.index_add_(1, support.channels[some], back)
         part.copy_(F.pad(total, [-width for width in shape.padding]))
     return out
 
 
 @conv_grad_input.register_fake
-def _(grad, size, dtype, values, indices, offsets, tap_entries, tap_ends, geometry):  # type: ignore[no-untyped-def]
-    return grad.new_empty(tuple(size), dtype=dtype)
+def _(grad: Tensor, size: Sequence[int], dtype: torch.dtype, *rest: Any) -> Tensor:
+    return grad.new_empty((grad.shape[0], *size), dtype=dtype)
 
 
-def _setup_context(ctx, needed, inputs) -> None:  # type: ignore[no-untyped-def]
-    _, x, values, *support, ctx.geometry = inputs
-    ctx.x_size, ctx.x_dtype = x.shape, x.dtype
-    ctx.save_for_backward(x if needed[2] else None, values, *support)
-
-
-def _backward(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
-    x, values, *support = ctx.saved_tensors
-    grad_x = grad_values = None
-    if needed[1]:
-        grad_x = conv_grad_input(grad, ctx.x_size, ctx.x_dtype, values, *support, ctx.geometry)
-    if needed[2]:
-        grad_values = conv_grad_values(grad, x, *support, ctx.geometry).to(values.dtype)
-    return grad, grad_x, grad_values, *(None,) * 5
-
-
-def _setup_grad_values(ctx, needed, inputs) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.geometry = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward_grad_values(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
-    outer, x, *support = ctx.saved_tensors
-    grad_outer = grad_x = None
-    if needed[0]:
-        grad_outer = _bypass_conv(torch.zeros_like(outer), x, grad, *support, ctx.geometry)
-    if needed[1]:
-        grad_x = conv_grad_input(outer, x.shape, x.dtype, grad, *support, ctx.geometry)
-    return grad_outer, grad_x, *(None,) * 5
-
-
-def _setup_grad_input(ctx, needed, inputs) -> None:  # type: ignore[no-untyped-def]
-    outer, _, _, *tensors, ctx.geometry = inputs
-    ctx.save_for_backward(outer, *tensors)
-
-
-def _backward_grad_input(ctx, needed, grad: Tensor):  # type: ignore[no-untyped-def]
-    outer, values, *support = ctx.saved_tensors
-    grad_outer = grad_values = None
-    if needed[0]:
-        grad_outer = _bypass_conv(torch.zeros_like(outer), grad, values, *support, ctx.geometry)
-    if needed[3]:
-        grad_values = conv_grad_values(outer, grad, *support, ctx.geometry).to(values.dtype)
-    return grad_outer, None, None, grad_values, *(None,) * 5
-
-
-register_derivative(_bypass_conv, _setup_context, _backward)
-register_derivative(conv_grad_values, _setup_grad_values, _backward_grad_values)
-register_derivative(conv_grad_input, _setup_grad_input, _backward_grad_input)
+register_update(_bypass_conv, conv_grad_input, conv_grad_values)
 
 
 def bypass_conv(

@@ -7,10 +7,35 @@ weight between two ops (a state dict, a copy, a merge, another adapter) sees the
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
+
+from .base_products import product
 from .bypass import sparse_grad_values
-from .composed import linear_with
-from .folding import folded_in
+from .composed import ComposedPath
+from .conv import conv_grad_values
+from .folding import copy_of, flat_places, folded_in
+from .geometry import ConvGeometry
 
 
-# `(W + S(values)) x + b`, see `linear_with`; the weight is bit for bit the same afterwards.
-folded = linear_with("folded", folded_in, sparse_grad_values)
+def _grad_values(grad: Tensor, x: Tensor, *places: Any) -> Tensor:
+    *support, geometry = places
+    if not geometry:
+        return sparse_grad_values(grad, x, *support, None)
+    return conv_grad_values(grad, x, *support, geometry)
+
+
+# `(W + S(values)) x + b`, see `ComposedPath`; the weight is bit for bit the same afterwards.
+folded = ComposedPath("folded", folded_in, _grad_values)
+
+
+def copied(
+    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor, offsets: Tensor | None,
+    geometry: ConvGeometry,
+) -> Tensor:  # fmt: skip
+    """The same for a convolution in a copy of the weight, so that threads may share it; without gradients."""
+    whole = copy_of(weight)
+    memory, place = flat_places(whole, indices, offsets)
+    memory[place] = (memory[place] + values.detach().reshape(-1)).to(whole.dtype)
+    return product(x, whole, bias, geometry.pack())

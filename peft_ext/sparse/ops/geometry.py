@@ -46,23 +46,6 @@ class ConvGeometry:
         """Positions of the kernel."""
         return math.prod(self.kernel)
 
-    def window(self, tap: int, size: Sequence[int]) -> tuple[slice, ...]:
-        """Part of a padded input `[samples, channels, *…]` that a kernel position sees, for an output of `size`."""
-        slices = []
-        for k, stride, dilation, n in reversed(list(zip(self.kernel, self.stride, self.dilation, size, strict=True))):
-            tap, place = divmod(tap, k)
-            first = place * dilation
-            slices.append(slice(first, first + (n - 1) * stride + 1, stride))
-        return (slice(None), slice(None), *reversed(slices))
-
-    def places(self, taps: Tensor) -> list[Tensor]:
-        """Coordinates in the kernel of flat positions `taps`, one tensor per dimension."""
-        coordinates = []
-        for k in reversed(self.kernel):
-            coordinates.append(taps % k)
-            taps = taps // k
-        return coordinates[::-1]
-
     def windows(self, padded: Tensor, size: Sequence[int]) -> Tensor:
         """All windows at once: a view `[samples, channels, *kernel, *size]` of a padded input."""
         samples, channels, *spatial = padded.stride()

@@ -31,17 +31,18 @@ class _AddInPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, values, indices, offsets, entries, ends = ctx.saved_tensors
+        x, values, *support = ctx.saved_tensors
+        indices, offsets, entries, ends = support
         flat = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_values = None
         # With `create_graph` through operators that can be differentiated again; and a gradient of `is_grads_batched`
         # has no memory of its own.
         if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
             if ctx.needs_input_grad[1]:
-                grad_x = sparse_grad_input(flat, values, indices, offsets, entries, ends, ctx.x_dtype)
+                grad_x = sparse_grad_input(flat, ctx.x_shape[-1:], ctx.x_dtype, values, *support, None)
                 grad_x = grad_x.view(ctx.x_shape)
             if ctx.needs_input_grad[2]:
-                grad_values = sparse_grad_values(flat, x.reshape(-1, x.shape[-1]), indices, offsets).to(values.dtype)
+                grad_values = sparse_grad_values(flat, x.reshape(-1, x.shape[-1]), *support, None).to(values.dtype)
             return grad, grad_x, grad_values, None, None, None, None
         kernels = gpu.kernels()
         rows = kernels.rows_of(indices, offsets)

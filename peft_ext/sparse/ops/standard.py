@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .base_products import product
 from .geometry import ConvGeometry
 from .reference import dense_delta
 
@@ -39,13 +39,9 @@ def standard_update(
         zeros = values.new_zeros(offsets.numel() - 1, fan_in)
         delta = zeros.index_put((_rows(indices, offsets), indices.long()), values).to(x.dtype)
     if geometry is None:
-        return result + F.linear(x, delta).to(result.dtype)
-    channels = fan_in // geometry.taps
-    weight = delta.view(-1, channels, *geometry.kernel)
-    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(geometry.kernel) - 1]
-    x = F.pad(x, geometry.padding)
-    update = convolve(x, weight, None, geometry.stride, 0, geometry.dilation, geometry.groups)
-    return result + update.to(result.dtype)
+        return result + product(x, delta, None, []).to(result.dtype)
+    weight = delta.view(-1, fan_in // geometry.taps, *geometry.kernel)
+    return result + product(x, weight, None, geometry.pack()).to(result.dtype)
 
 
 def _rows(indices: Tensor, offsets: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 
 from peft_ext.sparse.ops import bypass, dense, folded
-from peft_ext.sparse.ops.reference import sparse_linear
+from peft_ext.sparse.ops.reference import sparse_product
 
 from .._asserts import Product
 from .._inputs import SHAPES
@@ -24,7 +24,7 @@ def _dense(x, weight, bias, values, support):
 
 
 def _reference(x, weight, bias, values, support):
-    return sparse_linear(x, weight, bias, values, support.indices, support.offsets)
+    return sparse_product(x, weight, bias, values, support.indices, support.offsets)
 
 
 PATHS: dict[str, Product] = {"bypass": _bypass, "folded": _folded, "dense": _dense, "reference": _reference}

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from peft_ext.sparse.ops import ConvGeometry, bypass_conv, conv, folded_conv
+from peft_ext.sparse.ops import ConvGeometry, bypass_conv, conv, dense, folded
 from peft_ext.sparse.ops.conv import entries_by_tap
-from peft_ext.sparse.ops.folded_conv import reference_conv
 from peft_ext.sparse.ops.geometry import pad
+from peft_ext.sparse.ops.reference import sparse_product
 from tests._models.layers import CONVS, with_weight
 
 from .._asserts import TOLERANCES, assert_all_close, assert_same_bits, bits, dense_update
@@ -45,16 +45,16 @@ def _bypass(layer, x, values, support):
 
 
 def _folded(layer, x, values, support):
-    return folded_conv(pad(layer, x), layer.weight, layer.bias, values, *_tables(layer, support))
+    return folded(pad(layer, x), layer.weight, layer.bias, values, *_tables(layer, support))
 
 
 def _dense(layer, x, values, support):
-    return folded_conv(pad(layer, x), layer.weight, layer.bias, values, *_tables(layer, support), dense_gradient=True)
+    return dense(pad(layer, x), layer.weight, layer.bias, values, *_tables(layer, support))
 
 
 def _reference(layer, x, values, support):
     arguments = (support.indices, support.offsets, ConvGeometry.of(layer))
-    return reference_conv(pad(layer, x), layer.weight, layer.bias, values, *arguments)
+    return sparse_product(pad(layer, x), layer.weight, layer.bias, values, *arguments)
 
 
 PATHS = {"bypass": _bypass, "folded": _folded, "dense": _dense, "reference": _reference}

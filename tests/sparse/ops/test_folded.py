@@ -65,8 +65,9 @@ def test_an_error_in_backward_restores_every_bit():
     original = bits(inputs.weight)
     with pytest.raises(RuntimeError):
         torch.ops.peft_ext.folded_grad_input(
-            torch.randn(4, 5, dtype=torch.float64), inputs.weight, inputs.values.detach(), inputs.support.indices, None
-        )
+            torch.randn(4, 5, dtype=torch.float64), (4, 9), inputs.weight, inputs.values.detach(),
+            inputs.support.indices, None, None, None, [],
+        )  # fmt: skip
     assert_same_bits(inputs.weight, original)
 
 

@@ -12,85 +12,59 @@ from tests._models.layers import CONVS
 from .._inputs import SHAPES, make_inputs, random_support
 
 
-OPS = (
-    "folded_linear",
-    "folded_grad_input",
-    "sparse_grad_values",
-    "sparse_grad_input",
-    "bypass_linear",
-    "dense_linear",
-    "dense_grad_input",
-    "dense_grad_values",
-)
-CONV_OPS = (
-    "bypass_conv",
-    "conv_grad_input",
-    "conv_grad_values",
-    "dense_conv_grad_values",
-    "folded_conv",
-    "folded_conv_grad_input",
-)
+OF_BOTH = ("folded_product", "folded_grad_input", "dense_product", "dense_grad_input", "dense_grad_values")
+OPS = ("bypass_linear", "sparse_grad_input", "sparse_grad_values", *OF_BOTH)
+CONV_OPS = ("bypass_conv", "conv_grad_input", "conv_grad_values", *OF_BOTH)
 EXPERT_OPS = ("bypass_linear", "sparse_grad_values", "sparse_grad_input")  # with `ends`
 
 
 def _arguments(op, shape, dtypes, layout):
     inputs = make_inputs(SHAPES[shape], *dtypes, layout)
-    x, values, weight = inputs.x.flatten(0, -2), inputs.values, inputs.weight
-    x = x.detach().requires_grad_()
-    grad = inputs.grad.flatten(0, -2)
-    support = inputs.support
-    entries, column_offsets = support.transposed()
-    frozen = values.detach()
+    x, grad = (tensor.detach().flatten(0, -2) for tensor in (inputs.x, inputs.grad))
+    tables = (inputs.support.indices, inputs.support.offsets, *inputs.support.transposed())
+    if op in OF_BOTH:
+        return _of_both(op, x, inputs.weight, inputs.bias, inputs.values.detach(), grad, (*tables[:2], None, None, []))
+    return _of_update(op, grad, x, inputs.values.detach(), grad, (*tables, None))
+
+
+def _of_update(op, result, x, values, grad, tables):
     return {
-        "sparse_grad_values": (grad, x.detach(), support.indices, support.offsets),
-        "sparse_grad_input": (grad, frozen, support.indices, support.offsets, entries, column_offsets, x.dtype),
-        "bypass_linear": (
-            grad.clone().requires_grad_(), x, values, support.indices, support.offsets, entries, column_offsets,
-        ),
-        "folded_linear": (x, weight, inputs.bias, values, support.indices, support.offsets),
-        "folded_grad_input": (grad, weight, frozen, support.indices, support.offsets),
-        "dense_linear": (x, weight, inputs.bias, values, support.indices, support.offsets),
-        "dense_grad_input": (grad, weight, frozen, support.indices, support.offsets),
-        "dense_grad_values": (grad, x.detach(), support.indices, support.offsets),
-    }[op]  # fmt: skip
+        "product": (*(tensor.clone().requires_grad_() for tensor in (result, x, values)), *tables),
+        "grad_values": (grad, x, *tables),
+        "grad_input": (grad, list(x.shape[1:]), x.dtype, values, *tables),
+    }[next((end for end in ("grad_values", "grad_input") if op.endswith(end)), "product")]
+
+
+def _of_both(op, x, weight, bias, values, grad, tables):
+    """Of the paths that compose the weight."""
+    if op.endswith("product"):
+        return x.clone().requires_grad_(), weight, bias, values.clone().requires_grad_(), *tables
+    return (grad, x, *tables) if op.endswith("values") else (grad, list(x.shape), weight, values, *tables)
 
 
 def _expert_arguments(op, dtype, entries):
     """Three experts, the second without tokens, and a token of none."""
     generator = torch.Generator().manual_seed(0)
     x, grad = (torch.randn(7, size, generator=generator).to(dtype) for size in (8, 6))
-    ends = torch.tensor([2, 2, 6], dtype=torch.int32)
     support = random_support(18, 8, entries, generator)
     values = torch.randn(support.indices.shape, generator=generator)
-    rows, tables = (support.indices, support.offsets), support.transposed(3)
-    return {
-        "bypass_linear": (
-            grad.clone().requires_grad_(), x.clone().requires_grad_(), values.clone().requires_grad_(), *rows, *tables,
-            ends,
-        ),
-        "sparse_grad_values": (grad, x, *rows, ends),
-        "sparse_grad_input": (grad, values, *rows, *tables, dtype, ends),
-    }[op]  # fmt: skip
+    ends = torch.tensor([2, 2, 6], dtype=torch.int32)
+    return _of_update(op, grad, x, values, grad, (support.indices, support.offsets, *support.transposed(3), ends))
 
 
 def _conv_arguments(op, case, dtype, entries):
-    layer, x = CONVS[case].build(dtype), CONVS[case].draw(dtype)
-    weight, bias = layer.weight, layer.bias
-    rows, fan_in = weight.shape[0], weight[0].numel()
+    layer, x = CONVS[case].build(dtype), CONVS[case].draw(dtype).detach()
+    rows, fan_in = layer.weight.shape[0], layer.weight[0].numel()
     support = random_support(rows, fan_in, entries, torch.Generator().manual_seed(0))
     values = torch.randn(support.indices.shape)
     geometry = ConvGeometry.of(layer)
-    tables = (support.indices, support.offsets, *entries_by_tap(support.indices, geometry.taps))
-    y, packed, size = layer(x.detach()), geometry.pack(), list(x.shape)
-    grad, trained = torch.randn_like(y), values.clone().requires_grad_()
-    return {
-        "bypass_conv": (y.requires_grad_(), x, trained, *tables, packed),
-        "conv_grad_input": (grad, size, x.dtype, values, *tables, packed),
-        "conv_grad_values": (grad, x.detach(), *tables, packed),
-        "dense_conv_grad_values": (grad, x.detach(), weight, *tables[:2], packed),
-        "folded_conv": (x, weight, bias, trained, *tables, packed, False),
-        "folded_conv_grad_input": (grad, size, weight, values, *tables[:2], packed),
-    }[op]
+    taps = entries_by_tap(support.indices, geometry.taps)
+    tables = (support.indices, support.offsets, *taps, geometry.pack())
+    y = layer(x).detach()
+    grad = torch.randn_like(y)
+    if op in OF_BOTH:
+        return _of_both(op, x, layer.weight, layer.bias, values, grad, tables)
+    return _of_update(op, y, x, values, grad, tables)
 
 
 CASES = [
