@@ -42,7 +42,7 @@ ORDER = {
         "report",
     ],
     "peft_ext.tuners": ["neuroada gps psn mores"],
-    "peft_ext.knockout": ["model", "cut", "prompts", "sweep", "read", "plots ask", "page", "cli"],
+    "peft_ext.knockout": ["model", "cut", "prompts", "sweep plots", "read", "ask", "page", "cli"],
     "peft_ext.mtl": [
         "aggregators metrics",
         "parallel",
