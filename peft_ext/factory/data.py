@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..extras import needs
+from ..knockout.prompts.images import open_image
 from .masking import IGNORED, Messages, encode
 from .templates import IMAGE
 from .tower import grey
@@ -34,13 +35,8 @@ class Sample:
         return list(takewhile(lambda message: message["role"] != "assistant", self.messages))
 
     def pictures(self) -> list[Image.Image]:
-        """The images, opened, in RGB."""
-        opened = []
-        for image in self.images:
-            if isinstance(image, dict):  # as data sets store undecoded images
-                image = image["path"]
-            opened.append(Image.open(image).convert("RGB") if isinstance(image, str | Path) else image.convert("RGB"))
-        return opened
+        """The images, opened, in RGB. Raises `ValueError` for one that cannot be read."""
+        return [open_image(image) for image in self.images]
 
 
 # ---------------------------------------------------------------------- layouts

@@ -1,5 +1,6 @@
 """Layouts of conversations: LLaVA's files, chat messages, questions; and what is wrong with a bad file."""
 
+import io
 import json
 
 import datasets
@@ -62,6 +63,13 @@ def test_bad_files_are_refused_with_the_entry(content, message, tmp_path):
     file.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ValueError, match=message):
         read_llava(file, tmp_path)
+
+
+def test_images_are_read_as_data_sets_hold_them():
+    file = io.BytesIO()
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(file, "PNG")
+    sample = sample_of({"image": {"bytes": file.getvalue(), "path": None}, "question": "Red?", "answer": "no"})
+    assert sample.pictures()[0].getpixel((0, 0)) == (255, 255, 255)  # transparent parts are white
 
 
 def test_messages_of_a_data_set(tmp_path):
