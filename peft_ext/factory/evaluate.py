@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ..knockout.read.modality import ModalityAttention, lmar
 from ..knockout.read.modality_plots import plot_modality
+from ..knockout.sweep.records import write_records
 from .benchmarks import BENCHMARKS, Question
 from .compose import Composed, load
 from .data import Sample
@@ -137,21 +138,17 @@ def evaluate(
             attention[name] = measure_lmar(composed, samples[:lmar_samples], batch_size)
             reports[name]["lmar"] = attention[name].ratio.tolist()
         if out is not None:
-            _write_answers(out / f"answers_{number}.jsonl", questions, answers)
+            rows = [
+                {"question": q.sample.messages[-1]["content"], "answer": a, "references": q.references}
+                for q, a in zip(questions, answers, strict=True)
+            ]
+            write_records(out / f"answers_{number}.jsonl", rows)
     if out is not None:
         (out / "report.json").write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
         (out / "table.md").write_text(table(reports) + "\n", encoding="utf-8")
         if attention:
             plot_modality(attention, out / "lmar.png")
     return reports
-
-
-def _write_answers(file: Path, questions: list[Question], answers: list[str]) -> None:
-    lines = (
-        json.dumps({"question": q.sample.messages[-1]["content"], "answer": a, "references": q.references})
-        for q, a in zip(questions, answers, strict=True)
-    )
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def table(reports: dict[str, dict[str, Any]]) -> str:
