@@ -43,17 +43,13 @@ def residual_stream(model: nn.Module, inputs: Mapping[str, Any], positions: Tens
     def keep(hidden: Tensor) -> None:
         states.append(hidden[rows.to(hidden.device), at.to(hidden.device)].cpu())
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        keep(bind(module, args, kwargs)["hidden_states"])
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        keep(output[0] if isinstance(output, tuple) else output)
-
+    before = own_thread(lambda module, args, kwargs: keep(bind(module, args, kwargs)["hidden_states"]))
+    after = own_thread(lambda module, args, output: keep(output[0] if isinstance(output, tuple) else output))
     with ExitStack() as stack:
         first = architecture.layers[0].module
-        stack.enter_context(first.register_forward_pre_hook(own_thread(before), with_kwargs=True))
+        stack.enter_context(first.register_forward_pre_hook(before, with_kwargs=True))
         for layer in architecture.layers:
-            stack.enter_context(layer.module.register_forward_hook(own_thread(after)))
+            stack.enter_context(layer.module.register_forward_hook(after))
         model(**inputs, use_cache=False)
     return torch.stack(states)
 
