@@ -27,6 +27,11 @@ class Coverage(NamedTuple):
     side: float = 1.0  # pixels along a patch's side, as the model sees it
 
 
+def is_size(image: Any) -> bool:
+    """Whether this is a pair of whole numbers, `(width, height)`, in place of an image."""
+    return isinstance(image, (tuple, list)) and len(image) == 2 and all(isinstance(number, int) for number in image)
+
+
 def image_size(image: Any) -> tuple[int, int]:
     """
     `(width, height)` of a PIL image, an array `[height, width, channels]` or `[channels, height, width]`, or of a pair
@@ -36,7 +41,7 @@ def image_size(image: Any) -> tuple[int, int]:
         `ValueError`: for anything else.
     """
     size = getattr(image, "size", None)
-    if isinstance(image, (tuple, list)) and len(image) == 2 and all(isinstance(number, int) for number in image):
+    if is_size(image):
         size = tuple(image)
     elif getattr(image, "ndim", 0) in (2, 3) and hasattr(image, "shape"):
         shape = tuple(int(number) for number in image.shape)

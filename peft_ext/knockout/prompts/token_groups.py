@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .patches import box_coverage, check_boxes, image_size, newline_tokens
+from .patches import box_coverage, check_boxes, image_size, is_size, newline_tokens
 from .phrases import locate
 from .spans import OCCURRENCES, segments
 
@@ -121,7 +121,7 @@ def find_token_groups(
     if boxes is not None:
         groups |= _patch_groups(processor, visual, image, boxes, box_format, threshold, image_options or {})
     elif image is not None and norms is None:
-        _per_row(image, len(tokens), "image", False)
+        _per_row(image, len(tokens), "image", is_size(image))
     if norms is not None:
         _leave_out_high_norms(groups, visual, norms, max_norm)
     return groups
@@ -174,7 +174,7 @@ def _newlines(processor: Any, inputs: Mapping[str, Any], visual: Tensor) -> Tens
 
 def _per_row(value: Any, batch: int, name: str, single: bool) -> list[Any]:
     """One entry per row; `single` says whether the value is one row's entry."""
-    if isinstance(value, (list, tuple)) and not single and not (name == "image" and _is_size(value)):
+    if isinstance(value, (list, tuple)) and not single:
         if len(value) != batch:
             raise ValueError(
                 f"{name} holds {len(value)} entries, but the inputs have {batch} row(s): give one per row."
@@ -183,10 +183,6 @@ def _per_row(value: Any, batch: int, name: str, single: bool) -> list[Any]:
     if batch != 1 and name != "spans":
         raise ValueError(f"{name} is for one row, but the inputs have {batch}: give a list with one entry per row.")
     return [value] * batch
-
-
-def _is_size(value: Sequence[Any]) -> bool:
-    return len(value) == 2 and all(isinstance(number, int) for number in value)
 
 
 def _span_groups(
@@ -237,7 +233,7 @@ def _patch_groups(
         raise ValueError(
             f"boxes need a processor with an image_processor, but processor is a {type(processor).__name__}."
         )
-    images = _per_row(image, batch, "image", False)
+    images = _per_row(image, batch, "image", is_size(image))
     nested = isinstance(boxes, Sequence) and boxes and isinstance(boxes[0], Sequence) and len(boxes[0]) > 0
     nested = nested and isinstance(boxes[0][0], (Sequence, Tensor))
     given = _per_row(boxes, batch, "boxes", not nested)
