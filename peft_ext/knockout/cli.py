@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..extras import needs
 from ..io import write_atomically
 from .ask import Asker, check_groups
-from .page.asked import report_questions
+from .page import SampleView, report, sample_view
 from .plots import plot_answer_probability, plot_jaccard, plot_sweep
 from .prompts.questions import Question, read_csv, read_dataset
 from .prompts.samples import LazySample, parse_pairs
@@ -181,21 +181,38 @@ def _report(
         lost = _readouts(options, asker, asked, records)
         write_records(options.out / "skipped.jsonl", reasons + lost)
     if options.report is not None:
-        page = report_questions(
-            asker,
-            asked,
-            records,
-            options.report,
-            limit=options.report_samples,
-            title=title,
-            skipped=reasons,
-            targets=_report_targets(options),
-            window=options.window,
-            mode=options.mode,
-            block=options.report_block,
-            norm=not options.no_final_norm,
-        )
+        page = report(records, _views(options, asker, asked), options.report, title=title, skipped=reasons)
         print(f"Page: {page.path}")
+
+
+def _views(options: argparse.Namespace, asker: Asker, questions: Sequence[Question]) -> list[SampleView]:
+    """Measure the first questions anew for the page. Those beyond `--report-samples` show their curves alone."""
+    views: list[SampleView] = []
+    for question in tqdm(questions[: options.report_samples], desc="views"):
+        sample = asker.sample(question)
+        if sample is None:
+            views.append(SampleView(question.name, question.text, problem=asker.skipped[-1][1]))
+            continue
+        try:
+            view = sample_view(
+                asker.model,
+                asker.processor,
+                sample,
+                question.open_image(),
+                question.text,
+                targets=_report_targets(options),
+                window=options.window,
+                mode=options.mode,
+                block=options.report_block,
+                answer_token=asker.answer_token,
+                norm=not options.no_final_norm,
+                image_options=asker.image_options,
+                self_check=not views,
+            )
+        except ValueError as reason:
+            view = SampleView(question.name, question.text, image=question.image, problem=str(reason))
+        views.append(view)
+    return views + [SampleView(question.name, question.text) for question in questions[options.report_samples :]]
 
 
 def _readouts(
