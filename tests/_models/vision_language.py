@@ -266,6 +266,11 @@ def grouped(family="llava", texts=((3, 7), (5, 7)), padding="left"):
     return _with_images(family, batch, len(rows)), groups
 
 
+def prepared(family="llava", attention=None, dtype=torch.float32, **options):
+    """A new model, with the inputs and the groups of [`grouped`] for it."""
+    return build(family, attention, dtype), *grouped(family, **options)
+
+
 def row(batch, groups, number, family="llava"):
     """One row of `grouped` without its padding."""
     kept = batch["attention_mask"][number].bool()

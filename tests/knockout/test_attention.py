@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 from peft_ext.knockout import AttentionKnockout, ModuleKnockout
-from tests._models.vision_language import CAUSAL, FAMILIES, IMAGE, LAYERS, build, grouped, row
+from tests._models.vision_language import CAUSAL, FAMILIES, IMAGE, LAYERS, build, grouped, prepared, row
 
 from ._reference import decoder_embeddings, llama_logits
 from ._runs import left_alone, logits
@@ -26,8 +26,7 @@ def edges(groups, pair):
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_equals_the_dense_reference(attention, padding, pair):
-    model = build("llava", attention)
-    batch, groups = grouped("llava", padding=padding)
+    model, batch, groups = prepared("llava", attention, padding=padding)
     attended = batch["attention_mask"].bool()
     with torch.no_grad():
         embeddings = decoder_embeddings(model, batch)
@@ -44,8 +43,7 @@ def test_equals_the_dense_reference(attention, padding, pair):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocked_weights_are_zero_and_rows_sum_to_one(family):
-    model = build(family, "eager")
-    batch, groups = grouped(family)
+    model, batch, groups = prepared(family, "eager")
     with (
         AttentionKnockout(
             model, [0, 2], [(groups["image"], groups["question"]), (groups["question"], groups["last"])]
@@ -76,8 +74,7 @@ def test_eager_equals_sdpa(family, padding):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_rows_emptied_by_us_add_nothing(attention):
     """All that the first two tokens may attend to is taken away; the reference adds zero there."""
-    model = build("llama", attention)
-    batch, _ = grouped("llama", padding="left")
+    model, batch, _ = prepared("llama", attention, padding="left")
     attended = batch["attention_mask"].bool()
     first = attended & (attended.cumsum(1) <= 2)
     with torch.no_grad():
@@ -92,8 +89,7 @@ def test_rows_emptied_by_us_add_nothing(attention):
 @pytest.mark.filterwarnings("ignore:pairs:UserWarning")  # of a window that does not reach the image
 @pytest.mark.parametrize("family", FAMILIES)
 def test_removal_restores_every_bit(family):
-    model = build(family)
-    batch, groups = grouped(family)
+    model, batch, groups = prepared(family)
     with (
         left_alone(model, batch),
         pytest.raises(RuntimeError, match="stop"),
@@ -107,8 +103,7 @@ def test_removal_restores_every_bit(family):
 
 def test_other_layers_are_untouched():
     """A mask that all layers share must not be edited in place."""
-    model = build("llava", "eager")
-    batch, groups = grouped("llava")
+    model, batch, groups = prepared("llava", "eager")
     with torch.no_grad():
         with AttentionKnockout(model, [2], [(groups["image"], groups["question"])]):
             knocked = model(**batch, output_hidden_states=True).hidden_states
@@ -119,8 +114,7 @@ def test_other_layers_are_untouched():
 
 @pytest.mark.parametrize("family", CAUSAL)
 def test_padded_equals_unpadded(family):
-    model = build(family, dtype=torch.float64)
-    batch, groups = grouped(family, padding="right")
+    model, batch, groups = prepared(family, dtype=torch.float64, padding="right")
     cast = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
     with AttentionKnockout(model, [1, 2], [(groups["image"], groups["question"])]):
         together = logits(model, cast)
@@ -135,16 +129,14 @@ def test_padded_equals_unpadded(family):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_sliding_window_stays():
     """In a layer that sees six tokens back, an image farther away has no edge to block."""
-    model = build("mistral", "eager")
-    batch, groups = grouped("mistral", texts=((3, 9),))
+    model, batch, groups = prepared("mistral", "eager", texts=((3, 9),))
     with AttentionKnockout(model, range(LAYERS), [(groups["image"], groups["last"])]):
         knocked = logits(model, batch)
     assert torch.equal(knocked, logits(model, batch))
 
 
 def test_blocking_nothing_warns():
-    model = build("llama")
-    batch, groups = grouped("llama")
+    model, batch, groups = prepared("llama")
     with (
         AttentionKnockout(model, [1], [(groups["question"], groups["image"])]),
         pytest.warns(UserWarning, match="blocks nothing"),
@@ -153,8 +145,7 @@ def test_blocking_nothing_warns():
 
 
 def test_several_at_once_equal_their_union():
-    model = build("llava", dtype=torch.float64)
-    batch, groups = grouped("llava")
+    model, batch, groups = prepared("llava", dtype=torch.float64)
     batch["pixel_values"] = batch["pixel_values"].double()
     first, second = (groups["image"], groups["question"]), (groups["question"], groups["last"])
     with AttentionKnockout(model, [0, 1], [first]), AttentionKnockout(model, [1, 2], [second]):
@@ -233,8 +224,7 @@ def test_other_implementations_are_switched_and_put_back(family, name):
 
 
 def test_nothing_is_kept_alive():
-    model = build("llama")
-    batch, groups = grouped("llama")
+    model, batch, groups = prepared("llama")
     knockout = AttentionKnockout(model, [1], [(groups["image"], groups["last"])])
     with knockout:
         logits(model, batch)

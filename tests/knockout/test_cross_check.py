@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from peft_ext.knockout import AttentionKnockout
-from tests._models.vision_language import build, grouped
+from tests._models.vision_language import build, prepared
 
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("nnsight") is None, reason="nnsight is not installed")
@@ -17,8 +17,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("nnsight") is None, rea
 def test_equals_nnsight(pair):
     from nnsight import NNsight
 
-    model = build("llava", "eager")
-    batch, groups = grouped("llava")
+    model, batch, groups = prepared("llava", "eager")
     source, target = (groups[name] for name in pair.split(":"))
     with torch.no_grad(), AttentionKnockout(model, [1, 2], [(source, target)]):
         ours = model(**batch).logits

@@ -6,7 +6,7 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 
 from peft_ext import MoReSConfig
 from peft_ext.knockout import FlowSample, layer_sweep
-from tests._models.vision_language import CAUSAL, FAMILIES, LAYERS, build, grouped
+from tests._models.vision_language import CAUSAL, FAMILIES, LAYERS, build, grouped, prepared
 
 from ._runs import left_alone
 from ._sweeps import FAST, PAIRS, assert_same, sweep
@@ -39,8 +39,7 @@ def test_fast_engines_switch_the_attention(name):
 
 def test_rows_emptied_by_us():
     """The first token has only itself; blocked, its attention adds nothing, in each engine."""
-    model = build("llama")
-    batch, groups = grouped("llama", texts=((3, 7),))
+    model, batch, groups = prepared("llama", texts=((3, 7),))
     first = torch.zeros_like(groups["last"])
     first[:, 0] = True
     assert_same(model, FlowSample(batch, {**groups, "first": first}), pairs=["first:first", "first:question"])
@@ -54,8 +53,7 @@ def test_under_lora():
 
 @pytest.mark.parametrize("engine", FAST)
 def test_a_bidirectional_prefix_is_refused(engine):
-    batch, groups = grouped("paligemma")
-    model = build("paligemma")
+    model, batch, groups = prepared("paligemma")
     with pytest.raises(ValueError, match='bidirectional prefix.*engine="full"'):
         sweep(model, FlowSample(batch, groups), engine)
     records = layer_sweep(model, [FlowSample(batch, groups)], ["image:question"], progress=False)
@@ -65,8 +63,7 @@ def test_a_bidirectional_prefix_is_refused(engine):
 @pytest.mark.parametrize("engine", FAST)
 def test_a_target_inside_an_image_that_attends_both_ways(engine):
     """Gemma 3's image tokens see each other, so a knockout of some changes those before them."""
-    model = build("gemma3")
-    batch, groups = grouped("gemma3", texts=((3, 7),))
+    model, batch, groups = prepared("gemma3", texts=((3, 7),))
     late = groups["image"] & (groups["image"].cumsum(1) > 2)
     early = groups["image"] & ~late
     sample = FlowSample(batch, {**groups, "late": late, "early": early})
@@ -154,8 +151,7 @@ def test_the_self_check_passes_what_is_exact():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_is_left_behind(family):
-    model = build(family)
-    batch, groups = grouped(family)
+    model, batch, groups = prepared(family)
     pairs = ["image:question", "last:last"]
     with left_alone(model, batch):
         layer_sweep(model, [FlowSample(batch, groups)], pairs, window=LAYERS, progress=False)

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from peft_ext.knockout import AttentionKnockout
-from tests._models.vision_language import LAYERS, build, grouped
+from tests._models.vision_language import LAYERS, build, grouped, prepared
 
 from ._runs import generated, logits
 
@@ -19,8 +19,7 @@ _PAIR_IDS = [":".join(pair) for pair in PAIRS]
 @pytest.mark.parametrize("pair", PAIRS, ids=_PAIR_IDS)
 @pytest.mark.parametrize("family", ["llava", "llava_mistral", "gemma3", "qwen2_vl", "llama", "mistral", "gpt2"])
 def test_cached_generation_equals_uncached(family, pair):
-    model = build(family)
-    batch, groups = grouped(family, texts=((3, 7),))
+    model, batch, groups = prepared(family, texts=((3, 7),))
     found = []
     for cache in (True, False):
         with warnings.catch_warnings():
@@ -31,8 +30,7 @@ def test_cached_generation_equals_uncached(family, pair):
 
 
 def test_a_static_cache_equals_a_dynamic_one():
-    model = build("llava")
-    batch, groups = grouped("llava")
+    model, batch, groups = prepared("llava")
     found = []
     for cache in (DynamicCache(), StaticCache(config=model.config.get_text_config(), max_cache_len=48)):
         with AttentionKnockout(model, [0, 1], [(groups["question"], groups["last"])]):
@@ -42,8 +40,7 @@ def test_a_static_cache_equals_a_dynamic_one():
 
 def test_generated_tokens_take_over_the_last_position():
     """Blocking question → last while generating equals blocking it in one pass over the whole answer."""
-    model = build("llama", dtype=torch.float64)
-    batch, groups = grouped("llama", texts=((3, 7),))
+    model, batch, groups = prepared("llama", dtype=torch.float64, texts=((3, 7),))
     pair = (groups["question"], groups["last"])
     with AttentionKnockout(model, [0, 1], [pair]):
         scores, tokens = generated(model, batch)
@@ -62,8 +59,7 @@ def test_generated_tokens_take_over_the_last_position():
 
 def test_beams_repeat_the_rows():
     """Beam search of a batch finds what it finds for each row alone."""
-    model = build("llava")
-    batch, groups = grouped("llava")
+    model, batch, groups = prepared("llava")
     with AttentionKnockout(model, [0, 1], [(groups["image"], groups["question"])]):
         together = generated(model, batch, num_beams=3)[1][:, -4:]
     without = generated(model, batch, num_beams=3)[1][:, -4:]
@@ -76,8 +72,7 @@ def test_beams_repeat_the_rows():
 
 
 def test_rows_are_repeated_in_order():
-    model = build("llava")
-    batch, groups = grouped("llava")
+    model, batch, groups = prepared("llava")
     repeated = {name: value.repeat_interleave(3, 0) for name, value in batch.items()}
     with AttentionKnockout(model, [0, 1], [(groups["image"], groups["question"])]):
         torch.testing.assert_close(logits(model, repeated)[::3], logits(model, batch))
@@ -108,8 +103,7 @@ def test_assisted_generation_equals_one_token_at_a_time(assistant):
 
 
 def test_a_prompt_in_chunks_is_refused_with_the_remedy():
-    model = build("llama")
-    batch, groups = grouped("llama", texts=((3, 7),))
+    model, batch, groups = prepared("llama", texts=((3, 7),))
     with (
         pytest.raises(ValueError, match="called with 4.*without prefill_chunk_size"),
         AttentionKnockout(model, [0], [(groups["question"], groups["last"])]),
@@ -119,8 +113,7 @@ def test_a_prompt_in_chunks_is_refused_with_the_remedy():
 
 def test_more_tokens_than_a_step_after_a_longer_prefix_are_refused():
     """They were taken for a step after the prompt, which was then sought at the cache's start."""
-    model = build("llama")
-    batch, groups = grouped("llama", texts=((3, 7),))
+    model, batch, groups = prepared("llama", texts=((3, 7),))
     ids, cache = batch["input_ids"], DynamicCache(config=model.config)
     logits(model, {"input_ids": ids.repeat(1, 2), "past_key_values": cache})
     with (

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peft_ext.knockout import AttentionKnockout, ModuleKnockout
-from tests._models.vision_language import FAMILIES, LAYERS, build, grouped
+from tests._models.vision_language import FAMILIES, LAYERS, prepared
 
 from ._reference import decoder_embeddings, llama_logits
 from ._runs import generated, logits
@@ -12,8 +12,7 @@ from ._runs import generated, logits
 
 @pytest.mark.parametrize("module", ["attention", "mlp"])
 def test_equals_the_dense_reference(module):
-    model = build("llava")
-    batch, groups = grouped("llava")
+    model, batch, groups = prepared("llava")
     attended = batch["attention_mask"].bool()
     with torch.no_grad():
         embeddings = decoder_embeddings(model, batch)
@@ -27,8 +26,7 @@ def test_equals_the_dense_reference(module):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_any_module_the_embedding_stays(family):
-    model = build(family)
-    batch, groups = grouped(family)
+    model, batch, groups = prepared(family)
     with (
         ModuleKnockout(model, range(LAYERS), groups["question"], "attention"),
         ModuleKnockout(model, range(LAYERS), groups["question"], "mlp"),
@@ -42,8 +40,7 @@ def test_without_any_module_the_embedding_stays(family):
 
 def test_positions_follow_the_cache():
     """Zeroing the last position while generating equals zeroing it, and what follows, in one pass."""
-    model = build("llama")
-    batch, groups = grouped("llama", texts=((3, 7),))
+    model, batch, groups = prepared("llama", texts=((3, 7),))
     with ModuleKnockout(model, [1], groups["last"], "mlp"):
         scores, tokens = generated(model, batch)
     ids = tokens[:, :-1]
@@ -55,8 +52,7 @@ def test_positions_follow_the_cache():
 
 
 def test_beside_an_attention_knockout():
-    model = build("llava")
-    batch, groups = grouped("llava")
+    model, batch, groups = prepared("llava")
     attended = batch["attention_mask"].bool()
     blocked = groups["image"][:, None] & groups["last"][:, :, None]
     with torch.no_grad():

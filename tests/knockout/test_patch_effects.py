@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peft_ext.knockout import AttentionKnockout, FlowSample, find_token_groups, patch_effects
-from tests._models.vision_language import FAMILIES, LAYERS, VISION, build, grouped
+from tests._models.vision_language import FAMILIES, LAYERS, VISION, build, grouped, prepared
 
 from . import _processors
 
@@ -20,8 +20,7 @@ def naive(model, batch, mask, target, layers, answer):
 @pytest.mark.parametrize("target", ["last", "question"])
 @pytest.mark.parametrize("family", VISION)
 def test_equals_the_loop_over_patches(family, target):
-    model = build(family)
-    batch, groups = grouped(family, texts=((3, 6),))
+    model, batch, groups = prepared(family, texts=((3, 6),))
     options = {"groups": groups, "window": 2, "layers": [1]} if target == "question" else {}
     engine = "packed" if FAMILIES[family].causal else "auto"
     records = patch_effects(model, batch, target, engine=engine, **options)
@@ -42,8 +41,7 @@ def test_equals_the_loop_over_patches(family, target):
 
 
 def test_blocks_of_a_grid_hide_all_their_patches():
-    model = build()
-    batch, groups = grouped()
+    model, batch, groups = prepared()
     records = patch_effects(model, FlowSample(batch, groups, names=["a", "b"]), block=3, self_check=False)
     sizes = {(record["row"], record["column"]): len(record["positions"]) for record in records}
     assert sizes == {(0, 0): 9, (0, 1): 3, (1, 0): 3, (1, 1): 1}

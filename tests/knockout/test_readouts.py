@@ -15,7 +15,7 @@ from peft_ext.knockout import (
     topk_jaccard,
 )
 from peft_ext.knockout.sweep.windows import windows
-from tests._models.vision_language import FAMILIES, LAYERS, build, grouped
+from tests._models.vision_language import FAMILIES, LAYERS, build, grouped, prepared
 
 from . import _processors as make
 
@@ -23,8 +23,7 @@ from . import _processors as make
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_last_layer_is_the_model_s_answer(family, padding):
-    model = build(family)
-    batch, groups = grouped(family, padding=padding)
+    model, batch, groups = prepared(family, padding=padding)
     with torch.no_grad():
         expected = model(**batch).logits[groups["last"]].softmax(-1)
     records = answer_probability_by_layer(model, batch, {"a": 7, "b": [5, 9]})
@@ -38,8 +37,7 @@ def test_the_last_layer_is_the_model_s_answer(family, padding):
 
 @pytest.mark.parametrize("norm", [True, False])
 def test_earlier_layers_are_read_as_equation_7_8_says(norm):
-    model = build("llama")
-    batch, groups = grouped("llama")
+    model, batch, groups = prepared("llama")
     with torch.no_grad():
         states = model(**batch, output_hidden_states=True).hidden_states[:-1]  # the last one is normed
         expected = [
@@ -92,8 +90,7 @@ def test_first_tokens_of_answers(kind):
 @pytest.mark.parametrize("engine", ["full", "suffix", "packed"])
 @pytest.mark.parametrize("pooled", ["tokens", "positions"])
 def test_jaccard_by_hand(engine, pooled):
-    model = build("llava")
-    batch, groups = grouped("llava")
+    model, batch, groups = prepared("llava")
     pair = (groups["image"], groups["question"])
     records = topk_jaccard(
         model, batch, groups["question"], pairs={"pair": pair}, window=2, k=4, pooled=pooled, engine=engine

@@ -22,7 +22,7 @@ from peft_ext.knockout import (
 from peft_ext.knockout.page.data import overview, sample_data
 from peft_ext.knockout.prompts.patches import box_coverage, patch_places
 from peft_ext.knockout.read.modality import lmar
-from tests._models.vision_language import VISION, build, grouped
+from tests._models.vision_language import VISION, build, grouped, prepared
 
 from . import _processors
 from ._pages import NASTY, PAIRS, records
@@ -105,8 +105,7 @@ def test_a_view_is_what_the_measurements_say(measured):
 @pytest.mark.parametrize("family", VISION)
 def test_views_of_every_family(family):
     """Attention and answer are what the whole model computes in eager mode."""
-    batch, groups = grouped(family, texts=((3, 7),))
-    model = build(family)
+    model, batch, groups = prepared(family, texts=((3, 7),))
     view = sample_view(model, _processors.tokenizer(), FlowSample(batch, groups, names=["one"]), words=False)
     with torch.no_grad():
         output = build(family, "eager")(**batch, output_attentions=True)

@@ -5,7 +5,7 @@ import torch
 
 from peft_ext.knockout import FlowSample
 from peft_ext.knockout.sweep import replay
-from tests._models.vision_language import build, grouped, row
+from tests._models.vision_language import build, grouped, prepared, row
 
 from ._sweeps import PAIRS, assert_same, sweep
 
@@ -26,8 +26,7 @@ def test_any_packing(monkeypatch, tokens):
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3", "mistral"])
 def test_batches_equal_single_rows(family):
-    model = build(family)
-    batch, groups = grouped(family, padding="right")
+    model, batch, groups = prepared(family, padding="right")
     together, _ = sweep(model, FlowSample(batch, groups), "packed", pairs=["image:question", "question:last"])
     alone = []
     for number in range(2):
@@ -46,8 +45,7 @@ def test_later_tokens_of_the_answer(family, token):
 
 def test_the_answers_last_token_is_what_a_cached_pass_gives():
     """The probability that the full engine reports, from the model's own logits on prompt and answer."""
-    model = build("llava")
-    batch, groups = grouped("llava", texts=((3, 7),))
+    model, batch, groups = prepared("llava", texts=((3, 7),))
     answer = [5, 9, 12]
     records = sweep(model, FlowSample(batch, groups, answer_ids=[answer]), "full", answer_token="last")[1]
     ids = torch.cat([batch["input_ids"], torch.tensor([answer[:-1]])], 1)

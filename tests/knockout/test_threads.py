@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from peft_ext.knockout import AttentionKnockout, FlowSample, ModuleKnockout, layer_sweep, residual_stream
-from tests._models.vision_language import build, grouped
+from tests._models.vision_language import build, grouped, prepared
 
 
 def in_another_thread(work):
@@ -35,8 +35,7 @@ def knockout(model, groups, kind):
 @pytest.mark.parametrize("kind", ["attention", "mlp"])
 def test_another_thread_gets_the_model_as_it_is(kind):
     """Also with another prompt, of which a knockout would say that its masks do not fit."""
-    model = build("llama")
-    batch, groups = grouped("llama", texts=((3, 7),))
+    model, batch, groups = prepared("llama", texts=((3, 7),))
     other = {name: value[:, 2:] for name, value in batch.items()}
     with torch.no_grad():
         clean, clean_other = model(**batch).logits, model(**other).logits
@@ -49,8 +48,7 @@ def test_another_thread_gets_the_model_as_it_is(kind):
 
 
 def test_each_thread_has_its_own_knockout():
-    model = build("llama")
-    batch, groups = grouped("llama", texts=((3, 7),))
+    model, batch, groups = prepared("llama", texts=((3, 7),))
 
     def knocked(kind):
         with torch.no_grad(), knockout(model, groups, kind):
@@ -63,8 +61,7 @@ def test_each_thread_has_its_own_knockout():
 
 
 def test_a_model_that_runs_in_another_thread_alone_is_said_to_be_untouched():
-    model = build("llama")
-    batch, groups = grouped("llama", texts=((3, 7),))
+    model, batch, groups = prepared("llama", texts=((3, 7),))
     with pytest.warns(UserWarning, match="in the same thread"), knockout(model, groups, "attention"):
         in_another_thread(lambda: model(**batch))
 
@@ -90,8 +87,7 @@ def test_checkpointed_layers_that_another_thread_recomputes_are_knocked_out(kind
 @pytest.mark.parametrize("engine", ["full", "suffix", "packed"])
 def test_a_sweep_is_not_disturbed_by_another_thread(engine, monkeypatch):
     """Another thread calls the model, with another prompt, from inside each of the sweep's calls to a layer."""
-    model = build("llama")
-    batch, groups = grouped("llama", texts=((3, 7),))
+    model, batch, groups = prepared("llama", texts=((3, 7),))
     other = {name: value[:, 3:] for name, value in batch.items()}
     owner = threading.get_ident()
     with torch.no_grad():
@@ -115,8 +111,7 @@ def test_a_sweep_is_not_disturbed_by_another_thread(engine, monkeypatch):
 
 
 def test_states_are_those_of_the_own_call():
-    model = build("llama")
-    batch, _ = grouped("llama", texts=((3, 7),))
+    model, batch, _ = prepared("llama", texts=((3, 7),))
     expected = residual_stream(model, batch)
     owner = threading.get_ident()
 
