@@ -33,6 +33,10 @@ class Window:
         """Tasks of the window, bool `[tasks]`."""
         return self.totals > 0
 
+    def of_one(self, counts: Tensor) -> Window:
+        """For a part of this process's micro-batch alone, with `counts` `[tasks]` labels."""
+        return replace(self, counts=counts[None], anywhere=counts[None] > 0)
+
     def share(self, micro_batch: int, task: int, processes: int) -> float:
         """
         Weight of a mean over this micro-batch, such that the mean over processes of their sum is the mean over the
@@ -208,16 +212,3 @@ def checked_losses(losses: Any, source: str) -> dict[str, Tensor]:
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"{source}[{name!r}] must be a scalar tensor, not {shape}; reduce it, or leave it out.")
     return present
-
-
-def fork_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """The random streams that a forward pass on `device` draws from."""
-    other = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return torch.get_rng_state(), other
-
-
-def restore_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    """Set the random streams to what `fork_state` returned."""
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)

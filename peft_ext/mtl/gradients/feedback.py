@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers import TrainerCallback
 
 from ...sparse.choose.scoring.preserve import preserved
 from ..aggregators.base import Array
-from ..data.losses import StepLosses, fork_state, restore_state
+from ..data.losses import StepLosses
 from .probe import unlogged
 
 
@@ -19,12 +20,13 @@ class Feedback(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
-        self.batches: list[tuple[Any, Any]] = []  # micro-batches, and the random streams before each of them
+        self.batches: list[tuple[Any, ...]] = []  # micro-batches, and the random streams before each of them
 
     def keep(self, inputs: Any, is_first: bool) -> None:
         """Remember a micro-batch, just before its forward pass; the step's first one replaces the last step's."""
         self.batches = [] if is_first else self.batches
-        self.batches.append((dict(inputs), fork_state(self.trainer.args.device)))
+        of_device = get_device_states(torch.empty(0, device=self.trainer.args.device))
+        self.batches.append((dict(inputs), torch.get_rng_state(), of_device))
 
     def drop(self) -> None:
         """Forget the micro-batches of a step that is skipped."""
@@ -41,8 +43,9 @@ class Feedback(TrainerCallback):
     def _replayed(self, step: StepLosses) -> Array:
         """Losses per task, float64 `[tasks]`, summed as in the training step."""
         trainer, total = self.trainer, np.zeros(len(step.sums))
-        for index, (inputs, streams) in enumerate(self.batches):
-            restore_state(streams, trainer.args.device)
+        for index, (inputs, of_cpu, of_device) in enumerate(self.batches):
+            torch.set_rng_state(of_cpu)
+            set_device_states(*of_device, device_type=trainer.args.device.type)
             losses = trainer.passes.replay(trainer.model_wrapped, inputs, step.window, index)
             total = total + step.as_array(losses)
         return total

@@ -142,8 +142,8 @@ def _losses_of_halves(trainer: Any, model: nn.Module, source: Source) -> Iterato
     for halves in _halves(source, trainer.task_data.splits):
         for half, samples in enumerate(halves if halves[1] else ()):
             piece = trainer._prepare_inputs(collate(samples))
-            counts = trainer.task_counts.of(piece, piece.pop(SOURCE, None))
-            for task, loss in trainer.passes.plain_losses(model, piece, counts, step.window, step.index):
+            window = step.window.of_one(trainer.task_counts.of(piece, piece.pop(SOURCE, None)))
+            for task, loss, _, _ in trainer.passes.losses(model, piece, window, 0):
                 yield 2 * task + half, loss
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, TypeAlias
 
@@ -34,12 +34,6 @@ class Passes:
         """
         raise NotImplementedError
 
-    def plain_losses(
-        self, model: nn.Module, inputs: Any, counts: Tensor, window: Window, index: int
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Task number and loss, at any scale, of a part of micro-batch `index` that has `counts` `[tasks]` labels."""
-        raise NotImplementedError
-
     def backward(
         self, model: nn.Module, inputs: Any, window: Window, index: int, gradients: TaskGradients
     ) -> dict[int, Tensor]:
@@ -63,7 +57,7 @@ class PartPasses(Passes):
     """For samples of one task each: a forward and a backward pass for each task's part of a batch."""
 
     def losses(self, model: nn.Module, inputs: Any, window: Window, index: int) -> Iterator[TaskLoss]:
-        parts = self._parts(inputs)
+        parts = parts_of(inputs, self.trainer.args.task_column, len(self.trainer.task_names))
         counts = window.counts[index]
         smallest = min(parts, key=lambda task: (counts[task] == 0, counts[task]))
         for task in torch.nonzero(window.anywhere[index]).flatten().tolist():
@@ -72,16 +66,6 @@ class PartPasses(Passes):
                 part = parts[smallest if stands_in else task]
                 loss = self._loss(model, dict(part), window, index, task)
             yield task, loss * 0.0 if stands_in else loss, stands_in, False
-
-    def plain_losses(
-        self, model: nn.Module, inputs: Any, counts: Tensor, window: Window, index: int
-    ) -> Iterator[tuple[int, Tensor]]:
-        for task, part in self._parts(inputs).items():
-            if float(counts[task]) > 0:
-                yield task, self._loss(model, part, window, index, task)
-
-    def _parts(self, inputs: Mapping[str, Any]) -> dict[int, Any]:
-        return parts_of(inputs, self.trainer.args.task_column, len(self.trainer.task_names))
 
     def _loss(self, model: nn.Module, inputs: Any, window: Window, index: int, task: int) -> Tensor:
         """Weighted loss of one task's part of a batch."""
@@ -114,18 +98,6 @@ class LabelPasses(Passes):
             stands_in = task not in scaled
             loss = next(iter(scaled.values())) * 0.0 if stands_in else scaled[task]
             yield task, loss, stands_in, task != tasks[-1]
-
-    def plain_losses(
-        self, model: nn.Module, inputs: Any, counts: Tensor, window: Window, index: int
-    ) -> Iterator[tuple[int, Tensor]]:
-        trainer, num_items = self.trainer, None
-        if trainer.args.task_loss_scale == "window":
-            num_items = dict(zip(trainer.task_names, counts, strict=True))
-        with trainer.compute_loss_context_manager():
-            losses = trainer.compute_task_losses(model, inputs, num_items)
-        for task, name in enumerate(trainer.task_names):
-            if name in losses and float(counts[task]) > 0:
-                yield task, losses[name]
 
     def backward_sum(
         self, model: nn.Module, inputs: Any, window: Window, index: int, reduction: str
