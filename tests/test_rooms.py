@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent / "peft_ext"
 # From the ground floor up. Rooms of one line do not import each other. A package's `__init__` may import all of it.
 ORDER = {
     "peft_ext": [
-        "_version extras io commands.method_names",
+        "_version extras io preserve commands.method_names",
         "hf",
         "sparse",
         "tuners",

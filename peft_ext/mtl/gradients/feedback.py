@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers import TrainerCallback
 
-from ...sparse.choose.scoring.preserve import preserved
+from ...preserve import preserved
 from ..aggregators.base import Array
 from ..data.losses import StepLosses
 from .probe import unlogged

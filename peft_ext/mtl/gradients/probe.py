@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...sparse.choose.scoring.preserve import preserved
+from ...preserve import preserved
 from ..aggregators.base import Array
 from ..conflicts.recorder import cosines_of
 from ..data.collation import SOURCE, Source, halves_of

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ...sparse.choose.scoring.preserve import preserved
+from ...preserve import preserved
 from ..data.collation import SOURCE, parts_of
 from ..data.losses import Window, checked_losses, split_labels
 from ..parallel import processes, task_backward

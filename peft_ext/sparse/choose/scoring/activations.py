@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ....preserve import preserved
 from ...bases.experts import ExpertBank
 from ...bases.neurons import neuron_view
 from ...bases.projection import Projection
@@ -17,7 +18,6 @@ from .arguments import check_scoring
 from .batches import batches, forward
 from .experts import experts_watched
 from .modules import scored_modules
-from .preserve import preserved
 
 
 class ActivationScores(Mapping[str, Tensor]):
