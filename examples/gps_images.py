@@ -31,7 +31,7 @@ from _quickstart import report
 from _quickstart.command import begin, check_counts, parser_for
 
 from peft_ext import GPS_PRESETS
-from peft_ext.sparse.selection import SELECTIONS
+from peft_ext.sparse.selection.plan import SELECTIONS
 
 
 def parser() -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ from ..hf.config import SavedConfig
 from ..hf.internals import get_pattern_key
 from .checks import check_count, check_flag, check_share
 from .ops import BACKENDS
-from .selection import parse_selection
+from .selection.plan import parse_selection
 from .support import Support
 
 
@@ -81,16 +81,12 @@ class SparseConfig(SavedConfig):
                 f"experts_to_transform={by_module!r} must be a list of experts' numbers, or one such list for each "
                 "module's name."
             )
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError(
-                f"layers_to_transform={self.layers_to_transform!r} works with a list of target_modules, not with "
-                f"{self.target_modules!r}; put the layers' numbers into the regex."
-            )
-        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
-            raise ValueError(
-                f"layers_pattern={self.layers_pattern!r} works with a list of target_modules, not with "
-                f"{self.target_modules!r}; put the layers' name into the regex."
-            )
+        for name, what in (("layers_to_transform", "numbers"), ("layers_pattern", "name")):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} works with a list of target_modules, not with "
+                    f"{self.target_modules!r}; put the layers' {what} into the regex."
+                )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 f"layers_pattern={self.layers_pattern!r} is set but layers_to_transform is not; set both or neither."

@@ -15,7 +15,7 @@ from trl import get_quantization_config
 
 from ..sparse.choose.scoring import activation_scores, gradient_scores
 from ..sparse.config import SparseConfig
-from ..sparse.selection import SCORED, parse_selection
+from ..sparse.selection.plan import SCORED, parse_selection
 from .options import TRAINERS, ConfigError, Run, read_run
 
 

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_ext import NeuroAdaConfig
 from peft_ext.sparse.bases.neurons import is_convolution
-from peft_ext.sparse.selection import select_supports
+from peft_ext.sparse.selection.plan import select_supports
 from peft_ext.sparse.support import Support, offsets_from_counts
 from peft_ext.tuners.neuroada import NeuroAdaConv, NeuroAdaLinear
 from tests._models.layers import Kind

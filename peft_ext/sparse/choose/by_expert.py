@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -24,14 +24,10 @@ class ExpertMatrices:
         self.origin = {f"{name}.{number}": (name, number) for name, ns in self.numbers.items() for number in ns}
 
     def split(self, views: Mapping[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:
-        """Functions that return the matrices, from those that return the weights."""
+        """Functions that return the matrices, or their scores, from those that return the weights or theirs."""
         plain = {name: view for name, view in views.items() if name not in self.numbers}
         read = _Latest(views)
         return plain | {key: partial(read.one, name, number) for key, (name, number) in self.origin.items()}
-
-    def split_scores(self, scores: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
-        """The scores of the matrices, from those of the weights."""
-        return None if scores is None else _ScoresByExpert(scores, self)
 
     def join(self, supports: Mapping[str, Support]) -> dict[str, Support]:
         """The supports of the weights, from those of the matrices."""
@@ -46,7 +42,7 @@ class ExpertMatrices:
 
 class _Latest:
     """Weights of all experts, read one by one. The last one is kept, for each expert's matrix is asked for in turn and
-    reading may mean dequantising or gathering."""
+    reading may mean dequantising, gathering or computing scores."""
 
     def __init__(self, views: Mapping[str, Callable[[], Tensor]]) -> None:
         self.views = views
@@ -58,27 +54,6 @@ class _Latest:
             self._last = None
             self._last = name, self.views[name]()
         return self._last[1][number]
-
-
-class _ScoresByExpert(Mapping[str, Tensor]):
-    """Scores of single experts. Those of one weight are computed once, and are alive until another's are asked for."""
-
-    def __init__(self, scores: Mapping[str, Tensor], matrices: ExpertMatrices) -> None:
-        self.scores, self.origin, self.bases = scores, matrices.origin, matrices.bases
-        self.read = _Latest({name: partial(self._by_expert, name) for name in matrices.numbers})
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self.read.one(*self.origin[key]) if key in self.origin else self.scores[key]
-
-    def _by_expert(self, name: str) -> Tensor:
-        bank = self.bases[name]
-        return self.scores[name].reshape(bank.number, bank.rows, bank.in_features)
-
-    def __iter__(self) -> Iterator[str]:
-        raise NotImplementedError
-
-    def __len__(self) -> int:
-        return len(self.scores)
 
 
 def adapted_experts(name: str, bank: ExpertBank, config: SparseConfig) -> list[int]:

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ..bases.neurons import experts_of, matrix_shape
 from ..config import SparseConfig
-from ..selection import parse_selection
 from ..selection.given import uncompiled
-from ..selection.plan import kept_neurons
+from ..selection.plan import kept_neurons, parse_selection
 from ..support import Support
 from .by_expert import adapted_experts
 

@@ -16,8 +16,8 @@ from ..bases.sharded import check_gatherable
 from ..bases.sharing import identity, weight_key
 from ..config import SparseConfig
 from ..memory import Region
-from ..selection import SCORED, ScoreMatrices, parse_selection, select_supports
-from ..selection.given import uncompiled
+from ..selection.given import given_scores, uncompiled
+from ..selection.plan import SCORED, parse_selection, select_supports
 from ..support import Support
 from .by_expert import ExpertMatrices
 from .placeholders import placeholder, support_from
@@ -154,8 +154,7 @@ def _choose(
     }
     scores = None
     if parse_selection(config.selection)[0] in SCORED:
-        shapes = {name: matrix_shape(base) for name, base in targets.items()}
-        scores = by_expert.split_scores(ScoreMatrices(config.scores, targets, shapes))
+        scores = by_expert.split(given_scores(config.scores or {}, targets))
     supports = select_supports(
         by_expert.split(views),
         config.selection,

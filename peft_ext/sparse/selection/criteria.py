@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -91,11 +91,11 @@ class Random(Criterion):
 class Scored(Criterion):
     """Largest |score| first, for scores computed beforehand, such as the gradient of a loss in GPS."""
 
-    def __init__(self, scores: Mapping[str, Tensor]) -> None:
+    def __init__(self, scores: Mapping[str, Callable[[], Tensor]]) -> None:
         self.scores = scores
 
     def chunks(self, module: str, weight: Tensor) -> Iterator[Tensor]:
-        score = self.scores[module]
+        score = self.scores[module]()
         for rows, part in _row_chunks(weight):
             _magnitudes(module, "weights", part)
             yield _magnitudes(module, "scores", score[rows].to(part.device))

@@ -35,7 +35,7 @@ def parse_selection(selection: str) -> tuple[str, str]:
     return criterion, scope or "neuron"
 
 
-def _criterion(name: str, seed: int, scores: Mapping[str, Tensor] | None) -> Criterion:
+def _criterion(name: str, seed: int, scores: Mapping[str, Callable[[], Tensor]] | None) -> Criterion:
     if name == "random":
         return Random(seed)
     if name in SCORED:
@@ -49,7 +49,7 @@ def select_supports(
     k: int | Callable[[int, str], int],
     neuron_ratio: float = 1.0,
     seed: int = 0,
-    scores: Mapping[str, Tensor] | None = None,
+    scores: Mapping[str, Callable[[], Tensor]] | None = None,
     column_budget: int | None = None,
 ) -> dict[str, Support]:
     """
@@ -63,7 +63,8 @@ def select_supports(
             with a wider scope, the same total budget is distributed across the layer or network.
         neuron_ratio (`float`): share of neurons that get entries, drawn at random per weight.
         seed (`int`): for random choices.
-        scores: per module, scores `[rows, fan_in]`, for the criteria in `SCORED`. Looked up once per pass.
+        scores: per module, a function that returns scores `[rows, fan_in]`, for the criteria in `SCORED`; called once
+            per pass.
         column_budget (`int`, *optional*): how many inputs of a weight its neurons choose among.
 
     Returns:

@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from ...sparse.choose.scoring import gradient_scores
-from ...sparse.selection import parse_selection
+from ...sparse.selection.plan import parse_selection
 from .config import GPSConfig
 
 

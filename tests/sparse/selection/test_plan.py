@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_ext.sparse.selection import SCORED, SELECTIONS, criteria, parse_selection, select_supports
+from peft_ext.sparse.selection import criteria
 from peft_ext.sparse.selection.criteria import Magnitude, Random, Reverse, Scored
+from peft_ext.sparse.selection.plan import SCORED, SELECTIONS, parse_selection, select_supports
 
 from .._asserts import assert_same_support
 from ._oracle import best_overall, best_per_row
@@ -33,10 +34,13 @@ def _weights(dtype=torch.float32, seed=0, values=None):
     return weights
 
 
+def _views(tensors):
+    return {name: lambda tensor=tensor: tensor for name, tensor in tensors.items()}
+
+
 def _select(weights, selection, k, **options):
-    scores = {name: weight.flip(0) for name, weight in weights.items()} if selection.startswith(SCORED) else None
-    views = {name: lambda weight=weight: weight for name, weight in weights.items()}
-    return select_supports(views, selection, k, scores=scores, **options)
+    scores = _views({name: weight.flip(0) for name, weight in weights.items()})
+    return select_supports(_views(weights), selection, k, scores=scores, **options)
 
 
 def _scores(weights, selection, seed=0):
@@ -175,16 +179,17 @@ def test_numbers_that_are_not_finite_are_an_error_that_names_the_module(monkeypa
     monkeypatch.setattr(criteria, "CHUNK_ELEMENTS", 4)  # the last chunk is checked too
     weights, broken = _weights(dtype), _weights(dtype)
     broken["block.1.up"][4, 9] = value
-    views = {name: lambda weight=weight: weight for name, weight in broken.items()}
+    whole, broken = _views(weights), _views(broken)
     with pytest.raises(ValueError, match=r"weights of module 'block\.1\.up' .* `exclude_modules"):
-        select_supports(views, selection, 2, scores=weights)
+        select_supports(broken, selection, 2, scores=whole)
     if selection.startswith(SCORED):
-        views = {name: lambda weight=weight: weight for name, weight in weights.items()}
         with pytest.raises(ValueError, match=r"scores of module 'block\.1\.up'"):
-            select_supports(views, selection, 2, scores=broken)
+            select_supports(whole, selection, 2, scores=broken)
 
 
-@pytest.mark.parametrize("criterion", [Magnitude(), Reverse(), Random(0), Scored({"m": torch.randn(23, 7)})], ids=type)
+@pytest.mark.parametrize(
+    "criterion", [Magnitude(), Reverse(), Random(0), Scored({"m": lambda: torch.randn(23, 7)})], ids=type
+)
 @pytest.mark.parametrize("elements", [1, 7, 20, 100])
 def test_chunks_are_bounded(monkeypatch, criterion, elements):
     monkeypatch.setattr(criteria, "CHUNK_ELEMENTS", elements)

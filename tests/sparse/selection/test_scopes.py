@@ -5,7 +5,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from peft_ext.sparse.selection import top_overall, top_per_neuron
+from peft_ext.sparse.selection.scopes import top_overall, top_per_neuron
 
 from .._asserts import assert_same_support
 from ._oracle import best_overall, best_per_row
