@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..hf.files import CHECKSUM_KEY, check_weights
 from ..hf.internals import mapping
+from ..sparse.fingerprint import check_fingerprint
 from ..sparse.model.sparse_model import SparseModel
 from ..sparse.support import Support
 from .checkpoint import local_folder
@@ -129,7 +130,7 @@ class AdapterFile:
         fingerprint = found["fingerprint"]
         try:
             support = Support.of_integers(found["indices"], int(fingerprint[1]), found.get("offsets"))
-            support.check_fingerprint(fingerprint)
+            check_fingerprint(fingerprint, support.rows, support.fan_in)
         except ValueError as error:
             raise ValueError(f"{self.path}: '{prefix}indices' is corrupted: {error}.") from error
         return Entries(support, found["weight"], fingerprint, found.get("bias"))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .another_base import accepts_another_base
-from .fingerprint import check_fingerprint, difference, fingerprint_of, is_unknown, moved, unknown_fingerprint
+from .fingerprint import difference, fingerprint_of, is_unknown, moved
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +55,7 @@ class Support:
         """The same entries in ragged form."""
         if not self.is_table:
             return self
-        rows, k = self.indices.shape
-        offsets = torch.arange(rows + 1, dtype=torch.int32, device=self.indices.device) * k
-        return Support(self.indices.reshape(-1), self.fan_in, offsets)
+        return Support(self.indices.reshape(-1), self.fan_in, ends_of_rows(self.indices, self.offsets))
 
     def row_of_entry(self) -> Tensor:
         """Row of each entry, int64 `[entries]`."""
@@ -133,17 +131,6 @@ class Support:
         """
         return fingerprint_of(self._values_in(matrix), self.rows, self.fan_in, quantised)
 
-    def unknown_fingerprint(self) -> Tensor:
-        """Placeholder for the fingerprint of a base weight that could not be read."""
-        return unknown_fingerprint(self.rows, self.fan_in)
-
-    def check_fingerprint(self, fingerprint: Tensor) -> None:
-        """
-        Raises:
-            `ValueError`: if no weight of this shape has such a fingerprint.
-        """
-        check_fingerprint(fingerprint, self.rows, self.fan_in)
-
     def mismatch(self, fingerprint: Tensor, matrix: Tensor, quantised: bool = False) -> str | None:
         """
         Compare a stored fingerprint with a base weight.
@@ -170,6 +157,14 @@ class Support:
 
     def _values_in(self, matrix: Tensor) -> Tensor:
         return self.gather(matrix.detach()).reshape(-1)
+
+
+def ends_of_rows(indices: Tensor, offsets: Tensor | None) -> Tensor:
+    """Where each neuron's entries start and end, int32 `[rows + 1]`: the offsets, also of a table."""
+    if offsets is not None:
+        return offsets
+    rows, k = indices.shape
+    return torch.arange(rows + 1, dtype=torch.int32, device=indices.device) * k
 
 
 def row_of_entry(indices: Tensor, offsets: Tensor | None) -> Tensor:

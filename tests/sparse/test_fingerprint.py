@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peft_ext.sparse.fingerprint import FINGERPRINT_LENGTH
+from peft_ext.sparse.fingerprint import FINGERPRINT_LENGTH, check_fingerprint, unknown_fingerprint
 from peft_ext.sparse.support import Support
 
 from ._asserts import positions
@@ -136,8 +136,9 @@ def test_a_fingerprint_of_zeros_matches_anything():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @ALL_FORMS
 def test_every_fingerprint_is_plausible(support, dtype):
-    support.check_fingerprint(support.fingerprint(torch.randn(support.rows, support.fan_in).to(dtype)))
-    support.check_fingerprint(support.unknown_fingerprint())
+    shape = support.rows, support.fan_in
+    check_fingerprint(support.fingerprint(torch.randn(shape).to(dtype)), *shape)
+    check_fingerprint(unknown_fingerprint(*shape), *shape)
 
 
 @pytest.mark.parametrize(
@@ -156,13 +157,13 @@ def test_an_implausible_fingerprint_is_refused(place, number, message):
     fingerprint = support.fingerprint(weight)
     fingerprint[place] = number
     with pytest.raises(ValueError, match=message):
-        support.check_fingerprint(fingerprint)
+        check_fingerprint(fingerprint, 16, 32)
 
 
 def test_a_fingerprint_of_another_type_is_refused():
     support, weight = _chosen("magnitude", 16, 32, 2, 0)
     with pytest.raises(ValueError, match="int32"):
-        support.check_fingerprint(support.fingerprint(weight).to(torch.int32))
+        check_fingerprint(support.fingerprint(weight).to(torch.int32), 16, 32)
 
 
 def test_sums_that_are_not_finite_match_no_cast():

@@ -30,20 +30,20 @@ class Projection(Part):
         return "in_proj_weight" if self.owner.in_proj_weight is not None else f"{self.name}_weight"
 
     def rows_of(self, tensor: Tensor) -> Tensor:
-        if self.parameter_name != "in_proj_weight":
-            return tensor
-        start = PROJECTIONS.index(self.name) * self.out_features
-        return tensor[start : start + self.out_features]
+        return tensor[self._packed] if self.parameter_name == "in_proj_weight" else tensor
 
     @property
     def bias(self) -> Tensor | None:
         if self.name == "out_proj":
             return self.owner.out_proj.bias
         bias = self.owner.in_proj_bias
-        if bias is None:
-            return None
+        return None if bias is None else bias[self._packed]
+
+    @property
+    def _packed(self) -> slice:
+        """Its rows of what holds three projections."""
         start = PROJECTIONS.index(self.name) * self.out_features
-        return bias[start : start + self.out_features]
+        return slice(start, start + self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)

@@ -15,7 +15,7 @@ from ...hf.adapter_state import MalformedAdapter, check_state, without_wrappers
 from ...hf.loadable import LoadableTuner
 from ..another_base import REMEDY
 from ..bases.sharded import with_wrapped
-from ..fingerprint import is_unknown
+from ..fingerprint import check_fingerprint, is_unknown, unknown_fingerprint
 from ..layers import SparseLayer, part_biases
 from ..support import Support, narrowest_index_dtype
 from .uncalled import warn_of_untrained
@@ -85,7 +85,7 @@ class CheckpointMixin(LoadableTuner):
                 selected[key] = selected[key].to(narrowest_index_dtype(delta.fan_in))
                 fingerprint = selected[f"{prefix}.fingerprint"]
                 if not fingerprint.is_meta and is_unknown(fingerprint):  # said, not left at zeros
-                    selected[f"{prefix}.fingerprint"] = delta.support.unknown_fingerprint()
+                    selected[f"{prefix}.fingerprint"] = unknown_fingerprint(delta.support.rows, delta.fan_in)
         return selected
 
     @classmethod
@@ -220,7 +220,7 @@ def _check_entries(prefix: str, layer: SparseLayer, adapter_name: str, parts: di
     try:
         support = Support.of_integers(parts["indices"], layer.deltas[adapter_name].fan_in, parts.get("offsets"))
         name = "fingerprint"
-        support.check_fingerprint(parts["fingerprint"])
+        check_fingerprint(parts["fingerprint"], support.rows, support.fan_in)
     except ValueError as error:
         raise MalformedAdapter(
             f"'{prefix}.{name}' is corrupted: {error}. Nothing was loaded; save the whole adapter again."

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..support import row_of_entry
+from ..support import ends_of_rows, row_of_entry
 from . import gpu
 
 
@@ -26,14 +26,6 @@ FEW_TOKENS = 8
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype that sums are taken in."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def _bag_offsets(indices: Tensor, offsets: Tensor | None) -> Tensor:
-    """int32 `[rows + 1]`: where each neuron's entries start and end."""
-    if offsets is not None:
-        return offsets
-    rows, k = indices.shape
-    return torch.arange(rows + 1, dtype=torch.int32, device=indices.device) * k
 
 
 def _transposed(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -58,7 +50,7 @@ def add_into(
     columns, weights = indices.reshape(-1), values.reshape(-1).to(dtype)
     one_each = offsets is None and indices.shape[1] == 1
     few = offsets is None and x.shape[0] <= FEW_TOKENS
-    ends = None if one_each or few else _bag_offsets(indices, offsets)
+    ends = None if one_each or few else ends_of_rows(indices, offsets)
     chunk = GATHER_TOKENS if ends is None else BAG_TOKENS
     for x_part, base, part in zip(x.split(chunk), result.split(chunk), out.split(chunk), strict=True):
         if one_each:
@@ -102,7 +94,7 @@ def values_gradient(grad: Tensor, x: Tensor, indices: Tensor, offsets: Tensor | 
             sums[:here].addcmul_(x_part.gather(1, wanted[:here]).to(dtype), grad_part.to(dtype))
         return sums.sum(0).view(indices.shape)
     total = torch.zeros(indices.numel(), dtype=dtype, device=x.device)
-    ends = _bag_offsets(indices, offsets)
+    ends = ends_of_rows(indices, offsets)
     bag_of_entry = row_of_entry(indices, offsets).to(torch.int32)
     for grad_part, x_part in zip(grad.split(BAG_TOKENS), x.split(BAG_TOKENS), strict=True):
         total += torch.ops.aten._embedding_bag_per_sample_weights_backward(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..support import ends_of_rows
 from . import gpu
 from .bags import accumulation_dtype, add_into, input_gradient_into, values_gradient
 
@@ -21,37 +22,25 @@ from .bags import accumulation_dtype, add_into, input_gradient_into, values_grad
 class _Expert:
     """The tokens of one expert, and where its entries lie among those of all."""
 
-    tokens: slice
-    entries: slice  # of the flattened values
-    rows: slice  # of a table, or of a ragged support's offsets
     number: int
+    tokens: slice
+    part: slice  # of a tensor in the shape of the support
+    entries: slice  # of the flattened values
+    offsets: Tensor | None  # its own, of a ragged support
 
 
 def _experts(ends: Tensor, indices: Tensor, offsets: Tensor | None) -> Iterator[_Expert]:
     """The experts that have tokens."""
-    number = len(ends)
-    rows = (len(indices) if offsets is None else len(offsets) - 1) // number
-    if offsets is None:
-        firsts = [expert * rows * indices.shape[1] for expert in range(number + 1)]
-    else:
-        firsts = offsets[::rows].tolist()
+    bounds = ends_of_rows(indices, offsets)
+    rows = (len(bounds) - 1) // len(ends)
+    firsts = bounds[::rows].tolist()
     start = 0
-    for expert, end in enumerate(ends.tolist()):
+    for number, end in enumerate(ends.tolist()):
         if end > start:
-            entries = slice(firsts[expert], firsts[expert + 1])
-            yield _Expert(slice(start, end), entries, slice(expert * rows, (expert + 1) * rows), expert)
+            own, entries = slice(number * rows, (number + 1) * rows), slice(firsts[number], firsts[number + 1])
+            own_offsets = None if offsets is None else offsets[own.start : own.stop + 1] - entries.start
+            yield _Expert(number, slice(start, end), own if offsets is None else entries, entries, own_offsets)
         start = max(start, end)
-
-
-def _own(expert: _Expert, values: Tensor, offsets: Tensor | None) -> Tensor:
-    """An expert's part of a tensor in the shape of the support."""
-    return values[expert.rows] if offsets is None else values[expert.entries]
-
-
-def _own_offsets(expert: _Expert, offsets: Tensor | None) -> Tensor | None:
-    if offsets is None:
-        return None
-    return offsets[expert.rows.start : expert.rows.stop + 1] - expert.entries.start
 
 
 def add_of_experts(
@@ -65,8 +54,8 @@ def add_of_experts(
         out[last : expert.tokens.start] = result[last : expert.tokens.start]
         last = expert.tokens.stop
         add_into(
-            out[expert.tokens], result[expert.tokens], x[expert.tokens], _own(expert, values, offsets),
-            _own(expert, indices, offsets), _own_offsets(expert, offsets),
+            out[expert.tokens], result[expert.tokens], x[expert.tokens], values[expert.part], indices[expert.part],
+            expert.offsets,
         )  # fmt: skip
     out[last:] = result[last:]
     return out
@@ -81,10 +70,9 @@ def values_gradient_of_experts(
         return kernels.grad_values(grad, x, indices, kernels.rows_of(indices, offsets), ends.to(torch.int32))
     gradient = torch.zeros(indices.shape, dtype=accumulation_dtype(grad, x), device=x.device)
     for expert in _experts(ends, indices, offsets):
-        own = values_gradient(
-            grad[expert.tokens], x[expert.tokens], _own(expert, indices, offsets), _own_offsets(expert, offsets)
+        gradient[expert.part] = values_gradient(
+            grad[expert.tokens], x[expert.tokens], indices[expert.part], expert.offsets
         )
-        _own(expert, gradient, offsets).copy_(own)
     return gradient
 
 
@@ -103,9 +91,8 @@ def input_gradient_of_experts(
         last = expert.tokens.stop
         columns = transposed_offsets[expert.number * fan_in : (expert.number + 1) * fan_in + 1]
         input_gradient_into(
-            out[expert.tokens], grad[expert.tokens], _own(expert, values, offsets), _own(expert, indices, offsets),
-            _own_offsets(expert, offsets), transposed_entries[expert.entries] - expert.entries.start,
-            columns - expert.entries.start,
+            out[expert.tokens], grad[expert.tokens], values[expert.part], indices[expert.part], expert.offsets,
+            transposed_entries[expert.entries] - expert.entries.start, columns - expert.entries.start,
         )  # fmt: skip
     out[last:] = 0
     return out

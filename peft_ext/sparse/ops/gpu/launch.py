@@ -61,10 +61,10 @@ def sum_configs(tokens: int, neurons: int, width: int, k: int, itemsize: int, un
     configs = [Config(power_of_two(tokens, 16), neurons_of(128), block_k)]
     if tokens > 4:
         configs.append(Config(4, neurons_of(512), block_k))
-        if uneven:
-            configs += [Config(0, *blocks) for blocks in _uneven_blocks(width, itemsize)]
-        else:
-            blocks = _staged_blocks(width, itemsize, block_k)
+        if _can_stage(width, itemsize) and uneven:
+            configs += [Config(0, *blocks) for blocks in _uneven_blocks(width)]
+        elif _can_stage(width, itemsize):
+            blocks = _staged_blocks(width, block_k)
             configs += [Config(0, neurons_of(entries), block_k, warps) for entries, warps in blocks]
     if tokens >= COLUMNS_FIRST_TOKENS and (uneven or k > 1):
         configs.append(Config(128, power_of_two(neurons, 16 if uneven else 32), columns_first=True))
@@ -81,34 +81,28 @@ def value_configs(tokens: int, entries: int, width: int, itemsize: int) -> list[
     configs = [Config(power_of_two(tokens, 16), power_of_two(entries, 128))]
     if tokens > 4:
         configs.append(Config(4, power_of_two(entries, 512)))
-        for most, warps in _value_blocks(width, itemsize, entries):
+        for most, warps in _value_blocks(width, entries) if _can_stage(width, itemsize) else ():
             configs.append(Config(0, power_of_two(entries, most), 1, warps))
     return list(dict.fromkeys(configs))
 
 
-def _staged_blocks(width: int, itemsize: int, block_k: int) -> list[tuple[int, int]]:
+def _staged_blocks(width: int, block_k: int) -> list[tuple[int, int]]:
     """
     Entries and warps of staged programs: about as many entries as words, since each gather stages all words, and no
     more than registers hold (`tests/sparse/ops/gpu/test_targets.py` compiles them).
     """
-    if not _can_stage(width, itemsize):
-        return []
     if width <= 4096:
         return [(2048, 8), (4096, 8)]
     return [(4096 if block_k == 1 else 2048, 16)]
 
 
-def _uneven_blocks(width: int, itemsize: int) -> list[tuple[int, int, int]]:
+def _uneven_blocks(width: int) -> list[tuple[int, int, int]]:
     """Neurons of a staged program, entries of one of its rounds, and warps, as above."""
-    if not _can_stage(width, itemsize):
-        return []
     return [(1024, 1024, 8), (2048, 2048, 8)] if width <= 4096 else [(1024, 2048, 16)]
 
 
-def _value_blocks(width: int, itemsize: int, entries: int) -> list[tuple[int, int]]:
+def _value_blocks(width: int, entries: int) -> list[tuple[int, int]]:
     """Entries of a staged program of a value gradient, and warps, as above; larger ones stage the rows less often."""
-    if not _can_stage(width, itemsize):
-        return []
     if width > 4096:
         return [(4096, 16)]
     return [(2048, 8), (4096, 8)] if entries <= 4096 else [(4096, 8), (8192, 16)]
