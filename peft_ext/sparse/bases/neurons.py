@@ -33,6 +33,11 @@ def base_of(module: nn.Module) -> Any:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
+def base_model_of(model: Any) -> Any:
+    """The model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def weights_of(name: str, module: nn.Module) -> dict[str, Any]:
     """The layers with one weight each that a target stands for, by name: itself, an attention's projections, or the
     layers of experts."""

@@ -6,12 +6,12 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor, nn
 
 from ...hf.internals import BaseTunerLayer, ExcludedModule, check_target_module_exists
 from ..bases.experts import bank_names
+from ..bases.neurons import base_of
 from ..config import SparseConfig
 
 
@@ -21,12 +21,15 @@ def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if name.startswith(inside):  # of no prefixes, none
             continue
-        base: Any = module
         if isinstance(module, BaseTunerLayer):
-            base = module.get_base_layer()
             inside += (f"{name}.",)
-        if name and bank_names(base):
-            yield name, base
+        if name and bank_names(base_of(module)):
+            yield name, base_of(module)
+
+
+def banks_of(model: nn.Module) -> dict[str, str]:
+    """Names of the parameters of fused experts that can be adapted, and the name of their module."""
+    return {f"{name}.{bank}": name for name, base in expert_modules(model) for bank in bank_names(base)}
 
 
 def wanted_banks(model: nn.Module, config: SparseConfig) -> dict[str, list[str]]:
@@ -81,7 +84,7 @@ def exclusions_noted(model: nn.Module, config: SparseConfig) -> Iterator[None]:
     """While the context is open, PEFT does not warn that `exclude_modules` fits no module, if it fits a weight of
     experts."""
     given = config.exclude_modules or ()
-    names = [f"{name}.{bank}" for name, base in expert_modules(model) for bank in bank_names(base)]
+    names = banks_of(model)
     if isinstance(given, str):
         fits = any(re.fullmatch(given, name) for name in names)
     else:
@@ -129,7 +132,7 @@ def warn_of_others(model: nn.Module) -> None:
     """Name the modules of fused experts that are left out, and why."""
     others: dict[str, tuple[str, str]] = {}
     for name, module in model.named_modules():
-        base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        base = base_of(module)
         reason = why_not_adapted(base)
         if reason is not None:
             others.setdefault(type(base).__name__, (name, reason))

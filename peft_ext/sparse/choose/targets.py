@@ -17,12 +17,11 @@ from ...hf.internals import (
     BaseTunerLayer,
     resolve_all_linear,
 )
-from ..bases.experts import bank_names
 from ..bases.neurons import base_of, gives_one_output, is_supported
 from ..bases.projection import PROJECTIONS
 from ..bases.quantised import backend_of
 from ..config import SparseConfig
-from .experts import expert_modules, warn_of_others
+from .experts import banks_of, expert_modules, warn_of_others
 from .heads import HEADS, heads_of, outside_body
 from .unsuitable import unsuitable_layers
 
@@ -181,7 +180,7 @@ def check_names(model: nn.Module, config: SparseConfig) -> None:
     given = config.target_modules
     if given is None:
         return
-    banks = [f"{name}.{bank}" for name, base in expert_modules(model) for bank in bank_names(base)]
+    banks = banks_of(model)
     modules = [*(name for name, _ in model.named_modules()), *banks]
     fused = {name: name for name, p in model.named_parameters() if p.dim() >= 3 and not _is_weight(model, name)}
     if not config.from_checkpoint:  # whose adapter may have been made without asking for those
@@ -265,7 +264,7 @@ def named_by_target(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str
     their parts."""
     attentions = [name for name, module in model.named_modules() if isinstance(base_of(module), nn.MultiheadAttention)]
     parts = {f"{name}.{part}.": f"{name}." for name in attentions for part in PROJECTIONS}
-    parts |= {f"{name}.{bank}.": f"{name}." for name, base in expert_modules(model) for bank in bank_names(base)}
+    parts |= {f"{bank}.": f"{name}." for bank, name in banks_of(model).items()}
     renamed = {}
     for key, tensor in state_dict.items():
         part = next((part for part in parts if key.startswith(part)), None)

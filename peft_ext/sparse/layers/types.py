@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
-from ...hf.internals import BaseTunerLayer, QuantizationBackend
+from ...hf.internals import QuantizationBackend
 from ..bases.experts import bank_names
-from ..bases.neurons import is_convolution
+from ..bases.neurons import base_of, is_convolution
 from .attention import SparseMultiheadAttention
 from .base import SparseLayer
 from .composite import SparseComposite
@@ -43,7 +42,7 @@ class LayerTypes:
     ) -> SparseLayer | SparseComposite:
         """A layer of the right class around a target, which may be another tuner's layer. `backend_of` gives PEFT's
         access to a quantised base layer."""
-        base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        base = base_of(target)
         if isinstance(base, nn.MultiheadAttention):
             return self.attention(base, self.linear)
         if bank_names(base):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...io import write_atomically
+from ..bases.neurons import base_model_of
 from ..layers import SparseLayer
 
 
@@ -218,7 +219,7 @@ def _overlap(adapters: tuple[str, ...], positions: Sequence[Tensor]) -> Overlap:
 
 def _block(model: nn.Module, module: str) -> str:
     """The innermost item of a module list around a module, or what the module is directly in."""
-    root = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    root = base_model_of(model)
     parts = module.split(".")
     for depth in range(len(parts) - 1, 0, -1):
         if isinstance(root.get_submodule(".".join(parts[: depth - 1])), nn.ModuleList):

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ....preserve import preserved
 from ...bases.bank_product import WatchedForward
 from ...bases.experts import ExpertBank
+from ...bases.neurons import base_model_of
 from ...bases.sharing import identity
 from ...checks import check_share
 from ..experts import expert_modules
 from .arguments import check_scoring
 from .batches import batches, forward
-from .preserve import preserved
 
 
 class SeenInputs:
@@ -138,7 +139,7 @@ def busiest_experts(
     check_scoring(model, dataloader, None, max_batches, progress)
     check_share("share", share, "experts of each module")
     model = getattr(model, "_orig_mod", model)  # a compiled model passes over replaced forwards
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = base_model_of(model)
     banks = {name: ExpertBank(experts, "down_proj") for name, experts in expert_modules(base)}
     if not banks:
         raise ValueError(f"{type(base).__name__} has no fused experts that can be adapted.")

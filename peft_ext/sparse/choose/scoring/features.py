@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ...bases.neurons import base_model_of
 from ..heads import HEADS, outside_body
 
 
@@ -39,7 +40,7 @@ def feature_reader(model: nn.Module, features: Features) -> Iterator[Callable[[A
     if callable(features):
         yield features
         return
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = base_model_of(model)
     if features is not None:
         modules = dict(base.named_modules())
         if features not in modules:

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ....preserve import preserved
+from ...bases.neurons import base_model_of
 from ...checks import check_flag
 from ...config import SparseConfig
 from .arguments import Classes, check_loss, check_scoring
@@ -24,7 +26,6 @@ from .experts import experts_grouped
 from .features import Features, feature_reader
 from .leaves import own_leaves
 from .modules import rows_of, scored_modules
-from .preserve import preserved
 
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -146,7 +147,7 @@ def gradient_scores(
 
 def _is_language_model(model: nn.Module) -> bool:
     """Whether a model's output are tokens, so that its labels are no classes of samples."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = base_model_of(model)
     base = getattr(base, "_orig_mod", base)
     return isinstance(base, PreTrainedModel) and base.get_output_embeddings() is not None
 

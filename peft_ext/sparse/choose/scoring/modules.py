@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ....hf.internals import INCLUDE_LINEAR_LAYERS_SHORTHAND, check_target_module_exists
-from ...bases.neurons import base_of, is_supported, weights_of
+from ...bases.neurons import base_model_of, base_of, is_supported, weights_of
 from ...bases.part import Part
 from ...bases.quantised import backend_of
 from ...config import SparseConfig
@@ -26,8 +26,8 @@ def scored_modules(model: nn.Module, config: SparseConfig | None) -> dict[str, A
     Raises `TypeError` if a layer's weight is quantised, so that there is no gradient for it, and `ValueError` if no
     layer is left, or the config names one that an adapter does not suit.
     """
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    model = base_model_of(model)
+    output = getattr(model, "get_output_embeddings", lambda: None)()
     shorthands = (None, INCLUDE_LINEAR_LAYERS_SHORTHAND, ALL_NEURONS)
     named = config is not None and config.target_modules not in shorthands
     heads = {*HEADS, *heads_of(model)}
