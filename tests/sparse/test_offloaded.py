@@ -7,7 +7,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_ext import NeuroAdaConfig
-from peft_ext.sparse.layers import SparseLayer
+from tests.contract._common import layers_of
+from tests.tuners.neuroada._common import logits
 
 from ._asserts import assert_same_support
 
@@ -49,15 +50,6 @@ def adapt(base, **options):
     torch.manual_seed(0)
     options = {"k": 2, "init_weights": False, "target_modules": TARGETS, **options}
     return get_peft_model(base, NeuroAdaConfig(**options)).eval()
-
-
-def layers_of(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(ids).logits
 
 
 @pytest.mark.parametrize("selection", ["magnitude", "magnitude_network", "random"])

@@ -14,7 +14,8 @@ from peft_ext import NeuroAdaConfig, gradient_scores
 from peft_ext.hf.internals import ForwardOnlyQuantizationBackend
 from peft_ext.sparse.bases.quantised import float_weight
 from peft_ext.sparse.choose import targets
-from peft_ext.sparse.layers import SparseLayer
+from tests.contract._common import layers_of
+from tests.tuners.neuroada._common import logits
 
 from ._asserts import assert_same_state, state_bits
 
@@ -54,12 +55,7 @@ def _adapted(model_dir, kind, dtype=torch.float32, **options):
 
 
 def _layers(model):
-    return [module for module in model.modules() if isinstance(module, SparseLayer)]
-
-
-def _logits(model, ids):
-    with torch.no_grad():
-        return model(ids).logits
+    return [*layers_of(model).values()]
 
 
 @KINDS
@@ -92,37 +88,37 @@ def test_output_and_gradients_are_those_of_the_base_plus_the_update(kind, model_
 @KINDS
 def test_merged_layers_are_dense_and_unmerging_restores_every_bit(kind, dtype, model_dir, ids):
     model = _adapted(model_dir, kind, dtype)
-    expected, before = _logits(model, ids), state_bits(model)
+    expected, before = logits(model, ids), state_bits(model)
     for _ in range(2):
         model.merge_adapter()
         for layer in _layers(model):
             assert type(layer.base_layer) is nn.Linear and layer.base_layer.weight.dtype == dtype
-        _assert_as_dequantised(_logits(model, ids), expected, kind, dtype)
+        _assert_as_dequantised(logits(model, ids), expected, kind, dtype)
         model.unmerge_adapter()
         assert_same_state(model, before)
-        assert torch.equal(_logits(model, ids), expected)
+        assert torch.equal(logits(model, ids), expected)
 
 
-def _assert_as_dequantised(logits, expected, kind, dtype):
+def _assert_as_dequantised(found, expected, kind, dtype):
     """4-bit weights are multiplied as they are dequantised; 8-bit ones with activations rounded to 8 bits as well, by
     half a step of 1/127 of the largest at most, layer by layer."""
     spread = (expected - expected.mean()).float().norm()
     tolerance = {("4bit", torch.float32): 1e-5}.get((kind, dtype), 0.04)
-    assert (logits - expected).float().norm() <= tolerance * spread
+    assert (found - expected).float().norm() <= tolerance * spread
 
 
 @DTYPES
 @KINDS
 def test_a_merged_model_is_saved_and_loaded_as_a_dense_one(kind, dtype, model_dir, ids, tmp_path):
     model = _adapted(model_dir, kind, dtype)
-    expected = _logits(model, ids)
+    expected = logits(model, ids)
     merged = model.merge_and_unload()
-    _assert_as_dequantised(_logits(merged, ids), expected, kind, dtype)
+    _assert_as_dequantised(logits(merged, ids), expected, kind, dtype)
     assert not any(isinstance(m, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)) for m in merged.modules())
     merged.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert not hasattr(again.config, "quantization_config")
-    assert torch.equal(_logits(again, ids), _logits(merged, ids))
+    assert torch.equal(logits(again, ids), logits(merged, ids))
 
 
 @KINDS
@@ -133,13 +129,13 @@ def test_a_partly_merged_model_is_saved_and_loaded_as_it_is(kind, model_dir, ids
     again = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"}).eval()
     kinds = [{name: type(m) for name, m in which.named_modules()} for which in (merged, again)]
     assert kinds[0] == kinds[1]
-    torch.testing.assert_close(_logits(again, ids), _logits(merged, ids))
+    torch.testing.assert_close(logits(again, ids), logits(merged, ids))
 
 
 @KINDS
 def test_requantising_is_asked_for_and_tells_its_error(kind, model_dir, ids):
     model = _adapted(model_dir, kind)
-    before, expected = state_bits(model), _logits(model, ids)
+    before, expected = state_bits(model), logits(model, ids)
     quantised = type(_layers(model)[0].base_layer)
     wanted = [layer.base_matrix().float() + layer.get_delta_weight("default").float() for layer in _layers(model)]
     with pytest.warns(UserWarning, match=r"changed them by \d+\.\d\d% of their norm") as caught:
@@ -149,7 +145,7 @@ def test_requantising_is_asked_for_and_tells_its_error(kind, model_dir, ids):
         error = (layer.base_matrix().float() - weight).norm() / weight.norm()
         assert type(layer.base_layer) is quantised and error > 0
         assert layer.requantization_error == pytest.approx(float(error), rel=1e-3)
-    assert not torch.equal(_logits(model, ids), expected)
+    assert not torch.equal(logits(model, ids), expected)
     model.unmerge_adapter()
     assert_same_state(model, before)
     with pytest.warns(UserWarning, match="of their norm"):
@@ -177,7 +173,7 @@ def test_another_adapter_is_merged_into_the_original_not_the_rounded_weight(kind
 
 
 @KINDS
-def test_training_moves_no_bit_of_the_base_so_that_one_loaded_anew_gives_the_same_logits(
+def test_training_moves_no_bit_of_the_base_so_that_one_loaded_anew_gives_the_samelogits(
     kind, model_dir, ids, tmp_path
 ):
     model = _adapted(model_dir, kind, init_weights=True).train()
@@ -193,7 +189,7 @@ def test_training_moves_no_bit_of_the_base_so_that_one_loaded_anew_gives_the_sam
     assert losses[-1] < losses[0]
     model.eval().save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(_load(model_dir, kind), tmp_path).eval()
-    assert torch.equal(_logits(loaded, ids), _logits(model, ids))
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
 
 
 @pytest.mark.parametrize("fan_in", [64, 192])  # one block of 64 per row, and three
@@ -320,21 +316,21 @@ def test_torchao(model_dir, ids, tmp_path, kind):
     assert get_model_status(model).quantization_backend == "torchao"
     model(ids, labels=ids).loss.backward()
     assert all(layer.deltas["default"].weight.grad.abs().max() > 0 for layer in _layers(model))
-    expected = _logits(model, ids)
+    expected = logits(model, ids)
     model.save_pretrained(tmp_path)
-    assert torch.equal(_logits(PeftModel.from_pretrained(load(), tmp_path), ids), expected)
+    assert torch.equal(logits(PeftModel.from_pretrained(load(), tmp_path), ids), expected)
     model.merge_adapter()
-    torch.testing.assert_close(_logits(model, ids), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(model, ids), expected, rtol=1e-4, atol=1e-4)
     model.unmerge_adapter()
-    assert torch.equal(_logits(model, ids), expected)
+    assert torch.equal(logits(model, ids), expected)
     with pytest.warns(UserWarning, match="of their norm"):
         model.merge_adapter(requantize=True)
     assert get_model_status(model).quantization_backend == "torchao"
     model.unmerge_adapter()
-    assert torch.equal(_logits(model, ids), expected)
+    assert torch.equal(logits(model, ids), expected)
     merged = model.merge_and_unload()
     assert not hasattr(merged.config, "quantization_config")
-    torch.testing.assert_close(_logits(merged, ids), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(merged, ids), expected, rtol=1e-4, atol=1e-4)
 
 
 @KINDS

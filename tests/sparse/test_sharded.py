@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_ext import NeuroAdaConfig
-from peft_ext.sparse.layers import SparseLayer
+from tests.contract._common import layers_of
 
 
 class Mixed(nn.Module):
@@ -62,9 +62,8 @@ def mixed():
 def tensors(model):
     return {
         f"{name}.{key}": tensor
-        for name, module in model.named_modules()
-        if isinstance(module, SparseLayer)
-        for key, tensor in module.deltas["default"].state_dict().items()
+        for name, layer in layers_of(model).items()
+        for key, tensor in layer.deltas["default"].state_dict().items()
     }
 
 
@@ -98,7 +97,7 @@ def test_merging_says_what_to_do_instead(deepspeed):
     model = get_peft_model(emptied(mixed()), NeuroAdaConfig(k=2, target_modules=["linear"]))
     with pytest.raises(ValueError, match="sharded over several processes.*one process"):
         model.merge_adapter()
-    assert not any(layer.merged for layer in model.modules() if isinstance(layer, SparseLayer))
+    assert not any(layer.merged for layer in layers_of(model).values())
 
 
 def test_saving_an_ungathered_state_says_what_to_do_instead(deepspeed, tmp_path):

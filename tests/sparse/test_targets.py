@@ -189,17 +189,6 @@ def test_complex_weights_are_refused(selection):
     assert type(model[0]) is nn.Linear
 
 
-def test_a_layer_that_gives_more_than_its_product_is_named():
-    class Router(nn.Linear):
-        def forward(self, x):
-            scores = super().forward(x)
-            return scores, scores.argmax(-1)
-
-    model = get_peft_model(nn.Sequential(Router(4, 2)), NeuroAdaConfig(target_modules=["0"]))
-    with pytest.raises(TypeError, match="adapted Router gives a tuple.*exclude_modules"):
-        model(torch.randn(1, 4))
-
-
 def test_an_embedding_is_refused_with_the_way_to_train_tokens(tiny):
     with pytest.raises(TypeError, match="embed_tokens' is a Embedding.*trainable_token_indices"):
         get_peft_model(tiny("llama"), NeuroAdaConfig(target_modules=["embed_tokens"]))

@@ -9,7 +9,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from peft_ext import NeuroAdaConfig
-from peft_ext.export import export_lora
 from peft_ext.sparse.layers import SparseExperts
 from tests._models.experts import COLUMNS, IMPLEMENTATIONS, adapted, fill, layers_of, run, tiny, token_ids
 
@@ -104,7 +103,6 @@ def test_another_base_model_is_refused_and_left_as_it_was(tmp_path):
 def test_conversion_to_lora_is_refused():
     with pytest.raises(TypeError, match="do not support LoRA conversion.*ExpertBank"):
         convert_to_lora(adapted(), rank=2)
-    assert not any(layer.supports_lora_conversion() for layer in layers_of(adapted()).values())
 
 
 @EACH_LAYOUT
@@ -115,13 +113,6 @@ def test_a_merged_model_is_saved_as_transformers_saves_it(name, tmp_path):
     model.merge_and_unload().save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
     torch.testing.assert_close(logits(loaded.eval()), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_no_lora_is_made_of_them(tmp_path):
-    adapted().save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="a weight of fused experts, which LoRA has no exact form for. Merge"):
-        export_lora(tmp_path / "adapter", tmp_path / "lora")
-    assert not (tmp_path / "lora").exists()
 
 
 def test_one_parameter_for_all_layers_has_one_adapter():

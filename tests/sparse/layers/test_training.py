@@ -16,10 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_ext import NeuroAdaConfig
 from peft_ext.sparse.bases.part import Part
-from peft_ext.sparse.layers import SparseLayer
 from peft_ext.sparse.ops import BACKENDS
 from tests._models.layers import KINDS
 from tests._models.networks import NETWORKS, make_network
+from tests.contract._common import layers_of
 
 from .._asserts import assert_same_state, bits, state_bits
 from .._inputs import adapt
@@ -70,9 +70,7 @@ def _assert_base_is(model, expected):
 def _trained_weights(model, network):
     """Per parameter of the plain network that adapters train: the parameter and a mask of its trained entries."""
     masks: dict[str, torch.Tensor] = {}
-    for name, layer in model.base_model.model.named_modules():
-        if not isinstance(layer, SparseLayer):
-            continue
+    for name, layer in layers_of(model.base_model.model).items():
         base, mask = layer.get_base_layer(), (layer.get_delta_weight("default") != 0)
         if isinstance(base, Part):
             key = f"{name.rpartition('.')[0]}.{base.parameter_name}"
@@ -104,13 +102,12 @@ def _fit(model, optimizer, x, steps, after_backward=lambda: None):
 def test_training_equals_masked_training_of_dense_weights(kind, backend, optimizer):
     network, x, targets = make_network(kind)
     model = _adapted(network, targets, backend)
-    for layer in model.modules():  # all ones, to see where they are
-        if isinstance(layer, SparseLayer):
-            layer.deltas["default"].weight.data.fill_(1.0)
+    values = [layer.deltas["default"].weight.data for layer in layers_of(model).values()]
+    for ones in values:  # to see where they are
+        ones.fill_(1.0)
     weights = _trained_weights(model, network)
-    for layer in model.modules():
-        if isinstance(layer, SparseLayer):
-            layer.deltas["default"].weight.data.zero_()
+    for zeros in values:
+        zeros.zero_()
 
     def mask_gradients():
         for parameter, mask in weights.values():

@@ -10,22 +10,17 @@ from .._inputs import SHAPES
 
 
 def _bypass(x, weight, bias, values, support):
-    entries, column_offsets = support.transposed()
-    result = F.linear(x, weight, bias)
-    return bypass(result, x, values, support.indices, support.offsets, entries, column_offsets)
+    return bypass(F.linear(x, weight, bias), x, values, support.indices, support.offsets, *support.transposed())
 
 
-def _folded(x, weight, bias, values, support):
-    return folded(x, weight, bias, values, support.indices, support.offsets)
+def _composed(product):
+    return lambda x, weight, bias, values, support: product(x, weight, bias, values, support.indices, support.offsets)
 
 
-def _dense(x, weight, bias, values, support):
-    return dense(x, weight, bias, values, support.indices, support.offsets)
-
-
-def _reference(x, weight, bias, values, support):
-    return sparse_product(x, weight, bias, values, support.indices, support.offsets)
-
-
-PATHS: dict[str, Product] = {"bypass": _bypass, "folded": _folded, "dense": _dense, "reference": _reference}
+PATHS: dict[str, Product] = {
+    "bypass": _bypass,
+    "folded": _composed(folded),
+    "dense": _composed(dense),
+    "reference": _composed(sparse_product),
+}
 PATHS_AND_SHAPES = [(path, name) for path in PATHS for name in SHAPES]

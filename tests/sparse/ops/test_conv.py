@@ -44,20 +44,18 @@ def _bypass(layer, x, values, support):
     return bypass_conv(layer(x), pad(layer, x), values, *_tables(layer, support))
 
 
-def _folded(layer, x, values, support):
-    return folded(pad(layer, x), layer.weight, layer.bias, values, *_tables(layer, support))
-
-
-def _dense(layer, x, values, support):
-    return dense(pad(layer, x), layer.weight, layer.bias, values, *_tables(layer, support))
+def _composed(path):
+    return lambda layer, x, values, support: path(
+        pad(layer, x), layer.weight, layer.bias, values, *_tables(layer, support)
+    )
 
 
 def _reference(layer, x, values, support):
-    arguments = (support.indices, support.offsets, ConvGeometry.of(layer))
-    return sparse_product(pad(layer, x), layer.weight, layer.bias, values, *arguments)
+    tables = (support.indices, support.offsets, ConvGeometry.of(layer))
+    return sparse_product(pad(layer, x), layer.weight, layer.bias, values, *tables)
 
 
-PATHS = {"bypass": _bypass, "folded": _folded, "dense": _dense, "reference": _reference}
+PATHS = {"bypass": _bypass, "folded": _composed(folded), "dense": _composed(dense), "reference": _reference}
 EVERY_PATH = pytest.mark.parametrize("path", PATHS)
 
 

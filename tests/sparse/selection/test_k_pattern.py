@@ -5,6 +5,8 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from peft_ext import NeuroAdaConfig, PSNConfig
+from tests.contract._common import layers_of
+from tests.tuners.neuroada._common import adapted, logits
 
 
 PATTERN = {"down_proj": 4, r"layers\.0\..*": 2}
@@ -13,16 +15,8 @@ PATTERN = {"down_proj": 4, r"layers\.0\..*": 2}
 def widths(model):
     return {
         name.removeprefix("base_model.model."): layer.deltas["default"].indices.shape[-1]
-        for name, layer in model.named_modules()
-        if hasattr(layer, "deltas")
+        for name, layer in layers_of(model).items()
     }
-
-
-def filled(model):
-    for name, parameter in model.named_parameters():
-        if "_delta." in name:
-            parameter.data.normal_(std=0.1)
-    return model.eval()
 
 
 def test_each_module_has_the_k_of_the_first_pattern_that_fits(tiny):
@@ -40,15 +34,13 @@ def test_the_density_of_psn_gives_way_to_it(tiny):
 @pytest.mark.parametrize("options", [{}, {"selection": "magnitude_layer"}, {"column_budget": 6}], ids=str)
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_saved_and_loaded(options, low_cpu_mem_usage, tiny, ids, tmp_path):
-    model = filled(get_peft_model(tiny("llama"), NeuroAdaConfig(k=1, k_pattern=PATTERN, **options)))
+    model = adapted(tiny("llama"), k=1, k_pattern=PATTERN, **options)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
-    with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
     other = tiny("llama")
     other.load_adapter(str(tmp_path))
-    with torch.no_grad():
-        torch.testing.assert_close(other(ids).logits, model(ids).logits)
+    torch.testing.assert_close(logits(other, ids), logits(model, ids))
 
 
 @pytest.mark.parametrize("options", [{"k_pattern": PATTERN}, {"column_budget": 6}], ids=str)

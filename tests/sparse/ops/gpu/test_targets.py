@@ -84,24 +84,38 @@ RAGGED = [
 ]
 
 
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """Function: a capability and work on meta tensors to the machine code of its last launch."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    def make(capability, work):
+        *_, (kernel, args, options) = launches(work)
+        code = compiled(kernel, args, options, capability)
+        assert code.registers <= MAX_REGISTERS and code.shared_bytes <= MAX_SHARED_BYTES[capability]
+        return code
+
+    return make
+
+
+LAUNCH = ("product", "config", "k", "width", "rows", "dtype", "capability", "ragged")
+
+
 @pytest.mark.parametrize(
-    ("product", "config", "k", "width", "rows", "dtype", "capability", "ragged"),
+    LAUNCH,
     [*((*case, False) for case in CASES), *((*case, True) for case in RAGGED)],
     ids=str,
 )
 def test_a_launch_compiles_without_spilling(
-    product, config, k, width, rows, dtype, capability, ragged, tmp_path, monkeypatch, record_property
+    product, config, k, width, rows, dtype, capability, ragged, made, record_property
 ):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    *_, (kernel, args, options) = launches(lambda: _work(product, config, k, width, rows, dtype, ragged))
-    code = compiled(kernel, args, options, capability)
+    code = made(capability, lambda: _work(product, config, k, width, rows, dtype, ragged))
     record_property("registers", code.registers)
     record_property("shared_bytes", code.shared_bytes)
     # Of the scan the compiler keeps up to four numbers in local memory to stay at 128 registers: two loads among some
     # 700 instructions of a round.
     few_bytes, few_loads = (16, 2) if code.name == "gather_sum_staged_uneven" else (0, 0)
     assert code.local_bytes <= few_bytes and code.local_in_loops <= few_loads
-    assert code.registers <= MAX_REGISTERS and code.shared_bytes <= MAX_SHARED_BYTES[capability]
     # Activations are addressed in 64 bits: the pointers of their elements, not those of the small tables.
     element = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}[dtype]
     offsets = re.findall(rf"tt\.addptr .*!tt\.ptr<{element}>>?, (.*)$", code.ttir, re.MULTILINE)
@@ -111,17 +125,13 @@ def test_a_launch_compiles_without_spilling(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_the_copy_with_columns_first_compiles_without_spilling(dtype, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    ((kernel, args, options),) = launches(
-        lambda: launch.columns_first(torch.empty(1000, 4096, dtype=dtype, device="meta"))
-    )
-    code = compiled(kernel, args, options, 90)
-    assert kernel.__name__ == "transposed" and code.local_bytes == 0 and code.registers <= MAX_REGISTERS
+def test_the_copy_with_columns_first_compiles_without_spilling(dtype, made):
+    code = made(90, lambda: launch.columns_first(torch.empty(1000, 4096, dtype=dtype, device="meta")))
+    assert code.name == "transposed" and code.local_bytes == 0
 
 
 @pytest.mark.parametrize(
-    ("product", "config", "k", "width", "rows", "dtype", "capability", "ragged"),
+    LAUNCH,
     [
         ("add", 0, 1, 2048, 1536, torch.bfloat16, 90, False),
         ("add", 1, 20, 2048, 1536, torch.float32, 80, False),
@@ -135,10 +145,7 @@ def test_the_copy_with_columns_first_compiles_without_spilling(dtype, tmp_path, 
     ids=str,
 )
 def test_a_launch_for_experts_compiles_without_spilling(
-    product, config, k, width, rows, dtype, capability, ragged, tmp_path, monkeypatch
+    product, config, k, width, rows, dtype, capability, ragged, made
 ):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    *_, (kernel, args, options) = launches(lambda: _work(product, config, k, width, rows, dtype, ragged, experts=128))
-    code = compiled(kernel, args, options, capability)
+    code = made(capability, lambda: _work(product, config, k, width, rows, dtype, ragged, experts=128))
     assert code.local_bytes <= 16 and code.local_in_loops == 0  # a number or two that are kept while a tile is found
-    assert code.registers <= MAX_REGISTERS and code.shared_bytes <= MAX_SHARED_BYTES[capability]
