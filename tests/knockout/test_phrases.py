@@ -17,7 +17,7 @@ from . import _processors as make
 from ._phrases import FORMS, matches
 
 
-WORDS = ["bus", "Bus", "buses", "bush", "BUSH", "blue", "Blue", "light blue", "light", "blues", "green", "Green"]
+WORDS = ["bus", "Bus", "buses", "bush", "omnibus", "blue", "Blue", "light blue", "light", "blues", "green", "Green"]
 WORDS += ["caf\u00e9", "cafe\u0301", "cafe", "\ufb01sh", "fish", "Ａ", "a", "猫", "猫犬", "ca\u00adt", "cat", "A's"]
 phrases = st.sampled_from([*WORDS, "cafés", "blue bush", "bus light", "a cat"])
 separators = st.sampled_from([" ", ", ", "? ", "-", " or ", "  "])
