@@ -106,6 +106,5 @@ def test_a_prompt_without_an_image_is_refused():
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_patches_outside_the_windows_are_named_once():
     model = build("llava_mistral")  # whose windows of 14 tokens end after the first patches
-    batch, groups = grouped("llava_mistral", texts=((3, 7),))
     with pytest.raises(UserWarning, match=r"patch 0:last, patch 1:last, patch 2:last and \d+ more block nothing"):
-        patch_effects(model, FlowSample(batch, groups))
+        patch_effects(model, FlowSample(*grouped("llava_mistral", texts=((3, 7),))))

@@ -1,10 +1,8 @@
 """Results on disk: resumed after an interruption, refused for other settings, shared by processes."""
 
-import json
 import os
 
 import pytest
-import torch
 
 from peft_ext.knockout import FlowSample, LazySample, layer_sweep, read_records
 from peft_ext.knockout.sweep import sweep as sweep_module
@@ -33,6 +31,7 @@ def test_the_file_holds_what_is_returned(tmp_path):
     for record in records:
         change = 100 * (record["probability"] / record["base_probability"] - 1)
         assert record["change_percent"] == pytest.approx(change, abs=1e-4)
+        assert all(isinstance(value, (str, int, float)) for value in record.values())
         assert record["pair"] == f"{record['source']}:{record['target']}" and record["task"] == "t"
 
 
@@ -171,11 +170,3 @@ def test_two_processes_share_the_samples(tmp_path):
     assert os.listdir(path.parent) == ["sweep.jsonl"]
     alone = layer_sweep(build(), samples(), PAIRS, **OPTIONS)
     assert ordered(read_records(path)) == ordered(alone)
-
-
-def test_records_are_plain_json(tmp_path):
-    path = tmp_path / "sweep.jsonl"
-    layer_sweep(build(), samples()[:1], PAIRS, output=path, **OPTIONS)
-    for line in path.read_text().splitlines():
-        assert all(isinstance(value, (str, int, float)) for value in json.loads(line).values())
-    assert torch.tensor([r["change_percent"] for r in read_records(path)]).isfinite().all()

@@ -19,7 +19,6 @@ from peft_ext.knockout import (
     report,
     sample_view,
 )
-from peft_ext.knockout.page.data import overview, sample_data
 from peft_ext.knockout.prompts.patches import box_coverage, patch_places
 from peft_ext.knockout.read.modality import lmar
 from tests._models.vision_language import VISION, build, grouped, prepared
@@ -207,13 +206,6 @@ def test_a_picture_that_cannot_be_read_is_named(measured, tmp_path, fault):
     assert data(report(records(["one"]), [bare]).html, "sample-0")["problems"]
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "RGBA", "P", "CMYK", "I;16"])
-def test_pictures_of_every_mode_are_shown(mode):
-    view = SampleView("one", image=Image.new(mode, (9, 5)))
-    own = data(report(records(["one"]), [view]).html, "sample-0")
-    assert (own["image"]["width"], own["image"]["height"]) == (9, 5) and not own["problems"]
-
-
 def test_huge_pictures_are_shrunk():
     view = SampleView("one", image=Image.effect_noise((6000, 3000), 50))
     own = data(report(records(["one"]), [view]).html, "sample-0")
@@ -263,13 +255,6 @@ def test_malformed(made, samples, options, message, tmp_path, monkeypatch):
 def test_notebooks_show_the_page_inside_a_frame():
     shown = report(records(["a"]), title=NASTY)._repr_html_()
     assert shown.startswith("<iframe ") and shown.count("<") == 2 and 'sandbox="allow-scripts"' in shown
-
-
-def test_overview_and_sample_data_agree():
-    made = records(["a"])
-    (run,) = overview({"": made}, 10, 0)
-    own = sample_data("a", {"": made}, {"": None})["runs"][0]
-    assert [curve["mean"] for curve in run["curves"]] == [curve["mean"] for curve in own["curves"]]
 
 
 def test_the_demo_is_up_to_date():

@@ -13,15 +13,13 @@ from ._sweeps import PAIRS, assert_same, sweep
 @pytest.mark.parametrize("window", [1, 3, 9])
 @pytest.mark.parametrize("mode", ["centred", "forward"])
 def test_windows(mode, window):
-    batch, groups = grouped("llava")
-    assert_same(build("llava"), FlowSample(batch, groups), mode=mode, window=window, pairs=PAIRS[:2])
+    assert_same(build("llava"), FlowSample(*grouped("llava")), mode=mode, window=window, pairs=PAIRS[:2])
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 40, 10_000])
 def test_any_packing(monkeypatch, tokens):
     monkeypatch.setattr(replay, "PACKED_TOKENS", tokens)
-    batch, groups = grouped("llava")
-    assert_same(build("llava"), FlowSample(batch, groups))
+    assert_same(build("llava"), FlowSample(*grouped("llava")))
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3", "mistral"])
@@ -38,8 +36,7 @@ def test_batches_equal_single_rows(family):
 @pytest.mark.parametrize("token", ["first", "last", 1])
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3", "llama", "gpt2"])
 def test_later_tokens_of_the_answer(family, token):
-    batch, groups = grouped(family)
-    sample = FlowSample(batch, groups, answer_ids=[[5, 9, 12], [7, 8, 11]])
+    sample = FlowSample(*grouped(family), answer_ids=[[5, 9, 12], [7, 8, 11]])
     assert_same(build(family), sample, answer_token=token, layers=[1])
 
 
@@ -58,8 +55,7 @@ def test_the_answers_last_token_is_what_a_cached_pass_gives():
 def test_windows_that_begin_alike_share_layers():
     """Layers run by the suffix engine, the clean pass included: of [0, 2) and [0, 3) the first two run once."""
     model, calls = build("llava"), [0, 0, 0]
-    batch, groups = grouped("llava")
     for index, layer in enumerate(model.get_decoder().layers):
         layer.register_forward_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
-    sweep(model, FlowSample(batch, groups), "suffix", pairs=["question:last"], window=3)
+    sweep(model, FlowSample(*grouped("llava")), "suffix", pairs=["question:last"], window=3)
     assert calls == [1 + 1, 1 + 2, 1 + 3]

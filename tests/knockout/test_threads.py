@@ -1,6 +1,7 @@
 """Knockouts and what else listens to a model are for the thread that asked: others get the model as it is."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,20 +11,8 @@ from tests._models.vision_language import build, grouped, prepared
 
 
 def in_another_thread(work):
-    found = []
-
-    def run():
-        try:
-            found.append(work())
-        except BaseException as error:  # handed over to the test
-            found.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if isinstance(found[0], BaseException):
-        raise found[0]
-    return found[0]
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
 
 
 def knockout(model, groups, kind):
