@@ -91,7 +91,7 @@ class Perceptron(Connector):
 
     def forward(self, features: Tensor) -> Tensor:
         hidden = self.linear_1(tokens_of(features))  # [batch, tokens, D]
-        return hidden if self.linear_2 is None else self.linear_2(self.act(hidden))
+        return hidden if self.linear_2 is None or self.act is None else self.linear_2(self.act(hidden))
 
 
 class PixelShuffle(Connector):

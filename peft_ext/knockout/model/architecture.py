@@ -176,7 +176,8 @@ def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
 
 
 def _layer(index: int, module: nn.Module, kind: str) -> Layer:
-    mlp, attention = _child(module, _MLP), _child(module, _ATTENTION)
+    mlp = _child(module, _MLP)
+    attention: Any = _child(module, _ATTENTION)
     if attention is not None and not parameters(type(attention).forward) and hasattr(attention, "self_attn"):
         attention = attention.self_attn
     if attention is None:

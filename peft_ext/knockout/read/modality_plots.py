@@ -39,7 +39,7 @@ def plot_modality(
     missing = [name for name in results if trained_parameters and name not in trained_parameters]
     if missing:
         raise ValueError(f"trained_parameters lacks {missing[0]!r}; give every method's number, or leave it out.")
-    counts = trained_parameters or dict.fromkeys(results, "")
+    counts: Mapping[str, Any] = trained_parameters or dict.fromkeys(results, "")
     shares = {name: result.image_share.mean(dim=0).tolist() for name, result in results.items()}
     rows = [
         {"method": name, "layer": layer, "lmar": ratio, "image_share": share, "trained_parameters": counts[name]}
