@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d
+from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d, pad
 
 
 # Processors of models whose image tokens are learned queries, each of which looks at the whole image.
@@ -24,7 +24,7 @@ class Coverage(NamedTuple):
     share: Tensor  # float32 `[tokens]`, how much of the token's patch the boxes cover
     peak: Tensor  # float32 `[tokens]`, the same for its most covered pixel
     place: Tensor  # bool `[tokens]`, whether it is a patch at all: not a newline, not a class token
-    side: float = 1.0  # pixels along a patch's side, as the model sees it
+    side: float  # pixels along a patch's side, as the model sees it
 
 
 def is_size(image: Any) -> bool:
@@ -170,14 +170,13 @@ def _coverage(processor: Any, picture: Tensor, tokens: int, options: Mapping[str
     if "image_grid_thw" in made:
         # [patches, numbers]; a token is merge_size² patches, which lie one after the other
         merged = pixels.reshape(-1, pixels.shape[1] * int(image_processor.merge_size) ** 2)
-        side = float(image_processor.patch_size * image_processor.merge_size)
-        whole = torch.ones(len(merged), dtype=torch.bool)
-        return _checked(Coverage(merged.mean(1), merged.amax(1), whole, side), tokens)
+        seen = torch.stack([merged.mean(1), merged.amax(1), torch.ones(len(merged))])
+        return _checked(seen, float(image_processor.patch_size * image_processor.merge_size), tokens)
     while pixels.dim() > 4 and pixels.shape[0] == 1:
         pixels = pixels[0]  # [tiles, 3, height, width]
     if "image_sizes" in made and hasattr(image_processor, "image_grid_pinpoints"):
-        tiled = _tiled(processor, pixels[:, :1], made["image_sizes"][0].tolist())
-        return _checked(tiled._replace(side=float(processor.patch_size)), tokens)
+        seen = _tiled(processor, pixels[:, :1], made["image_sizes"][0].tolist())
+        return _checked(seen, float(processor.patch_size), tokens)
     if pixels.dim() != 4 or len(pixels) != 1:
         raise ValueError(
             f"boxes: {type(image_processor).__name__} cut the image into {len(pixels)} tiles, whose order among the "
@@ -188,7 +187,7 @@ def _coverage(processor: Any, picture: Tensor, tokens: int, options: Mapping[str
         rows = math.isqrt((tokens - front) * height // width)
         columns = (tokens - front) // max(rows, 1)
         if rows * columns == tokens - front > 0 and rows * width == columns * height:
-            return _with_front(_grid(pixels[:, :1], (rows, columns)), front)._replace(side=height / rows)
+            return _checked(pad(_grid(pixels[:, :1], (rows, columns)), (front, 0)), height / rows, tokens)
     raise ValueError(
         f"boxes: {tokens} image tokens do not form a grid of square patches of the image, which is {height} x {width} "
         "pixels for the model."
@@ -203,23 +202,17 @@ def newline_tokens(processor: Any, height: int, width: int, tokens: int) -> Tens
     side, _, _ = _tile(processor)
     rows, columns = _shape(processor, height, width)
     empty = torch.zeros(1 + rows * columns, 1, side, side)
-    place = _tiled(processor, empty, [height, width]).place
-    if len(place) != tokens:
+    newline = _tiled(processor, empty, [height, width])[2] == 0
+    if len(newline) != tokens:
         return None
-    newline = ~place
     newline[: int(_class_token(processor))] = False
     return newline
 
 
-def _grid(pixels: Tensor, shape: int | tuple[int, int]) -> Coverage:
-    """`[tiles, 1, height, width]` to `[tiles·rows·columns]`; one number is both."""
+def _grid(pixels: Tensor, shape: int | tuple[int, int]) -> Tensor:
+    """`[tiles, 1, height, width]` to share, peak and place, `[3, tiles·rows·columns]`; one number is both."""
     share, peak = adaptive_avg_pool2d(pixels, shape), adaptive_max_pool2d(pixels, shape)
-    return Coverage(share.flatten(), peak.flatten(), torch.ones(share.numel(), dtype=torch.bool))
-
-
-def _with_front(coverage: Coverage, front: int) -> Coverage:
-    share, peak, place = (torch.cat([part.new_zeros(front), part]) for part in coverage[:3])
-    return Coverage(share, peak, place, coverage.side)
+    return torch.stack([share, peak, torch.ones_like(share)]).flatten(1)
 
 
 def _class_token(processor: Any) -> bool:
@@ -243,29 +236,28 @@ def _shape(processor: Any, height: int, width: int) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def _tiled(processor: Any, tiles: Tensor, size: Sequence[int]) -> Coverage:
-    """LLaVA-NeXT's order: the whole image first, then the tiles' rows without padding, each ended by a newline."""
+def _tiled(processor: Any, tiles: Tensor, size: Sequence[int]) -> Tensor:
+    """
+    Share, peak and place `[3, tokens]` in LLaVA-NeXT's order: the whole image first, then the tiles' rows without
+    padding, each ended by a newline.
+    """
     from transformers.models.llava_next.modeling_llava_next import unpad_image
 
     side, _, _ = _tile(processor)
     rows, columns = _shape(processor, int(size[0]), int(size[1]))
-    front = int(_class_token(processor))
-    base = _with_front(_grid(tiles[:1], side), front)
-    parts = []
-    for part in _grid(tiles[1 : 1 + rows * columns], side)[:3]:
-        whole = part.float().view(rows, columns, side, side).transpose(1, 2).reshape(1, rows * side, columns * side)
-        kept = unpad_image(whole, (int(size[0]), int(size[1])))[0]
-        parts.append(torch.cat([kept, kept.new_zeros(len(kept), 1)], dim=1).flatten())
-    return Coverage(
-        torch.cat([base.share, parts[0]]), torch.cat([base.peak, parts[1]]), torch.cat([base.place, parts[2].bool()])
-    )
+    base = pad(_grid(tiles[:1], side), (int(_class_token(processor)), 0))
+    parts = _grid(tiles[1 : 1 + rows * columns], side).view(3, rows, columns, side, side)
+    whole = parts.transpose(2, 3).reshape(3, rows * side, columns * side)
+    kept = unpad_image(whole, (int(size[0]), int(size[1])))
+    return torch.cat([base, pad(kept, (0, 1)).flatten(1)], dim=1)
 
 
-def _checked(coverage: Coverage, tokens: int) -> Coverage:
-    if len(coverage.share) != tokens:
+def _checked(seen: Tensor, side: float, tokens: int) -> Coverage:
+    share, peak, place = seen
+    if len(share) != tokens:
         raise ValueError(
-            f"boxes: the processor makes {len(coverage.share)} image tokens of an image of this size, but the prompt "
-            f"has {tokens}: give the image that the inputs were made from, one per row, and in image_options what the "
+            f"boxes: the processor makes {len(share)} image tokens of an image of this size, but the prompt has "
+            f"{tokens}: give the image that the inputs were made from, one per row, and in image_options what the "
             "processor was called with."
         )
-    return coverage
+    return Coverage(share, peak, place.bool(), side)
