@@ -180,22 +180,25 @@ def _layer(index: int, module: nn.Module, kind: str) -> Layer:
     attention: Any = _child(module, _ATTENTION)
     if attention is not None and not parameters(type(attention).forward) and hasattr(attention, "self_attn"):
         attention = attention.self_attn
+    problem = _problem(module, attention, kind)
+    return Layer(index, module, None if problem else attention, mlp, problem)
+
+
+def _problem(layer: nn.Module, attention: nn.Module | None, kind: str) -> str:
+    """Why there is no attention to knock out; empty if there is one."""
     if attention is None:
-        problem = f"has no child named {', '.join(_ATTENTION)}"
-        if hasattr(module, "cross_attn"):
-            problem += ", only cross-attention"
-        return Layer(index, module, None, mlp, problem)
-    name = type(attention).__name__
+        others = ", only cross-attention" if hasattr(layer, "cross_attn") else ""
+        return f"has no child named {', '.join(_ATTENTION)}{others}"
+    name, takes = type(attention).__name__, parameters(type(attention).forward)
     if "linear" in str(kind) or "Linear" in name or "DeltaNet" in name or "Mamba" in name:
-        return Layer(index, module, None, mlp, f"has linear attention ({name}), which has no edges to block")
-    takes = parameters(type(attention).forward)
+        return f"has linear attention ({name}), which has no edges to block"
     if "attention_mask" not in takes:
-        return Layer(index, module, None, mlp, f"has an attention ({name}) that takes no attention_mask")
+        return f"has an attention ({name}) that takes no attention_mask"
     if "position_bias" in takes:  # MPT, whose masks are True where nothing is attended
-        return Layer(index, module, None, mlp, f"has an attention ({name}) whose mask is of its own kind")
+        return f"has an attention ({name}) whose mask is of its own kind"
     if "residual" in takes:  # Bloom: without what the attention adds, the residual stream would be gone too
-        return Layer(index, module, None, mlp, f"has an attention ({name}) that adds the residual stream itself")
-    return Layer(index, module, attention, mlp)
+        return f"has an attention ({name}) that adds the residual stream itself"
+    return ""
 
 
 @lru_cache(maxsize=256)
