@@ -50,17 +50,18 @@ class ModalityAttention:
     @property
     def per_sample(self) -> Tensor:
         """fp64 `[samples, layers]`: each sample's ratios."""
-        if self.heads == "ratio":
-            return (self.image / self.text).mean(dim=2)
-        return self.image.mean(dim=2) / self.text.mean(dim=2)
+        return self._ratios(self.image, self.text)
 
     @property
     def ratio(self) -> Tensor:
         """fp64 `[layers]`: LMAR."""
         if self.average == "ratios":
             return self.per_sample.mean(dim=0)
-        image, text = self.image.mean(dim=0), self.text.mean(dim=0)  # [layers, heads]
-        return (image / text).mean(dim=1) if self.heads == "ratio" else image.mean(dim=1) / text.mean(dim=1)
+        return self._ratios(self.image.mean(dim=0), self.text.mean(dim=0))
+
+    def _ratios(self, image: Tensor, text: Tensor) -> Tensor:
+        """`[…, layers, heads]` to `[…, layers]`."""
+        return (image / text).mean(dim=-1) if self.heads == "ratio" else image.mean(dim=-1) / text.mean(dim=-1)
 
 
 @torch.no_grad()
@@ -131,17 +132,10 @@ def lmar(
         `ValueError`: If a choice is not known, the model is in training mode, padding is on the right, a sample has no
             visual or no text tokens, or `engine="step"` cannot measure the model.
     """
-    given = {
-        "reduction": reduction,
-        "heads": heads,
-        "queries": queries,
-        "system": system,
-        "average": average,
-        "engine": engine,
-    }
-    for name, value in given.items():
-        if value not in CHOICES[name]:
-            raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(CHOICES[name])}.")
+    given = (reduction, heads, queries, system, average, engine)
+    for (name, choices), value in zip(CHOICES.items(), given, strict=True):
+        if value not in choices:
+            raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}.")
     if model.training:
         raise ValueError("model is in training mode, where dropout would be measured; call model.eval() first.")
     if type(max_new_tokens) is not int or max_new_tokens < 1:
