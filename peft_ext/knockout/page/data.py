@@ -136,13 +136,8 @@ def _run(records: Sequence[Record], view: SampleView | None) -> dict[str, Any]:
 
 
 def _effects(effects: Effects) -> dict[str, Any]:
-    return {
-        "kind": effects.kind,
-        "target": effects.target,
-        "layers": effects.layers,
-        "units": [_ranges(positions) for positions in effects.units],
-        "change": _halves(effects.change.T),  # layer by layer
-    }
+    units = [_ranges(positions) for positions in effects.units]
+    return vars(effects) | {"units": units, "change": _halves(effects.change.T)}  # layer by layer
 
 
 def _number(value: float) -> float | None:

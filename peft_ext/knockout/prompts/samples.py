@@ -125,7 +125,8 @@ def prepare(
             f"sample {number}: inputs must hold input_ids [batch, sequence], as the processor makes them."
         )
     batch = len(tokens)
-    names = [str(name) for name in sample.names] if sample.names is not None else _names(number, batch)
+    own = [str(number)] if batch == 1 else [f"{number}.{row}" for row in range(batch)]
+    names = own if sample.names is None else [str(name) for name in sample.names]
     if len(names) != batch or len(set(names)) != batch:
         raise ValueError(f"sample {number}: names must be {batch} different names, one per row, but is {names}.")
     label = f"sample {names[0]}"
@@ -158,10 +159,6 @@ def prepare(
         readout = readout + before.shape[1]
     inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
     return Prompt(inputs, edges, readout, answer, 0 if before is None else before.shape[1], names)
-
-
-def _names(number: int, batch: int) -> list[str]:
-    return [str(number)] if batch == 1 else [f"{number}.{row}" for row in range(batch)]
 
 
 def last_positions(inputs: Mapping[str, Any]) -> Tensor:
