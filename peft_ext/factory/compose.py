@@ -154,16 +154,11 @@ def assemble(
     image_token_id = add_image_token(text, tokenizer)
     head = text.get_output_embeddings()
     native = connector in NATIVE and not gives_maps(tower) and is_plain_head(text, head)
-    config_class, model_class = (
-        (LlavaConfig, LlavaForConditionalGeneration)
-        if native
-        else (LlavaFactoryConfig, LlavaFactoryForConditionalGeneration)
-    )
-    extra: dict[str, Any] = (
-        {"projector_hidden_act": NATIVE[connector]}
-        if native
-        else {"connector": connector, "connector_config": options, "lm_head_bias": head.bias is not None}
-    )
+    config_class, model_class = LlavaFactoryConfig, LlavaFactoryForConditionalGeneration
+    extra = {"connector": connector, "connector_config": options, "lm_head_bias": head.bias is not None}
+    if native:
+        config_class, model_class = LlavaConfig, LlavaForConditionalGeneration
+        extra = {"projector_hidden_act": NATIVE[connector]}
     tied = head.weight is text.get_input_embeddings().weight
     tied = tied and hasattr(text.base_model, "embed_tokens")  # where transformers' Llava looks for the other one
     text.config.tie_word_embeddings = tied
