@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ..sparse.another_base import accepts_another_base
+from ..sparse.support import Support
 from .adapter import AdapterFile
 from .checkpoint import Checkpoint
-from .experts import Piece, mismatch
-from .names import Names, Place
+from .names import Names
+from .piece import Piece, values_at
 
 
 # From a tensor to positions in it when flattened, int64 (`None` for all of it), and the new values in its dtype.
@@ -32,15 +33,12 @@ def changes_of(checkpoint: Checkpoint, adapter: AdapterFile) -> dict[str, list[C
         raise ValueError(f"{adapter.path} has no entries, so there is nothing to merge.")
     for module in adapter.modules:
         entries = adapter.entries(module)
-        ways = names.pieces(module, entries.support.rows, entries.support.fan_in)
-        if ways:
-            for piece in _fitting_way(checkpoint, adapter, module, ways):
+        ways = names.ways(module, entries.support.rows, entries.support.fan_in)
+        if len(ways[0]) == 1:
+            changes[ways[0][0].key].append(partial(_of_entries, adapter, module, ways))
+        else:  # the base model's are known by all its tensors together
+            for piece in _fitting(adapter, module, ways, checkpoint.read):
                 changes[piece.key].append(partial(_of_piece, adapter, module, piece))
-            if entries.bias is not None:
-                raise ValueError(f"{adapter.path} trains biases of the experts '{module}': merge it in Python.")
-            continue
-        places = names.places(module, entries.support.rows, entries.support.fan_in)
-        changes[places[0].key].append(partial(_of_entries, adapter, module, places))
         if entries.bias is not None:
             key, first = names.bias(module, entries.support.rows)
             changes[key].append(partial(_of_bias, adapter, module, first))
@@ -62,63 +60,44 @@ def _known(names: Names, checkpoint: Checkpoint, name: str, adapter: AdapterFile
     return key
 
 
-def _of_entries(adapter: AdapterFile, module: str, places: list[Place], tensor: Tensor) -> tuple[Tensor, Tensor]:
-    entries = adapter.entries(module)
-    place = _fitting(adapter, module, tensor, places)
-    _check_float(place.key, tensor)
-    positions = place.positions(entries.support)
-    return positions, (tensor.view(-1)[positions] + entries.values.reshape(-1)).to(tensor.dtype)
-
-
-def _fitting_way(checkpoint: Checkpoint, adapter: AdapterFile, module: str, ways: list[list[Piece]]) -> list[Piece]:
-    """The tensors that have the values that the adapter's entries were chosen for."""
-    reasons = [mismatch(checkpoint, way, adapter.entries(module)) for way in ways]
-    if None not in reasons:
-        raise ValueError(
-            f"{adapter.path} was made for another base model: '{module}' has {reasons[0]}. Pass the base model it was "
-            "trained on or, to merge into this one on purpose, --another-base."
-        )
-    if reasons.count(None) > 1:
-        raise ValueError(
-            f"{adapter.path}: the weights of '{module}' are square, so rows and columns can't be told apart without "
-            "the base model it was made for. Load the adapter in Python, and save what merge_and_unload() gives."
-        )
-    return ways[reasons.index(None)]
+def _of_entries(adapter: AdapterFile, module: str, ways: list[list[Piece]], tensor: Tensor) -> tuple[Tensor, Tensor]:
+    (piece,) = _fitting(adapter, module, ways, lambda key: tensor)
+    return _of_piece(adapter, module, piece, tensor)
 
 
 def _of_piece(adapter: AdapterFile, module: str, piece: Piece, tensor: Tensor) -> tuple[Tensor, Tensor]:
     entries = adapter.entries(module)
-    _check_float(piece.key, tensor)
     inside, positions = piece.within(entries.support)
     added = entries.values.reshape(-1)[inside]
     return positions, (tensor.view(-1)[positions] + added).to(tensor.dtype)
 
 
-def _check_float(key: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point() or tensor.element_size() == 1:
-        raise ValueError(f"'{key}' is stored as {tensor.dtype}, too coarse to hold an update.")
-
-
-def _fitting(adapter: AdapterFile, module: str, tensor: Tensor, places: list[Place]) -> Place:
-    """The place where the adapter's entries have the values that they were chosen for."""
+def _fitting(adapter: AdapterFile, module: str, ways: list[list[Piece]], read: Callable[[str], Tensor]) -> list[Piece]:
+    """The way to hold a weight in which it has the values that the adapter's entries were chosen for."""
     entries = adapter.entries(module)
-    reasons = {place: entries.support.mismatch(entries.fingerprint, place.matrix(tensor)) for place in places}
-    fitting = [place for place, reason in reasons.items() if reason is None]
+    values = [values_at(pieces, entries.support, read)[None] for pieces in ways]
+    # As one neuron that has them all: fingerprints depend on the values' order, not on where they lie.
+    count, fingerprint = entries.support.entries, entries.fingerprint.clone()
+    alone = Support(torch.arange(count, dtype=torch.int32)[None], count)
+    fingerprint[:2] = torch.tensor([1, count])
+    reasons = [alone.mismatch(fingerprint, found) for found in values]
+    fitting = [number for number, reason in enumerate(reasons) if reason is None]
+    name = ways[0][0].key if len(ways[0]) == 1 else module
     if not fitting:
         raise ValueError(
-            f"{adapter.path} was made for another base model: '{places[0].key}' has {reasons[places[0]]}. Pass the "
-            "base model it was trained on or, to merge into this one on purpose, --another-base."
+            f"{adapter.path} was made for another base model: '{name}' has {reasons[0]}. Pass the base model it was "
+            "trained on or, to merge into this one on purpose, --another-base."
         )
     if accepts_another_base() and len(fitting) > 1:
-        distances = [entries.support.distance(entries.fingerprint, place.matrix(tensor)) for place in fitting]
+        distances = [alone.distance(fingerprint, values[number]) for number in fitting]
         if distances[0] != distances[1]:
-            return fitting[distances.index(min(distances))]
+            return ways[fitting[distances.index(min(distances))]]
     if len(fitting) > 1:
         raise ValueError(
-            f"{adapter.path} does not say which weight '{module}' was made for, and '{places[0].key}' is square, so "
-            "rows and columns can't be told apart. Load the adapter in Python, and save what merge_and_unload() gives."
+            f"{adapter.path} does not say which weight '{module}' was made for, and '{name}' is square, so rows and "
+            "columns can't be told apart. Load the adapter in Python, and save what merge_and_unload() gives."
         )
-    return fitting[0]
+    return ways[fitting[0]]
 
 
 def _of_bias(adapter: AdapterFile, module: str, first: int, tensor: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,35 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
-import torch
-from torch import Tensor
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
-from ..sparse.support import Support
-from .adapter import Entries
 from .checkpoint import Checkpoint
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some neurons of a fused weight."""
-
-    key: str  # the tensor of the checkpoint
-    first_row: int  # the first of the weight's rows that it holds
-    rows: int  # how many it holds
-    of_expert: int | None = None  # of a tensor `[experts, fan_in, rows]`, the rows of one expert
-
-    def within(self, support: Support) -> tuple[Tensor, Tensor]:
-        """Which of a support's entries lie in the tensor (bool `[entries]`), and where in it when flattened."""
-        row = support.row_of_entry()
-        inside = (row >= self.first_row) & (row < self.first_row + self.rows)
-        row, column = row[inside] - self.first_row, support.indices.reshape(-1).long()[inside]
-        if self.of_expert is None:
-            return inside, row * support.fan_in + column
-        expert, row = row // self.of_expert, row % self.of_expert
-        return inside, (expert * support.fan_in + column) * self.of_expert + row
+from .piece import Piece
 
 
 def sources_of(converter: WeightConverter) -> list[str] | None:
@@ -55,35 +31,9 @@ def pieces_of(checkpoint: Checkpoint, keys: list[tuple[int, str]], rows: int, fa
         shape = checkpoint.tensors[key].shape
         if len(shape) != 2 or shape[1] != fan_in:
             return None
-        pieces.append(Piece(key, first, shape[0]))
+        pieces.append(Piece(key, shape[0], first))
         first += shape[0]
     return pieces if first == rows else None
-
-
-def whole_bank(checkpoint: Checkpoint, key: str, rows: int, fan_in: int) -> list[list[Piece]]:
-    """The ways in which a tensor with all experts may hold a weight: neurons as rows, or as columns."""
-    shape = checkpoint.tensors[key].shape
-    if len(shape) != 3 or shape[0] * shape[1] * shape[2] != rows * fan_in:
-        return []
-    natural = [[Piece(key, 0, rows)]] if shape[2] == fan_in else []
-    return natural + ([[Piece(key, 0, rows, of_expert=shape[2])]] if shape[1] == fan_in else [])
-
-
-def mismatch(checkpoint: Checkpoint, pieces: list[Piece], entries: Entries) -> str | None:
-    """What differs between a fused weight and the one that entries were chosen for; see [`Support.mismatch`]."""
-    values: Tensor | None = None
-    for piece in pieces:
-        inside, positions = piece.within(entries.support)
-        tensor = checkpoint.read(piece.key)
-        if values is None:
-            values = tensor.new_zeros(entries.support.entries)
-        values[inside] = tensor.view(-1)[positions]
-    if values is None:
-        return None
-    # The values alone, as one neuron that has them all: fingerprints depend on their order, not on where they lie.
-    alone = entries.fingerprint.clone()
-    alone[:2] = torch.tensor([1, len(values)])
-    return Support(torch.arange(len(values), dtype=torch.int32)[None], len(values)).mismatch(alone, values[None])
 
 
 def _number(key: str) -> int:

@@ -1,43 +1,21 @@
-"""Find the tensor of a checkpoint that holds the weight of a module, and the place in it."""
+"""Find the tensors of a checkpoint that hold the weight of a module."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import AutoConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..sparse.bases.projection import PROJECTIONS
-from ..sparse.support import Support
 from .checkpoint import Checkpoint, Stored
-from .experts import Piece, pieces_of, sources_of, whole_bank
-
-
-@dataclass(frozen=True)
-class Place:
-    """A weight `[rows, fan_in]` inside a tensor of a checkpoint."""
-
-    key: str  # name of the tensor
-    rows: int  # of the weight seen as neurons
-    fan_in: int
-    transposed: bool = False  # whether a neuron is a column of the tensor, as transformers' `Conv1D` keeps it
-    first_row: int = 0  # where the weight begins, in a tensor that holds several
-
-    def matrix(self, tensor: Tensor) -> Tensor:
-        """The weight, a view of the tensor."""
-        return tensor.t() if self.transposed else tensor.flatten(1)[self.first_row : self.first_row + self.rows]
-
-    def positions(self, support: Support) -> Tensor:
-        """Positions of a support's entries in the flattened tensor, int64 in the order of the entries."""
-        rows, columns = support.row_of_entry(), support.indices.reshape(-1).long()
-        return columns * self.rows + rows if self.transposed else (rows + self.first_row) * self.fan_in + columns
+from .experts import pieces_of, sources_of
+from .piece import Piece, in_one_tensor
 
 
 class Names:
@@ -50,26 +28,23 @@ class Names:
         """The checkpoint's name of one of the model's tensors, if it has that tensor as it is."""
         return name if name in self.checkpoint.tensors else self._by_model_name[0].get(name)
 
-    def places(self, module: str, rows: int, fan_in: int) -> list[Place]:
+    def ways(self, module: str, rows: int, fan_in: int) -> list[list[Piece]]:
         """
-        Where a module's weight may lie: two places if a square tensor does not show whether it is transposed.
+        The ways in which tensors may hold a module's weight: two if a square one does not show which neurons it has.
 
         Raises:
             `ValueError`: if the checkpoint has no such weight, or one of another shape.
         """
-        key = self.key(f"{module}.weight")
+        key = self.key(f"{module}.weight") or self.key(module)
         if key is None:
-            return [self._in_attention(module, rows, fan_in)]
-        shape = self.checkpoint.tensors[key].shape
-        natural = shape[0] == rows and torch.Size(shape[1:]).numel() == fan_in
-        found = [Place(key, rows, fan_in)] if natural else []
-        if shape == (fan_in, rows):
-            found.append(Place(key, rows, fan_in, transposed=True))
-        if not found:
+            apart = pieces_of(self.checkpoint, self._by_model_name[1].get(module, []), rows, fan_in)
+            return [apart or [self._in_attention(module, rows, fan_in)]]
+        pieces = in_one_tensor(key, self.checkpoint.tensors[key].shape, rows, fan_in)
+        if not pieces:
             raise ValueError(_other_shape(self.checkpoint, key, rows, fan_in))
-        return found
+        return [[piece] for piece in pieces]
 
-    def _in_attention(self, module: str, rows: int, fan_in: int) -> Place:
+    def _in_attention(self, module: str, rows: int, fan_in: int) -> Piece:
         parent, _, part = module.rpartition(".")
         key = self.key(f"{parent}.in_proj_weight") if part in PROJECTIONS else None
         if key is None:
@@ -80,7 +55,7 @@ class Names:
             )
         if self.checkpoint.tensors[key].shape != (3 * rows, fan_in):
             raise ValueError(_other_shape(self.checkpoint, key, 3 * rows, fan_in))
-        return Place(key, rows, fan_in, first_row=PROJECTIONS.index(part) * rows)
+        return Piece(key, 3 * rows, first_row=-PROJECTIONS.index(part) * rows)
 
     def bias(self, module: str, rows: int) -> tuple[str, int]:
         """
@@ -94,18 +69,10 @@ class Names:
         if key is None and part in PROJECTIONS:
             key, first = self.key(f"{parent}.in_proj_bias"), PROJECTIONS.index(part) * rows
         if key is None or first + rows > self.checkpoint.tensors[key].shape[0]:
-            raise ValueError(f"{self.checkpoint.folder} has no bias for '{module}', which the adapter trains.")
+            raise ValueError(
+                f"{self.checkpoint.folder} has no bias for '{module}', which the adapter trains: merge it in Python."
+            )
         return key, first
-
-    def pieces(self, module: str, rows: int, fan_in: int) -> list[list[Piece]]:
-        """The tensors of a weight of fused experts, in each way that their shapes permit; none of other weights."""
-        if self.key(f"{module}.weight") is not None:
-            return []
-        whole = self.key(module)
-        if whole is not None:
-            return whole_bank(self.checkpoint, whole, rows, fan_in)
-        apart = pieces_of(self.checkpoint, self._by_model_name[1].get(module, []), rows, fan_in)
-        return [] if apart is None else [apart]
 
     @cached_property
     def _by_model_name(self) -> tuple[dict[str, str], dict[str, list[tuple[int, str]]]]:
