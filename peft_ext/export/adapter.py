@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..hf.files import CHECKSUM_KEY, check_weights
-from ..hf.internals import mapping
+from ..hf.loadable import tuner_of
 from ..sparse.fingerprint import check_fingerprint
 from ..sparse.model.sparse_model import SparseModel
 from ..sparse.support import Support
@@ -56,7 +57,6 @@ class AdapterFile:
         self._open = ExitStack()
         self._file: Any = self._open.enter_context(safe_open(self.path, framework="pt"))
         self.keys: list[str] = sorted(self._file.keys())
-        self._modules: dict[str, set[str]] | None = None
 
     def __enter__(self) -> AdapterFile:
         return self
@@ -70,8 +70,7 @@ class AdapterFile:
 
     @property
     def is_sparse(self) -> bool:
-        tuner = mapping.PEFT_TYPE_TO_TUNER_MAPPING.get(self.config.peft_type)
-        return isinstance(tuner, type) and issubclass(tuner, SparseModel)
+        return issubclass(tuner_of(self.config), SparseModel)
 
     @property
     def checksum(self) -> str | None:
@@ -96,23 +95,25 @@ class AdapterFile:
     @property
     def modules(self) -> list[str]:
         """The adapted modules, by the names that they have in the model."""
-        return sorted(self._parts())
+        return sorted(self._parts)
 
+    @cached_property
+    def _container(self) -> str:
+        """The part of a tensor's name that follows its module's."""
+        container: str = tuner_of(self.config).tuner_layer_cls.adapter_layer_names[0]
+        return container
+
+    @cached_property
     def _parts(self) -> dict[str, set[str]]:
         """Per adapted module, the names of its tensors."""
-        if self._modules is None:
-            container = mapping.PEFT_TYPE_TO_TUNER_MAPPING[self.config.peft_type].tuner_layer_cls.adapter_layer_names[
-                0
-            ]
-            self._modules = {}
-            for key in self.keys:
-                module, mark, part = key.removeprefix(_PREFIX).rpartition(f".{container}.")
-                if mark and part not in _PARTS:
-                    raise ValueError(f"{self.path}: '{key}' is no tensor that this version of peft_ext knows.")
-                if mark:
-                    self._modules.setdefault(module, set()).add(part)
-            self._container = container
-        return self._modules
+        parts: dict[str, set[str]] = {}
+        for key in self.keys:
+            module, mark, part = key.removeprefix(_PREFIX).rpartition(f".{self._container}.")
+            if mark and part not in _PARTS:
+                raise ValueError(f"{self.path}: '{key}' is no tensor that this version of peft_ext knows.")
+            if mark:
+                parts.setdefault(module, set()).add(part)
+        return parts
 
     def entries(self, module: str) -> Entries:
         """
@@ -121,9 +122,8 @@ class AdapterFile:
         Raises:
             `ValueError`: if they don't fit together.
         """
-        parts = self._parts()[module]
         prefix = f"{module}.{self._container}."
-        found = {part: self.tensor(self._key(prefix + part)) for part in parts}
+        found = {part: self.tensor(self._key(prefix + part)) for part in self._parts[module]}
         lacking = sorted({"weight", "indices", "fingerprint"} - found.keys())
         if lacking:
             raise ValueError(f"{self.path} lacks '{prefix}{lacking[0]}'. Save the adapter again.")
@@ -140,7 +140,6 @@ class AdapterFile:
 
     def whole(self) -> Iterator[tuple[str, str]]:
         """Tensors that replace the base's: modules trained whole, trained biases; their names in model and file."""
-        self._parts()
         for key in self.keys:
             name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
             if f".{self._container}." not in key and not key.endswith(_TOKENS):
