@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -180,30 +181,25 @@ class TokenFinder:
                 "generate() needs a whole prompt: call it after `with unfinished_prompt(model):`, where forward calls "
                 "fill the cache."
             )
-        before = self.known.prompt
-        if before is None or not prompt.assists:  # a model that assists itself is called for the same prompt
-            self.known.prompt = prompt
-        try:
-            with nullcontext() if visual_token_mask is None else self.sees(visual_token_mask):
-                yield
-        finally:
-            self.known.prompt = before
+        if self.known.prompt is not None and prompt.assists:
+            prompt = self.known.prompt  # a model that assists itself is called for the same prompt
+        with self._told(prompt=prompt), nullcontext() if visual_token_mask is None else self.sees(visual_token_mask):
+            yield
 
-    @contextmanager
-    def sees(self, visual_token_mask: Tensor) -> Iterator[None]:
+    def sees(self, visual_token_mask: Tensor) -> AbstractContextManager[None]:
         """Around calls: the prompt's visual tokens."""
         check_mask(visual_token_mask, ("batch", "tokens"))
-        before, self.known.given = self.known.given, Given(visual_token_mask, next(_numbers))
-        try:
-            yield
-        finally:
-            self.known.given = before
+        return self._told(given=Given(visual_token_mask, next(_numbers)))
+
+    def expects_more(self) -> AbstractContextManager[None]:
+        """Around calls with a prompt's beginning."""
+        return self._told(unfinished=True)
 
     @contextmanager
-    def expects_more(self) -> Iterator[None]:
-        """Around calls with a prompt's beginning."""
-        before, self.known.unfinished = self.known.unfinished, True
+    def _told(self, **facts: Any) -> Iterator[None]:
+        before = self.known
+        self.known = replace(before, **facts)
         try:
             yield
         finally:
-            self.known.unfinished = before
+            self.known = before

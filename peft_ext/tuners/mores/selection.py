@@ -73,13 +73,10 @@ def _hash(rank: Tensor, seed: int) -> Tensor:
 def _smallest(mask: Tensor, group: Tensor, score: Tensor, before: Tensor) -> Tensor:
     """Each masked token's place among its group's scores, 0 the smallest; ties in order of the tokens."""
     place = torch.zeros_like(score)
+    by_token = (group << 31) + score  # scores are below 2³¹
     where = mask.flatten().nonzero().squeeze(1)
-    groups = group.flatten()[where]
-    by_score = torch.argsort(score.flatten()[where], stable=True)
-    order = by_score[torch.argsort(groups[by_score], stable=True)]
-    position = torch.empty_like(order)
-    position[order] = torch.arange(len(order), device=order.device)
-    place.view(-1)[where] = position - before[groups]
+    where = where[by_token.flatten()[where].argsort(stable=True)]
+    place.view(-1)[where] = torch.arange(len(where), device=where.device) - before[group.flatten()[where]]
     return place
 
 
