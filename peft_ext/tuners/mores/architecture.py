@@ -29,6 +29,7 @@ class Connector:
 class Architecture:
     """The parts of a model that MoReS needs."""
 
+    kind: str  # the model's class
     layers: dict[str, nn.Module]  # the decoder layers by name, in order
     hidden_size: int  # D
     visual_token_ids: tuple[int, ...]  # empty for a text model
@@ -73,6 +74,7 @@ def inspect_model(model: nn.Module) -> Architecture:
     ids = tuple(sorted({value for key in _TOKEN_IDS if isinstance(value := getattr(config, key, None), int)}))
     parts = names[id(decoder)].split(".") if names[id(decoder)] else []
     return Architecture(
+        kind=kind,
         layers={names[id(layer)]: layer for layer in layers},
         hidden_size=hidden_size,
         visual_token_ids=ids,

@@ -15,11 +15,12 @@ from ...hf.injection import clean_refusal
 from ...hf.internals import BaseTuner
 from ...hf.loadable import LoadableTuner
 from ...sparse.bases.sharded import with_wrapped
-from .architecture import Architecture, inspect_model
+from .architecture import inspect_model
 from .config import MoReSConfig
 from .finder import TokenFinder
 from .generate import attach_generate, detach_generate
 from .layer import CHILD, MoReSLayer, attach, detach, remove_hooks, steer_output, steer_outside_checkpoints
+from .targets import targets_of
 
 
 class MoReSModel(LoadableTuner, BaseTuner):
@@ -80,17 +81,7 @@ class MoReSModel(LoadableTuner, BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: MoReSConfig, model_config: dict[str, Any]) -> MoReSConfig:
         architecture = inspect_model(self.model)
-        names = _targets(peft_config, architecture, type(self.model).__name__)
-        if peft_config.target_modules is not None:  # from a file
-            known = {*architecture.layers, *_connector_linear(architecture)}
-            unknown = sorted(set(peft_config.target_modules) - known)
-            if unknown:
-                raise ValueError(
-                    f"target_modules has '{unknown[0]}', which is no place that MoReS can steer in this "
-                    f"{type(self.model).__name__}; it has {', '.join(sorted(known))}. Leave target_modules out, or "
-                    "load the adapter onto the model it was trained on."
-                )
-            names = set(peft_config.target_modules)
+        targets = targets_of(peft_config, architecture)
         rank, size = peft_config.rank, architecture.hidden_size
         if rank > size:
             raise ValueError(
@@ -99,12 +90,12 @@ class MoReSModel(LoadableTuner, BaseTuner):
         if peft_config.connector == "train":
             if architecture.connector is None:
                 raise ValueError(
-                    f"connector='train', but no connector was found in {type(self.model).__name__}; name the module "
-                    "in modules_to_save instead."
+                    f"connector='train', but no connector was found in {architecture.kind}; name the module in "
+                    "modules_to_save instead."
                 )
             saved = dict.fromkeys([*(peft_config.modules_to_save or ()), architecture.connector.name])
             peft_config.modules_to_save = list(saved)
-        peft_config.target_modules = self._targets = names
+        peft_config.target_modules = self._targets = targets
         self._architecture = architecture
         return peft_config
 
@@ -267,46 +258,3 @@ def _take_out(model: nn.Module) -> None:
 
 def _layers(model: nn.Module) -> Iterator[MoReSLayer]:
     return (module for module in model.modules() if isinstance(module, MoReSLayer))
-
-
-def _connector_linear(architecture: Architecture) -> list[str]:
-    connector = architecture.connector
-    return [connector.linear] if connector is not None and connector.linear is not None else []
-
-
-def _targets(config: MoReSConfig, architecture: Architecture, kind: str) -> set[str]:
-    """The names of the modules to steer.
-
-    Raises:
-        `ValueError`: if the model lacks what the options ask for.
-    """
-    if config.site == "connector":
-        if architecture.connector is None:
-            raise ValueError(f"site='connector', but no connector was found in {kind}; use site='layers'.")
-        if architecture.connector.linear is None:
-            raise ValueError(
-                f"site='connector', but {kind}'s connector '{architecture.connector.name}' has no linear layer to "
-                "steer; use site='layers'."
-            )
-        return {architecture.connector.linear}
-    if config.token_positions is None and not architecture.visual_token_ids:
-        raise ValueError(
-            f"{kind} has no visual tokens: its config has no image_token_id. Pass token_positions, such as 'f7+l7', "
-            "to steer text."
-        )
-    names = list(architecture.layers)
-    layers = config.layers_to_transform
-    if layers is None and config.token_positions is None:
-        names.pop()  # no output depends on visual tokens after the last layer
-        if not names:
-            raise ValueError(
-                f"{kind} has one decoder layer, after which visual tokens reach no output. Pass site='connector', or "
-                "layers_to_transform='all' if something else reads that layer's output."
-            )
-    elif isinstance(layers, (int, list)):
-        numbers = [layers] if isinstance(layers, int) else layers
-        for number in numbers:
-            if not -len(names) <= number < len(names):
-                raise ValueError(f"layers_to_transform has {number}, but {kind} has {len(names)} layers, from 0.")
-        names = [names[number] for number in numbers]
-    return set(names)
