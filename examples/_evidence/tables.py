@@ -12,7 +12,7 @@ from _experiment.report import spread
 from _quickstart.search import Search
 
 from .protocol import Cell, Comparison
-from .statistics import paired_difference
+from .statistics import Difference, paired_difference
 from .training import unpacked
 
 
@@ -123,7 +123,30 @@ def merging_table(records: Sequence[Mapping[str, Any]]) -> list[str]:
         "domain's own head; their weight is chosen on validation, per form and method. LoRA's `linear` is the exact "
         "sum (PEFT's `cat`)."
     )
-    return [title, "", note, "", *table(head, lines), ""]
+    return [title, "", note, "", *table(head, lines), "", *_merging_differences(records), ""]
+
+
+def _merging_differences(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every method minus the last, which is the peer."""
+    *names, peer = dict.fromkeys(record["method"] for record in records)
+
+    def accuracies(method: str, form: str) -> list[np.ndarray]:
+        chosen = [record for record in records if record["method"] == method]
+        found = [record["alone"] if form == "own adapter" else record["merged"][form] for record in chosen]
+        return [np.array([[one[data]] for one in found]) for data in chosen[0]["data"]]
+
+    forms = ["own adapter", *records[0]["merged"]]
+    lines = [
+        [name, *(_interval(paired_difference(accuracies(name, form), accuracies(peer, form))) for form in forms)]
+        for name in names
+    ]
+    note = f"Minus {peer}, in points, with 95 % intervals over seeds alone, and pairs of domain and seed won:"
+    return [note, "", *table(["adapters", *forms], lines)]
+
+
+def _interval(difference: Difference) -> str:
+    mean, low, high = (f"{100 * value:+.1f}" for value in (difference.mean, difference.low, difference.high))
+    return f"{mean} [{low}, {high}] {difference.wins}/{difference.pairs}"
 
 
 def unmerging_table(records: Sequence[Mapping[str, Any]]) -> list[str]:
