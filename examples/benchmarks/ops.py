@@ -134,9 +134,9 @@ class Layer:
         return {
             **in_place,
             "forward": lambda: bypass(y, x, self.values, indices, None, *self.transposed),
-            "grad values": lambda: sparse_grad_values(y, x, indices, None, *self.transposed, None),
+            "grad values": lambda: sparse_grad_values(y, x, indices, None, *self.transposed, None, []),
             "grad input": lambda: sparse_grad_input(
-                y, x.shape[1:], self.dtype, self.values, indices, None, *self.transposed, None
+                y, x.shape[1:], self.dtype, self.values, indices, None, *self.transposed, None, []
             ),
         }
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .another_base import accepts_another_base
 from .bases.sharded import is_first_of, make_equal
 from .fingerprint import FINGERPRINT_LENGTH
-from .ops import ConvGeometry, add_in_place, bypass, bypass_conv, may_add_in_place
+from .ops import ConvGeometry, add_in_place, bypass, may_add_in_place
 from .ops.standard import is_exporting_to_onnx, standard_update
 from .support import Support
 from .transposed import WithTransposedTable
@@ -250,11 +250,9 @@ class SparseDelta(WithTransposedTable):
             result = result + (bias if geometry is None else bias.view(-1, *[1] * len(geometry.kernel)))
         if is_exporting_to_onnx():
             return standard_update(result, x, values, self.indices, self.offsets, self.fan_in, geometry)
-        if geometry is not None:
-            return bypass_conv(result, x, values, *self.tables, geometry)
         if owned and may_add_in_place(result, x, values):
             return add_in_place(result, x, values, *self.tables)
-        return bypass(result, x, values, *self.tables)
+        return bypass(result, x, values, *self.tables, geometry=geometry)
 
     def _add_to_experts(self, result: Tensor, x: Tensor, ends: Tensor) -> Tensor:
         if is_exporting_to_onnx():

@@ -1,7 +1,6 @@
 """Products with a sparse update: `y += S x` and its gradients, by three paths and a dense oracle."""
 
 from .bypass import bypass
-from .conv import bypass_conv
 from .dense import dense
 from .dispatch import BACKENDS, Backend, choose_backend, choose_conv_backend
 from .folded import copied, folded
@@ -15,7 +14,6 @@ __all__ = [
     "ConvGeometry",
     "add_in_place",
     "bypass",
-    "bypass_conv",
     "choose_backend",
     "choose_conv_backend",
     "copied",

@@ -20,16 +20,14 @@ def _sample(argument: Any, dim: Any, number: int) -> Any:
 
 
 def vmap_rule(op: Any, activations: int) -> Callable[..., tuple[Tensor, int]]:
-    """
-    The rule of an operator whose first `activations` arguments are activations; 0 if it sums over tokens. Its last one
-    is the `ends` of experts.
-    """
+    """The rule of an operator of the bypass whose first `activations` arguments are activations; 0 if it sums over
+    tokens."""
 
     def rule(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Tensor, int]:
         batch = info.batch_size
-        *_, ends = arguments  # by which tokens are sorted, sample by sample
+        *_, ends, geometry = arguments  # tokens are sorted by `ends`, sample by sample
         shared = not any(isinstance(dim, int) for dim in in_dims[activations:])
-        if batch and activations and ends is None and shared:
+        if batch and activations and ends is None and not geometry and shared:
             folded = [
                 _folded(tensor, dim, batch)
                 for tensor, dim in zip(arguments[:activations], in_dims[:activations], strict=True)

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from ..support import offsets_from_counts, row_of_entry
 from .bags import accumulation_dtype
-from .derivatives import register_update
 from .geometry import ConvGeometry
 
 
@@ -45,7 +44,7 @@ def entries_by_tap(indices: Tensor, taps: int) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class _Entries:
+class Entries:
     """The entries of a support in the order of their taps: entry numbers, output and input channels, int64."""
 
     number: Tensor
@@ -57,15 +56,22 @@ class _Entries:
 
     @classmethod
     def of(
-        cls, indices: Tensor, offsets: Tensor | None, tap_entries: Tensor, tap_ends: Tensor,
-        geometry: ConvGeometry, rows: int, channels: int,
-    ) -> _Entries:  # fmt: skip
+        cls, indices: Tensor, offsets: Tensor | None, tap_entries: Tensor | None, tap_ends: Tensor | None,
+        packed: Sequence[int], rows: int, channels: int,
+    ) -> Entries:  # fmt: skip
+        geometry = ConvGeometry.unpack(packed)
+        if tap_entries is None or tap_ends is None:
+            tap_entries, tap_ends = entries_by_tap(indices, geometry.taps)
         number = tap_entries.long()
         columns = indices.reshape(-1).long()[number]
         row = row_of_entry(indices, offsets)[number]
         group = row // (rows // geometry.groups)
         channel = columns // geometry.taps + group * (channels // geometry.groups)
         return cls(number, row, channel, columns % geometry.taps, tap_ends.tolist(), geometry)
+
+    def weights(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """The values in this order, to multiply what entries see."""
+        return values.reshape(-1).to(dtype)[self.number].view(-1, *(1,) * len(self.geometry.kernel))
 
     def by_tap(self, padded: Tensor, output: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Slices of entries of one tap, and the view of a padded input that the tap sees, for an output
@@ -106,20 +112,14 @@ def _padded(x: Tensor, geometry: ConvGeometry) -> Tensor:
     return F.pad(x, geometry.padding) if any(geometry.padding) else x
 
 
-@torch.library.custom_op("peft_ext::bypass_conv", mutates_args=())
-def _bypass_conv(
-    result: Tensor, x: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, tap_entries: Tensor,
-    tap_ends: Tensor, geometry: Sequence[int],
-) -> Tensor:  # fmt: skip
-    """[`bypass_conv`] for several samples, rounded once to the dtype of `result`."""
+def add_of_convolution(result: Tensor, x: Tensor, values: Tensor, support: Entries) -> Tensor:
+    """`result + S x`, rounded once to the dtype of `result`; see [`bypass`]."""
     dtype = accumulation_dtype(result, x, values)
-    shape = ConvGeometry.unpack(geometry)
-    support = _Entries.of(indices, offsets, tap_entries, tap_ends, shape, result.shape[1], x.shape[1])
     out = result.clone(memory_format=torch.contiguous_format)
-    weights = values.reshape(-1).to(dtype)[support.number].view(-1, *(1,) * len(shape.kernel))
+    weights = support.weights(values, dtype)
     samples = _samples_at_once(result)
     for x_part, part in zip(x.split(samples), out.split(samples), strict=True):
-        padded = _padded(x_part, shape)
+        padded = _padded(x_part, support.geometry)
         total = part if part.dtype == dtype else torch.zeros(part.shape, dtype=dtype, device=x.device)
         for some, seen in support.seen(padded, part):
             total.index_add_(1, support.rows[some], seen.to(dtype).mul_(weights[some]))
@@ -128,82 +128,29 @@ def _bypass_conv(
     return out
 
 
-@_bypass_conv.register_fake
-def _(result: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(result, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("peft_ext::conv_grad_values", mutates_args=())
-def conv_grad_values(
-    grad: Tensor, x: Tensor, indices: Tensor, offsets: Tensor | None, tap_entries: Tensor, tap_ends: Tensor,
-    geometry: Sequence[int],
-) -> Tensor:  # fmt: skip
-    """The gradient of the weight at the support only, fp32 (or fp64); see [`bypass_conv`]."""
+def values_gradient_of_convolution(grad: Tensor, x: Tensor, support: Entries) -> Tensor:
+    """The gradient of the weight at the support only, `[entries]`, fp32 (or fp64)."""
     dtype = accumulation_dtype(grad, x)
-    shape = ConvGeometry.unpack(geometry)
-    support = _Entries.of(indices, offsets, tap_entries, tap_ends, shape, grad.shape[1], x.shape[1])
-    total = torch.zeros(indices.numel(), dtype=dtype, device=x.device)
+    total = torch.zeros(len(support.number), dtype=dtype, device=x.device)
     others = [0, *range(2, grad.dim())]
     samples = _samples_at_once(grad)
     for grad_part, x_part in zip(grad.split(samples), x.split(samples), strict=True):
-        padded = _padded(x_part, shape)
+        padded = _padded(x_part, support.geometry)
         for some, seen in support.seen(padded, grad_part):
             products = seen.to(dtype).mul_(grad_part.index_select(1, support.rows[some]))
             total[support.number[some]] += products.sum(others)
-    return total.view(indices.shape)
+    return total
 
 
-@conv_grad_values.register_fake
-def _(grad: Tensor, x: Tensor, indices: Tensor, *rest: Any) -> Tensor:
-    return grad.new_empty(indices.shape, dtype=accumulation_dtype(grad, x))
-
-
-@torch.library.custom_op("peft_ext::conv_grad_input", mutates_args=())
-def conv_grad_input(
-    grad: Tensor, size: Sequence[int], dtype: torch.dtype, values: Tensor, indices: Tensor, offsets: Tensor | None,
-    tap_entries: Tensor, tap_ends: Tensor, geometry: Sequence[int],
-) -> Tensor:  # fmt: skip
-    """The gradient of inputs, each of `size`, in `dtype`; see [`bypass_conv`]."""
+def input_gradient_of_convolution(out: Tensor, grad: Tensor, values: Tensor, support: Entries) -> Tensor:
+    """The gradient of the input, written to `out`."""
     accumulate = accumulation_dtype(grad, values)
-    shape = ConvGeometry.unpack(geometry)
-    support = _Entries.of(indices, offsets, tap_entries, tap_ends, shape, grad.shape[1], size[0])
-    weights = values.reshape(-1).to(accumulate)[support.number].view(-1, *(1,) * len(shape.kernel))
-    out = grad.new_empty((len(grad), *size), dtype=dtype)
+    weights = support.weights(values, accumulate)
     samples = _samples_at_once(out)
     for part, grad_part in zip(out.split(samples), grad.split(samples), strict=True):
-        total = _padded(torch.zeros(part.shape, dtype=accumulate, device=grad.device), shape)
+        total = _padded(torch.zeros(part.shape, dtype=accumulate, device=grad.device), support.geometry)
         for some, window in support.by_tap(total, grad_part):
             back = grad_part.index_select(1, support.rows[some]).to(accumulate).mul_(weights[some])
             window.index_add_(1, support.channels[some], back)
-        part.copy_(F.pad(total, [-width for width in shape.padding]))
+        part.copy_(F.pad(total, [-width for width in support.geometry.padding]))
     return out
-
-
-@conv_grad_input.register_fake
-def _(grad: Tensor, size: Sequence[int], dtype: torch.dtype, *rest: Any) -> Tensor:
-    return grad.new_empty((grad.shape[0], *size), dtype=dtype)
-
-
-register_update(_bypass_conv, conv_grad_input, conv_grad_values)
-
-
-def bypass_conv(
-    result: Tensor, x: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, tap_entries: Tensor,
-    tap_ends: Tensor, geometry: ConvGeometry,
-) -> Tensor:  # fmt: skip
-    """
-    Add the sparse update to a convolution's output; differentiable in `result`, `x` and `values`.
-
-    Args:
-        result (`torch.Tensor`): `[samples, rows, *size]`, the base layer's output, or one sample of it.
-        x (`torch.Tensor`): `[samples, channels, *input size]`, or one sample; saved for backward as it is.
-        values (`torch.Tensor`): `[rows, k]`, or `[entries]` with `offsets`.
-        indices (`torch.Tensor`): int32 in the shape of `values`: columns of the weight flattened to `[rows, fan_in]`.
-        offsets (`torch.Tensor`, *optional*): int32 `[rows + 1]` for a ragged support.
-        tap_entries, tap_ends (`torch.Tensor`): from [`entries_by_tap`].
-        geometry: of the convolution.
-    """
-    support = (values, indices, offsets, tap_entries, tap_ends, geometry.pack())
-    if result.dim() == len(geometry.kernel) + 1:
-        return _bypass_conv(result[None], x[None], *support).squeeze(0)
-    return _bypass_conv(result, x, *support)

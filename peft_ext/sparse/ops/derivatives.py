@@ -53,45 +53,6 @@ def save_inputs(ctx: Any, needed: Sequence[bool], inputs: Sequence[Any]) -> None
     save(ctx, *inputs)
 
 
-def register_update(product: Any, grad_input: Any, grad_values: Any) -> None:
-    """
-    Tell autograd how to differentiate the operators of a sparse update. `rest` is the same for all of them: indices,
-    offsets, transposed table, and what else they need.
-
-    Args:
-        product: `result + S(values) x` of `result`, `x`, `values` and `rest`.
-        grad_input: `S(values)^T grad` of `grad`, the size of an item of x, the dtype of x, `values` and `rest`.
-        grad_values: `grad^T x` at the support, of `grad`, `x` and `rest`.
-    """
-
-    def setup(ctx: Any, needed: Sequence[bool], inputs: Sequence[Any]) -> None:
-        _, x, values, *rest = inputs
-        save(ctx, x if needed[2] else None, x.shape[1:], x.dtype, values, *rest)
-
-    def backward(ctx: Any, needed: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, size, dtype, values, *rest = saved(ctx)
-        grad_x = call(grad_input, grad, size, dtype, values, *rest) if needed[1] else None
-        return grad, grad_x, of_values(needed[2], grad, x, values, rest), *(None,) * len(rest)
-
-    def backward_grad_input(ctx: Any, needed: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
-        outer, _, _, values, *rest = saved(ctx)
-        grad_outer = call(product, torch.zeros_like(outer), grad, values, *rest) if needed[0] else None
-        return grad_outer, None, None, of_values(needed[3], outer, grad, values, rest), *(None,) * len(rest)
-
-    def backward_grad_values(ctx: Any, needed: Sequence[bool], grad: Tensor) -> tuple[Tensor | None, ...]:
-        outer, x, *rest = saved(ctx)
-        grad_outer = call(product, torch.zeros_like(outer), x, grad, *rest) if needed[0] else None
-        grad_x = call(grad_input, outer, x.shape[1:], x.dtype, grad, *rest) if needed[1] else None
-        return grad_outer, grad_x, *(None,) * len(rest)
-
-    def of_values(needed: bool, grad: Tensor, x: Tensor, values: Tensor, rest: Sequence[Any]) -> Tensor | None:
-        return call(grad_values, grad, x, *rest).to(values.dtype) if needed else None
-
-    register_derivative(product, setup, backward)
-    register_derivative(grad_input, save_inputs, backward_grad_input)
-    register_derivative(grad_values, save_inputs, backward_grad_values)
-
-
 def is_transformed() -> bool:
     """Whether a transform of `torch.func` is at work; a compiler sees through them."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

@@ -14,16 +14,13 @@ from torch import Tensor
 from .base_products import product
 from .bypass import sparse_grad_values
 from .composed import ComposedPath
-from .conv import conv_grad_values
 from .folding import copy_of, flat_places, folded_in
 from .geometry import ConvGeometry
 
 
 def _grad_values(grad: Tensor, x: Tensor, *places: Any) -> Tensor:
     *support, geometry = places
-    if not geometry:
-        return sparse_grad_values(grad, x, *support, None)
-    return conv_grad_values(grad, x, *support, geometry)
+    return sparse_grad_values(grad, x, *support, None, geometry)
 
 
 # `(W + S(values)) x + b`, see `ComposedPath`; the weight is bit for bit the same afterwards.

@@ -39,10 +39,11 @@ class _AddInPlace(torch.autograd.Function):
         # has no memory of its own.
         if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
             if ctx.needs_input_grad[1]:
-                grad_x = sparse_grad_input(flat, ctx.x_shape[-1:], ctx.x_dtype, values, *support, None)
+                grad_x = sparse_grad_input(flat, ctx.x_shape[-1:], ctx.x_dtype, values, *support, None, [])
                 grad_x = grad_x.view(ctx.x_shape)
             if ctx.needs_input_grad[2]:
-                grad_values = sparse_grad_values(flat, x.reshape(-1, x.shape[-1]), *support, None).to(values.dtype)
+                grad_values = sparse_grad_values(flat, x.reshape(-1, x.shape[-1]), *support, None, [])
+                grad_values = grad_values.to(values.dtype)
             return grad, grad_x, grad_values, None, None, None, None
         kernels = gpu.kernels()
         rows = kernels.rows_of(indices, offsets)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from peft_ext.sparse.ops import ConvGeometry, bypass_conv, conv, dense, folded
+from peft_ext.sparse.ops import ConvGeometry, bypass, conv, dense, folded
 from peft_ext.sparse.ops.conv import entries_by_tap
 from peft_ext.sparse.ops.geometry import pad
 from peft_ext.sparse.ops.reference import sparse_product
@@ -41,7 +41,8 @@ def _tables(layer, support):
 
 
 def _bypass(layer, x, values, support):
-    return bypass_conv(layer(x), pad(layer, x), values, *_tables(layer, support))
+    *tables, geometry = _tables(layer, support)
+    return bypass(layer(x), pad(layer, x), values, *tables, geometry=geometry)
 
 
 def _composed(path):

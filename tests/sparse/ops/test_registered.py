@@ -12,34 +12,28 @@ from tests._models.layers import CONVS
 from .._inputs import SHAPES, make_inputs, random_support
 
 
-OF_BOTH = ("folded_product", "folded_grad_input", "dense_product", "dense_grad_input", "dense_grad_values")
-OPS = ("bypass_linear", "sparse_grad_input", "sparse_grad_values", *OF_BOTH)
-CONV_OPS = ("bypass_conv", "conv_grad_input", "conv_grad_values", *OF_BOTH)
-EXPERT_OPS = ("bypass_linear", "sparse_grad_values", "sparse_grad_input")  # with `ends`
+OF_UPDATES = ("bypass_product", "sparse_grad_input", "sparse_grad_values")
+OPS = (*OF_UPDATES, "folded_product", "folded_grad_input", "dense_product", "dense_grad_input", "dense_grad_values")
 
 
 def _arguments(op, shape, dtypes, layout):
     inputs = make_inputs(SHAPES[shape], *dtypes, layout)
     x, grad = (tensor.detach().flatten(0, -2) for tensor in (inputs.x, inputs.grad))
-    tables = (inputs.support.indices, inputs.support.offsets, *inputs.support.transposed())
-    if op in OF_BOTH:
-        return _of_both(op, x, inputs.weight, inputs.bias, inputs.values.detach(), grad, (*tables[:2], None, None, []))
-    return _of_update(op, grad, x, inputs.values.detach(), grad, (*tables, None))
+    support = (inputs.support.indices, inputs.support.offsets)
+    tables = inputs.support.transposed() if op in OF_UPDATES else (None, None)
+    return _of(op, x, inputs.weight, inputs.bias, inputs.values.detach(), grad, (*support, *tables), [])
 
 
-def _of_update(op, result, x, values, grad, tables):
+def _of(op, x, weight, bias, values, grad, tables, geometry, ends=None):
+    trained, size = values.clone().requires_grad_(), list(x.shape)
     return {
-        "product": (*(tensor.clone().requires_grad_() for tensor in (result, x, values)), *tables),
+        "bypass_product": (grad.clone().requires_grad_(), x.clone().requires_grad_(), trained, *tables, ends),
+        "sparse_grad_values": (grad, x, *tables, ends),
+        "sparse_grad_input": (grad, size[1:], x.dtype, values, *tables, ends),
+        "product": (x.clone().requires_grad_(), weight, bias, trained, *tables),
+        "grad_input": (grad, size, weight, values, *tables),
         "grad_values": (grad, x, *tables),
-        "grad_input": (grad, list(x.shape[1:]), x.dtype, values, *tables),
-    }[next((end for end in ("grad_values", "grad_input") if op.endswith(end)), "product")]
-
-
-def _of_both(op, x, weight, bias, values, grad, tables):
-    """Of the paths that compose the weight."""
-    if op.endswith("product"):
-        return x.clone().requires_grad_(), weight, bias, values.clone().requires_grad_(), *tables
-    return (grad, x, *tables) if op.endswith("values") else (grad, list(x.shape), weight, values, *tables)
+    }[op if op in OF_UPDATES else op.partition("_")[2]] + (geometry,)
 
 
 def _expert_arguments(op, dtype, entries):
@@ -48,23 +42,18 @@ def _expert_arguments(op, dtype, entries):
     x, grad = (torch.randn(7, size, generator=generator).to(dtype) for size in (8, 6))
     support = random_support(18, 8, entries, generator)
     values = torch.randn(support.indices.shape, generator=generator)
-    ends = torch.tensor([2, 2, 6], dtype=torch.int32)
-    return _of_update(op, grad, x, values, grad, (support.indices, support.offsets, *support.transposed(3), ends))
+    tables = (support.indices, support.offsets, *support.transposed(3))
+    return _of(op, x, None, None, values, grad, tables, [], torch.tensor([2, 2, 6], dtype=torch.int32))
 
 
 def _conv_arguments(op, case, dtype, entries):
     layer, x = CONVS[case].build(dtype), CONVS[case].draw(dtype).detach()
     rows, fan_in = layer.weight.shape[0], layer.weight[0].numel()
     support = random_support(rows, fan_in, entries, torch.Generator().manual_seed(0))
-    values = torch.randn(support.indices.shape)
-    geometry = ConvGeometry.of(layer)
-    taps = entries_by_tap(support.indices, geometry.taps)
-    tables = (support.indices, support.offsets, *taps, geometry.pack())
-    y = layer(x).detach()
-    grad = torch.randn_like(y)
-    if op in OF_BOTH:
-        return _of_both(op, x, layer.weight, layer.bias, values, grad, tables)
-    return _of_update(op, y, x, values, grad, tables)
+    geometry, values = ConvGeometry.of(layer), torch.randn(support.indices.shape)
+    tables = (support.indices, support.offsets, *entries_by_tap(support.indices, geometry.taps))
+    grad = torch.randn_like(layer(x))
+    return _of(op, x, layer.weight, layer.bias, values, grad, tables, geometry.pack())
 
 
 CASES = [
@@ -81,7 +70,7 @@ CASES = [
     ),
     *(
         (op, partial(_conv_arguments, op, case, dtype, entries))
-        for op in CONV_OPS
+        for op in OPS
         for case, dtype, entries in (
             ("2d stride", torch.float32, 2),
             ("1d same, even kernel", torch.float32, (0, 2, 1, 0, 4, 1)),
@@ -91,7 +80,7 @@ CASES = [
     ),
     *(
         (op, partial(_expert_arguments, op, dtype, entries))
-        for op in EXPERT_OPS
+        for op in OF_UPDATES
         for dtype, entries in ((torch.float32, 1), (torch.bfloat16, 2), (torch.float64, (0, 2, 1, 0, 4, 1) * 3))
     ),
 ]

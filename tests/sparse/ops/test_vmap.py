@@ -43,10 +43,10 @@ def test_any_dimension_may_be_the_batch(dim):
     inputs, xs, _ = _tasks("k2")
     support, values = inputs.support, inputs.values.detach()
     moved = xs.movedim(0, dim)
-    tables = (support.indices, None, *support.transposed(), None)
+    tables = (support.indices, None, *support.transposed())
     for product in (
         lambda x: bypass(inputs.grad, x, values, *tables),
-        lambda x: sparse_grad_values(inputs.grad, x, *tables),
+        lambda x: sparse_grad_values(inputs.grad, x, *tables, None, []),
     ):
         found = torch.func.vmap(product, dim)(moved)
         for task in range(TASKS):
@@ -58,7 +58,7 @@ def test_activations_that_share_values_are_one_product():
     values, arguments = inputs.values.detach(), (inputs.support.indices, None, *inputs.support.transposed())
 
     def product(grad):
-        return sparse_grad_input(grad, (9,), torch.float64, values, *arguments, None)
+        return sparse_grad_input(grad, (9,), torch.float64, values, *arguments, None, [])
 
     def bags(work):
         with torch.profiler.profile() as profiler:

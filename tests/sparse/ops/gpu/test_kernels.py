@@ -107,7 +107,7 @@ def test_parts_of_tokens_give_the_whole_and_the_same_bits_again(kernel, monkeypa
     monkeypatch.setattr(launch, "WORDS_AHEAD", ahead)
     case = Case.draw(Shape((tokens,), 9, 6, entries), BFLOAT, "contiguous")
     assert launch.splits_of(tokens, case.support.entries)[0] == -(-tokens // 16)
-    arguments = (case.grad, case.x.detach(), *case.support_tensors(), None)
+    arguments = (case.grad, case.x.detach(), *case.support_tensors(), None, [])
     first = sparse_grad_values(*arguments)
     assert_rounded_once(first, *case.expected()["gradient of values"], torch.float32)
     assert torch.equal(first, sparse_grad_values(*arguments))
@@ -125,8 +125,8 @@ def test_every_element_is_written(kernel, monkeypatch, entries):
         assert torch.empty(3).isnan().all()
         outputs = (
             bypass(result, x, values, *tables),
-            sparse_grad_values(case.grad, x, *tables, None),
-            sparse_grad_input(case.grad, (9,), torch.float32, values, *tables, None),
+            sparse_grad_values(case.grad, x, *tables, None, []),
+            sparse_grad_input(case.grad, (9,), torch.float32, values, *tables, None, []),
         )
     finally:
         torch.use_deterministic_algorithms(False)
@@ -154,7 +154,7 @@ def test_a_row_whose_gradient_is_not_finite_reaches_its_own_inputs_only(entries)
     case = Case.draw(Shape((5,), 9, 6, entries), FLOAT, "contiguous")
     case.grad[1, 3] = torch.nan
     values = case.values.detach()
-    out = sparse_grad_input(case.grad, (9,), torch.float32, values, *case.support_tensors(), None)
+    out = sparse_grad_input(case.grad, (9,), torch.float32, values, *case.support_tensors(), None, [])
     read = dense_update(values, case.support)[3].nonzero().flatten().tolist()
     assert 0 < len(read) < 9
     assert out.isnan().nonzero().tolist() == [[1, column] for column in read]
@@ -173,8 +173,8 @@ def test_addresses_pass_2_to_the_31(kernel, tmp_path):
     x, result, grad = (far_apart(n, t) for n, t in (("x", case.x), ("result", case.result), ("grad", case.grad)))
     tables, values, expected = case.support_tensors(), case.values.detach(), case.expected()
     results = {
-        "gradient of x": sparse_grad_input(grad, (9,), torch.bfloat16, values, *tables, None),
-        "gradient of values": sparse_grad_values(grad, x, *tables, None),
+        "gradient of x": sparse_grad_input(grad, (9,), torch.bfloat16, values, *tables, None, []),
+        "gradient of values": sparse_grad_values(grad, x, *tables, None, []),
         "output": launch.add(result, x, values, *tables[:2], out=result),
     }
     for name, found in results.items():
