@@ -92,23 +92,23 @@ def run(options: argparse.Namespace) -> int:
 def _compose(options: argparse.Namespace) -> None:
     from transformers import set_seed
 
+    from ..export.folder import filled_at_once
     from ..factory.compose import compose
 
-    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        raise ValueError(f"out={str(options.out)!r} is there already; pass a new or empty folder.")
     set_seed(options.seed)
-    composed = compose(
-        options.text_model,
-        options.vision_tower,
-        options.connector,
-        connector_config=options.connector_config,
-        feature_layer=options.feature_layer,
-        template=options.chat_template,
-        pad=options.pad,
-        dtype=options.dtype,
-    )
-    composed.model.save_pretrained(options.out)
-    composed.processor.save_pretrained(options.out)
+    with filled_at_once(options.out, "config.json") as folder:
+        composed = compose(
+            options.text_model,
+            options.vision_tower,
+            options.connector,
+            connector_config=options.connector_config,
+            feature_layer=options.feature_layer,
+            template=options.chat_template,
+            pad=options.pad,
+            dtype=options.dtype,
+        )
+        composed.model.save_pretrained(folder)
+        composed.processor.save_pretrained(folder)
     print(f"{options.out}: {type(composed.model).__name__}, {composed.model.config.image_seq_length} tokens an image")
 
 
