@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import string
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .read.lens import answer_tokens
 _OPTIONS = ("true_option", "false_option", "options", "question_without_options")
 _OBJECTS = ("objects", "question_without_objects")
 _PATCHES = ("related_patches", "other_patches")
+_PROMPT = '"USER: <image>\\n{question} ASSISTANT:"'
 
 
 def check_groups(names: Iterable[str]) -> None:
@@ -30,6 +32,7 @@ def check_groups(names: Iterable[str]) -> None:
             raise ValueError(f"pairs holds the group {name!r}; there are {', '.join(GROUPS)}.")
 
 
+@dataclass
 class Asker:
     """
     Asks a model questions about images, and finds what a sweep needs.
@@ -49,32 +52,24 @@ class Asker:
         `ValueError`: if there is no prompt to ask with, or no group of such a name.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        processor: Any,
-        groups: Sequence[str],
-        prompt: str | None = None,
-        suffix: str = "",
-        image_options: dict[str, Any] | None = None,
-        only_correct: bool = True,
-        max_new_tokens: int = 16,
-        answer_token: str | int = "first",
-    ) -> None:
-        if prompt is not None and "{question}" not in prompt:
-            raise ValueError(
-                f'prompt is {prompt!r}: must hold {{question}}, such as "USER: <image>\\n{{question}} ASSISTANT:".'
-            )
-        if prompt is None and not getattr(processor, "chat_template", None):
-            raise ValueError(
-                f"{type(processor).__name__} has no chat template; give a prompt, such as "
-                '"USER: <image>\\n{question} ASSISTANT:".'
-            )
-        check_groups(groups)
-        self.model, self.processor, self.groups = model, processor, set(groups)
-        self.prompt, self.suffix, self.image_options = prompt, suffix, image_options or {}
-        self.only_correct, self.max_new_tokens, self.answer_token = only_correct, max_new_tokens, answer_token
-        self.skipped: list[tuple[str, str]] = []
+    model: nn.Module
+    processor: Any
+    groups: Collection[str]
+    prompt: str | None = None
+    suffix: str = ""
+    image_options: Mapping[str, Any] = field(default_factory=dict)
+    only_correct: bool = True
+    max_new_tokens: int = 16
+    answer_token: str | int = "first"
+    skipped: list[tuple[str, str]] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        if self.prompt is not None and "{question}" not in self.prompt:
+            raise ValueError(f"prompt is {self.prompt!r}: must hold {{question}}, such as {_PROMPT}.")
+        if self.prompt is None and not getattr(self.processor, "chat_template", None):
+            kind = type(self.processor).__name__
+            raise ValueError(f"{kind} has no chat template; give a prompt, such as {_PROMPT}.")
+        check_groups(self.groups)
 
     def sample(self, question: Question) -> FlowSample | None:
         """The sample, or `None`, with the reason in `skipped`, whatever is wrong with the question or its image."""
@@ -140,16 +135,17 @@ class Asker:
 
     def find(self, question: Question, inputs: dict[str, Any], image: Any) -> dict[str, Tensor]:
         """The token groups of a question. Raises `ValueError` if one that is needed cannot be found."""
+        needed = set(self.groups)
         spans: dict[str, Any] = {"question": question.text}
-        if self.groups & set(_OPTIONS):
+        if needed & set(_OPTIONS):
             if not (question.true_option and question.false_option):
                 raise ValueError("the question has no options")
             spans |= {"true_option": question.true_option, "false_option": question.false_option}
-        if self.groups & set(_OBJECTS):
+        if needed & set(_OBJECTS):
             if not question.objects:
                 raise ValueError("the question names no objects")
             spans["objects"] = question.objects
-        boxes = question.boxes if self.groups & set(_PATCHES) else None
+        boxes = question.boxes if needed & set(_PATCHES) else None
         if boxes is not None and not boxes:
             raise ValueError("the question has no boxes")
         if boxes and question.size not in (None, image.size):
@@ -157,7 +153,7 @@ class Asker:
         groups = find_token_groups(
             self.processor, inputs, image=image, spans=spans, boxes=boxes, image_options=self.image_options
         )
-        lacking = self.groups - set(groups)
+        lacking = needed - set(groups)
         if lacking:
             raise ValueError(
                 f"no token is in the group(s) {', '.join(sorted(lacking))}; there are {', '.join(groups)}"

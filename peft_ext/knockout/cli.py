@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
         groups,
         prompt=options.prompt,
         suffix=options.suffix,
-        image_options={"do_pad": True} if options.pad else None,
+        image_options={"do_pad": True} if options.pad else {},
         only_correct=not options.all_answers,
         max_new_tokens=options.max_new_tokens,
         answer_token=which,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -108,6 +108,7 @@ def layer_sweep(
         file = RecordFile(output, settings, expected, process.process_index, process.num_processes)
     seen: set[str] = set()
     found: list[Record] = list(file.kept) if file else []
+    done = file.done if file else set()
     chosen = [samples] if isinstance(samples, FlowSample) else samples
     total = len(chosen) if isinstance(chosen, Sized) else None
     try:
@@ -117,7 +118,7 @@ def layer_sweep(
                 if number % process.num_processes != process.process_index:
                     continue
                 if isinstance(sample, LazySample):
-                    if file and sample.name in file.done:
+                    if sample.name in done:
                         continue
                     made = sample.make()
                     if made is None:
@@ -128,11 +129,10 @@ def layer_sweep(
                 if twice := seen.intersection(prompt.names):
                     raise ValueError(f"samples[{number}] has the name {twice.pop()!r}, as an earlier one: rename it.")
                 seen.update(prompt.names)
-                if file and set(prompt.names) <= file.done:
+                if set(prompt.names) <= done:
                     continue
-                records = sweep.run(prompt, sample)
-                if file:  # of a batch some rows may be done
-                    records = [record for record in records if record["sample"] not in file.done]
+                # of a batch some rows may be done
+                records = [record for record in sweep.run(prompt, sample) if record["sample"] not in done]
                 found += records
                 if file:
                     file.add(records)
@@ -163,6 +163,7 @@ def device_of(model: nn.Module) -> torch.device:
     return next(parameter.device for parameter in model.parameters())
 
 
+@dataclass
 class Sweep:
     """
     The state of one sweep: which engine is trusted by now.
@@ -171,29 +172,25 @@ class Sweep:
         `ValueError`: for an unknown engine, a model in training mode, or a layer without edges in a window.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        architecture: Architecture,
-        pairs: list[Pair],
-        layer_windows: list[Window],
-        settings: dict[str, Any],
-        engine: str,
-        self_check: bool,
-    ) -> None:
-        if engine != "auto" and engine not in ENGINES:
-            raise ValueError(f"engine is {engine!r}: must be auto, {', '.join(ENGINES)}.")
-        for index in range(min(window.start for window in layer_windows), max(window.end for window in layer_windows)):
-            architecture.attention(index)
-        if model.training:
+    model: nn.Module
+    architecture: Architecture
+    pairs: list[Pair]
+    layer_windows: list[Window]
+    settings: dict[str, Any]
+    given: str  # the engine that was asked for
+    unchecked: bool  # whether a fast engine is still to be compared with the full one
+
+    def __post_init__(self) -> None:
+        if self.given != "auto" and self.given not in ENGINES:
+            raise ValueError(f"engine is {self.given!r}: must be auto, {', '.join(ENGINES)}.")
+        windows = self.layer_windows
+        for index in range(min(window.start for window in windows), max(window.end for window in windows)):
+            self.architecture.attention(index)
+        if self.model.training:
             raise ValueError("model is in training mode, where dropout changes every pass: call model.eval() first.")
-        self.model, self.architecture, self.pairs = model, architecture, pairs
-        self.layer_windows = layer_windows
-        self.settings = settings
-        self.given = engine
-        self.engine = "packed" if engine == "auto" else engine
-        self.unchecked = self_check and self.engine != "full"
-        dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+        self.engine = "packed" if self.given == "auto" else self.given
+        self.unchecked = self.unchecked and self.engine != "full"
+        dtype = next(parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point())
         self.tolerance = TOLERANCE.get(dtype, 1e-1)
 
     def run(self, prompt: Prompt, sample: FlowSample) -> list[Record]:
