@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from ..prompts.images import open_image
 from ..prompts.patches import patch_places
 from ..prompts.samples import FlowSample, prepare
 from ..sweep.patch_effects import patch_effects
+from ..sweep.records import Record
 from ..sweep.sweep import device_of
 from .pictures import shrunk
 from .readouts import Lens, last_attention, top_words
@@ -167,18 +169,16 @@ def sample_view(
     view.attention, view.lmar = last_attention(model, prompt, bool(view.patches))
     if view.patches:
         _place(view, processor, dict(image_options or {}))
-    options = {
-        "window": window,
-        "mode": mode,
-        "answer_token": answer_token,
-        "processor": processor,
-        "self_check": self_check,
-    }
+    measure = partial(
+        patch_effects, model, sample, window=window, mode=mode, answer_token=answer_token, self_check=self_check
+    )
     for target in targets:
         if view.patches:
-            view.effects.append(_effects(model, sample, target, "patches", {**options, "block": block}, view))
+            grid = _grid(view) if block > 1 else None
+            view.effects.append(_effects("patch", target, measure(target, block=block, grid=grid)))
         if words and "question" in sample.groups:
-            view.effects.append(_effects(model, sample, target, "words", options, view))
+            found = measure(target, sources="words", processor=processor)
+            view.effects.append(_effects("word", target, found))
     return view
 
 
@@ -210,19 +210,14 @@ def _place(view: SampleView, processor: Any, options: dict[str, Any]) -> None:
     view.places = [None if math.isnan(own[at][0]) else own[at] for at in view.patches]
 
 
-def _effects(
-    model: nn.Module, sample: FlowSample, target: str, sources: str, options: dict[str, Any], view: SampleView
-) -> Effects:
-    if sources == "patches" and options["block"] > 1:
-        options = {**options, "grid": _grid(view)}
-    records = patch_effects(model, sample, target, sources=sources, **options)
+def _effects(kind: str, target: str, records: Sequence[Record]) -> Effects:
     layers = [layer for layer in dict.fromkeys(record["layer"] for record in records) if layer is not None]
     units: dict[int, list[int]] = {record["unit"]: record["positions"] for record in records}
     change = np.zeros((len(units), max(len(layers), 1)), dtype=np.float32)
     at = {layer: column for column, layer in enumerate(layers)}
     for record in records:
         change[record["unit"], at.get(record["layer"], 0)] = record["change_percent"]
-    return Effects("patch" if sources == "patches" else "word", target, layers, list(units.values()), change)
+    return Effects(kind, target, layers, list(units.values()), change)
 
 
 def _grid(view: SampleView) -> tuple[int, int] | None:

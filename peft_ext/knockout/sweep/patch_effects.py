@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ def patch_effects(
     if name in units:
         raise ValueError(f"sources holds {name!r}, which is the target's name: give it another one.")
     masks = {unit: unit_mask for unit, (unit_mask, _) in units.items()}
-    named = FlowSample(sample.inputs, {**masks, name: mask}, sample.answer_ids, sample.names, sample.info)
+    named = replace(sample, groups={**masks, name: mask})
     pairs = [(unit, name) for unit in units]
     settings = {"window": window, "mode": mode, "answer_token": answer_token}
     sweep = Sweep(model, architecture, pairs, layer_windows, settings, engine, self_check)
@@ -217,12 +218,8 @@ def words_of(processor: Any, sample: FlowSample, config: Any) -> list[tuple[str,
                 joined = True
     if not words:
         raise ValueError("inputs: there is no word after the image; give groups with the question in them.")
-    found = []
-    for text, own in words:
-        mask = torch.zeros_like(tokens, dtype=torch.bool)
-        mask[0, own] = True
-        found.append((text, mask))
-    return found
+    at = torch.arange(tokens.shape[1], device=tokens.device)
+    return [(text, torch.isin(at, torch.tensor(own, device=at.device))[None]) for text, own in words]
 
 
 # From here on scripts are written without spaces, but for Korean, whose words are then its tokens too.
