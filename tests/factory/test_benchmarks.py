@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from _shapes.parts import SHAPES, write_questions
 from PIL import Image
 
 from peft_ext.cli import main
@@ -135,8 +136,6 @@ def test_other_layouts_are_refused(task, content, message, tmp_path):
 
 
 def test_answers_in_batches_equal_answers_alone(composed_shapes, tmp_path):
-    from _shapes.parts import SHAPES, write_questions
-
     write_questions(tmp_path / "q.json", 7, 3)
     composed = load_adapted(str(composed_shapes / "composed"))
     whole = load_adapted(str(SHAPES))

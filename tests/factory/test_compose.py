@@ -3,9 +3,21 @@
 import pytest
 import torch
 from _factory.check import check, compose, rows
+from _factory.parts import images, text_model, tokenizer, tower
+from _shapes.parts import SHAPES
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration, MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoModelForImageTextToText,
+    BartConfig,
+    BartForCausalLM,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    LlavaForConditionalGeneration,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from peft_ext.cli import main
 from peft_ext.factory import LlavaFactoryForConditionalGeneration, load
@@ -34,8 +46,6 @@ def test_a_combination_trains_saves_and_loads_bit_for_bit(text, vision, connecto
 
 
 def test_the_command_composes_parts_with_their_weights(composed_shapes):
-    from _shapes.parts import SHAPES
-
     whole = AutoModelForImageTextToText.from_pretrained(SHAPES)
     composed = load(str(composed_shapes / "composed"))
     assert type(composed.model) is LlavaForConditionalGeneration
@@ -47,8 +57,6 @@ def test_the_command_composes_parts_with_their_weights(composed_shapes):
 
 
 def test_the_vision_part_is_taken_of_a_pair(composed_shapes, tmp_path):
-    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig
-
     tower = AutoModelForImageTextToText.from_pretrained(composed_shapes / "composed").model.vision_tower
     text = CLIPTextConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
     pair = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=tower.config.to_dict(), projection_dim=64))
@@ -77,8 +85,6 @@ def test_pixel_shuffle_puts_neighbours_together():
 
 
 def test_an_image_token_is_added_as_the_mean_of_all_rows():
-    from _factory.parts import text_model
-
     before = text_model("Llama").get_input_embeddings().weight
     composed = compose("Llama", "CLIP", "mlp2x_gelu")
     after, row = composed.model.get_input_embeddings().weight, composed.model.config.image_token_id
@@ -105,8 +111,6 @@ def test_images_are_padded_to_squares(composed_shapes):
 
 
 def test_a_template_begins_as_the_tokenizer_does():
-    from _factory.parts import tokenizer
-
     words = tokenizer()
     assert "bos_token" not in chat_template("vicuna", words)
     words._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -128,16 +132,11 @@ def test_lmar_and_steering_of_an_own_format():
 
 
 def parts(**changed):
-    from _factory.parts import images, text_model, tokenizer, tower
-
     made = {"text": text_model("Llama"), "tokenizer": tokenizer(), "tower": tower("CLIP"), "images": images()}
     return made | changed
 
 
 def test_what_does_not_fit_is_refused_with_the_reason():
-    from _factory.parts import tower
-    from transformers import BartConfig, BartForCausalLM
-
     for options, message in (
         ({"connector": "mlp3x"}, "connector='mlp3x' is not known; use one of identity"),
         ({"connector": "linear", "connector_config": {"queries": 3}}, "no option 'queries'; it has none"),
@@ -165,8 +164,6 @@ def test_an_identity_needs_one_width():
 
 def test_a_language_model_that_llava_would_change_is_refused(monkeypatch):
     """Gemma 2's soft cap, if it were forgotten."""
-    from _factory.parts import text_model
-
     monkeypatch.setattr(Head, "forward", torch.nn.Linear.forward)
     text = text_model("Gemma 2")
     text.config.final_logit_softcapping = 0.1

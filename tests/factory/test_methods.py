@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from _factory.check import compose
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, PhiConfig
 
 from peft_ext.cli import main
@@ -100,8 +101,6 @@ def test_an_adapter_of_any_type_in_both_parts(composed_shapes):
 
 
 def test_of_a_linear_connector_the_identity_stays():
-    from _factory.check import compose
-
     composed = compose("Llama", "CLIP", "linear")
     model = prepare(composed.model, "frozen", "full", "lora-2")
     trained = [name for name, p in model.named_parameters() if p.requires_grad and "projector" in name]
@@ -128,8 +127,6 @@ def test_layers_that_a_method_needs_are_named(composed_shapes):
     model = load(str(composed_shapes / "composed")).model
     with pytest.raises(ValueError, match="bitfit trains biases, and the language_model"):
         prepare(model, "frozen", "frozen", "bitfit")
-    from _factory.check import compose
-
     with pytest.raises(ValueError, match="no linear layers called down_proj or fc2 .*c_attn"):
         prepare(compose("GPT-2", "CLIP", "linear").model, "frozen", "frozen", "ia3")
     with pytest.raises(ValueError, match="is no Llava"):

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 import yaml
-from _shapes.parts import write_questions
+from _shapes.parts import SHAPES, write_questions
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -142,8 +142,6 @@ def test_a_stage_with_another_template_leaves_the_models_own(settings, composed_
 
 
 def test_a_model_without_a_template_is_refused(settings):
-    from _shapes.parts import SHAPES
-
     with pytest.raises(ValueError, match="has no chat template; name one"):
         train(settings(model=str(SHAPES)))
 

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 import torch
 
+from peft_ext.knockout import AttentionKnockout, ModuleKnockout
+
 
 def logits(model, batch):
     with torch.no_grad():
@@ -18,6 +20,13 @@ def generated(model, batch, **options):
         do_sample=False, **options,
     )  # fmt: skip
     return torch.stack(made.logits), made.sequences
+
+
+def knockout(model, groups, kind):
+    """Of layers 1 and 2: `"attention"` from the image to the question, or the question's `"mlp"`."""
+    if kind == "attention":
+        return AttentionKnockout(model, [1, 2], [(groups["image"], groups["question"])])
+    return ModuleKnockout(model, [1, 2], groups["question"], kind)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import transformers as hf
 from peft_ext.knockout import AttentionKnockout, FlowSample, ModuleKnockout, answer_probability_by_layer
 from tests._models.vision_language import LAYERS, WIDTH, grouped
 
-from ._runs import generated, logits
+from ._runs import generated, knockout, logits
 from ._sweeps import assert_same
 
 
@@ -105,15 +105,12 @@ def test_compiled_models_are_refused(compiled):
         AttentionKnockout(compiled(build("Llama", **_LLAMA)), [1], [(groups["image"], groups["question"])])
 
 
-@pytest.mark.parametrize("kind", ["attention", "module"])
+@pytest.mark.parametrize("kind", ["attention", "mlp"])
 def test_a_context_that_reaches_no_layer_warns(kind):
     model = build("Llama", **_LLAMA)
     batch, groups = grouped("llama")
-    if kind == "attention":
-        knockout = AttentionKnockout(model, [1], [(groups["image"], groups["question"])])
-    else:
-        knockout = ModuleKnockout(model, [1], groups["question"])
-    with pytest.warns(UserWarning, match="ended without a call to its layers"), knockout:
+    own = knockout(model, groups, kind)
+    with pytest.warns(UserWarning, match="ended without a call to its layers"), own:
         pass
-    with knockout:
+    with own:
         logits(model, batch)

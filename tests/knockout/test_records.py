@@ -5,7 +5,7 @@ import os
 import pytest
 
 from peft_ext.knockout import FlowSample, LazySample, layer_sweep, read_records
-from peft_ext.knockout.sweep import sweep as sweep_module
+from peft_ext.knockout.sweep.sweep import Sweep
 from tests._models.vision_language import LAYERS, build, grouped, row
 from tests._processes import launch
 
@@ -42,21 +42,13 @@ def test_an_interrupted_sweep_continues(tmp_path, monkeypatch, cut):
     lines = path.read_text().splitlines(keepends=True)
     kept = {"line": "".join(lines[:10])[:-30], "record": "".join(lines[:10]), "sample": "".join(lines[:6])}[cut]
     path.write_text(kept)
-    ran = []
-    monkeypatch.setattr(sweep_module.Sweep, "run", _counting(sweep_module.Sweep.run, ran))
+    ran, run = [], Sweep.run
+    monkeypatch.setattr(Sweep, "run", lambda own, prompt, sample: ran.extend(prompt.names) or run(own, prompt, sample))
     records = layer_sweep(model, samples(), PAIRS, output=path, **OPTIONS)
     assert ran == ["s1", "s2"]
     assert records == whole == read_records(path)
     layer_sweep(model, samples(), PAIRS, output=path, **OPTIONS)
     assert ran == ["s1", "s2"]
-
-
-def _counting(run, ran):
-    def counted(self, prompt, sample):
-        ran.extend(prompt.names)
-        return run(self, prompt, sample)
-
-    return counted
 
 
 def test_an_exception_keeps_what_was_done(tmp_path):

@@ -6,19 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from peft_ext.knockout import AttentionKnockout, FlowSample, ModuleKnockout, layer_sweep, residual_stream
+from peft_ext.knockout import FlowSample, layer_sweep, residual_stream
 from tests._models.vision_language import build, grouped, prepared
+
+from ._runs import knockout
 
 
 def in_another_thread(work):
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(work).result()
-
-
-def knockout(model, groups, kind):
-    if kind == "attention":
-        return AttentionKnockout(model, [1, 2], [(groups["image"], groups["question"])])
-    return ModuleKnockout(model, [1, 2], groups["question"], kind)
 
 
 @pytest.mark.parametrize("kind", ["attention", "mlp"])
