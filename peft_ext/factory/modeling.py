@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 
+from ..knockout.model.architecture import scaled_logits
 from .connectors import OWN
 
 
@@ -44,19 +45,14 @@ class LlavaFactoryConfig(LlavaConfig):
 class Head(nn.Linear):
     """A language model's head: bias, factor and soft cap of the logits as the text configuration says."""
 
+    scales_logits = True  # for knockouts, which scale the logits of transformers' models themselves
+
     def __init__(self, text_config: Any, bias: bool) -> None:
         super().__init__(text_config.hidden_size, text_config.vocab_size, bias=bias)
-        self.factor: float | None = getattr(text_config, "logit_scale", None)
-        self.divisor: float | None = getattr(text_config, "logits_scaling", None)
-        self.cap: float | None = getattr(text_config, "final_logit_softcapping", None)
+        self.text_config = text_config
 
     def forward(self, hidden: Tensor) -> Tensor:
-        logits = super().forward(hidden)
-        if self.factor is not None:
-            logits = logits * self.factor
-        if self.divisor is not None:
-            logits = logits / self.divisor
-        return logits if self.cap is None else (logits / self.cap).tanh() * self.cap
+        return scaled_logits(super().forward(hidden), self.text_config)
 
 
 class LlavaFactoryModel(LlavaModel):

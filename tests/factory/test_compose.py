@@ -28,6 +28,7 @@ from peft_ext.factory.evaluate import measure_lmar, prompts
 from peft_ext.factory.modeling import Head
 from peft_ext.factory.parts import adapt
 from peft_ext.factory.templates import chat_template
+from peft_ext.knockout import answer_probability_by_layer
 
 
 SAMPLE = [
@@ -129,6 +130,14 @@ def test_lmar_and_steering_of_an_own_format():
     assert measure_lmar(composed, samples, 1).ratio.shape == (2,)
     with pytest.raises(ValueError, match="a resampler has a norm"):
         adapt(compose("Llama", "CLIP", "resampler").model, "connector-2")
+
+
+def test_a_lens_scales_the_logits_of_an_own_format_once():
+    model, ids = compose("Granite", "CLIP", "qformer").model, torch.arange(3, 11)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits[0, -1].softmax(-1)[7]
+    (*_, last) = answer_probability_by_layer(model, {"input_ids": ids}, {"a": 7})
+    assert last["probability"] == pytest.approx(float(expected), rel=1e-4)
 
 
 def parts(**changed):

@@ -71,10 +71,8 @@ class Architecture:
         weight = next(self.norm.parameters(), hidden)
         states = self.norm(hidden.to(weight.device)) if norm else hidden
         scores: Tensor = head(states.to(next(head.parameters()).device)).float()
-        scores = scores * getattr(self.text_config, "logit_scale", 1.0)  # Cohere
-        scores = scores / getattr(self.text_config, "logits_scaling", 1.0)  # Granite
-        cap = getattr(self.text_config, "final_logit_softcapping", None)  # Gemma
-        return scores if cap is None else cap * torch.tanh(scores / cap)
+        base = head.get_base_layer() if hasattr(head, "get_base_layer") else head
+        return scores if getattr(base, "scales_logits", False) else scaled_logits(scores, self.text_config)
 
     def attention(self, index: int) -> nn.Module:
         """The self-attention of a layer. Raises `ValueError` naming what the layer has instead."""
@@ -109,6 +107,14 @@ class Architecture:
         if not numbers:
             raise ValueError("layers is empty: name at least one layer, such as range(0, 9).")
         return sorted(numbers)
+
+
+def scaled_logits(scores: Tensor, text_config: Any) -> Tensor:
+    """Products with the head as the model's logits: scaled and capped as the configuration says."""
+    scores = scores * (getattr(text_config, "logit_scale", None) or 1.0)  # Cohere
+    scores = scores / (getattr(text_config, "logits_scaling", None) or 1.0)  # Granite
+    cap = getattr(text_config, "final_logit_softcapping", None)  # Gemma
+    return scores if cap is None else cap * torch.tanh(scores / cap)
 
 
 def inspect_model(model: nn.Module) -> Architecture:
