@@ -56,6 +56,15 @@ def logits(model, inputs, **kwargs):
         return model(**inputs, **kwargs).logits
 
 
+def adapter_bits(model, adapter_name="default"):
+    """A copy of every tensor of an adapter."""
+    return {
+        f"{name.removeprefix('base_model.model.')}.{key}": tensor.clone()
+        for name, layer in layers_of(model).items()
+        for key, tensor in adapters_of(layer)[adapter_name].state_dict().items()
+    }
+
+
 def base_bits(model):
     """A copy of every tensor of the base model, without heads that are trained whole."""
     marks = ("_delta.", ".mores_steering.", ".modules_to_save.")

@@ -18,7 +18,7 @@ import peft_ext.sparse.choose.planning
 import peft_ext.sparse.selection.plan
 from peft_ext import hotswap_adapter
 from peft_ext.sparse.support import Support
-from tests.contract._common import METHODS, adapted, assert_equal_bits, fill, layers_of
+from tests.contract._common import METHODS, adapted, adapter_bits, assert_equal_bits, fill, layers_of
 
 
 OPTIONS = {
@@ -43,14 +43,6 @@ def choosing_fails(monkeypatch):
             monkeypatch.setattr(peft_ext.sparse.selection.plan, name, refuse)
 
     return start
-
-
-def bits(model, adapter_name="default"):
-    tensors = {}
-    for name, layer in layers_of(model).items():
-        for key, tensor in layer.deltas[adapter_name].state_dict().items():
-            tensors[f"{name.removeprefix('base_model.model.')}.{key}"] = tensor.detach().clone()
-    return tensors
 
 
 def _injected(base, folder, low_cpu_mem_usage):
@@ -86,23 +78,23 @@ def test_every_way_in(tiny, tmp_path, choosing_fails, way, low_cpu_mem_usage, me
     model = adapted(tiny("llama"), method, task_type="CAUSAL_LM", **options)
     model.save_pretrained(tmp_path)
     choosing_fails()
-    assert_equal_bits(bits(way(tiny("llama"), tmp_path, low_cpu_mem_usage)), bits(model))
+    assert_equal_bits(adapter_bits(way(tiny("llama"), tmp_path, low_cpu_mem_usage)), adapter_bits(model))
 
 
 @EVERY
 def test_second_adapter_swap_and_resume(tiny, tmp_path, choosing_fails, method, options):
     model = adapted(tiny("llama"), method, task_type="CAUSAL_LM", **options)
     model.save_pretrained(tmp_path / "first")
-    expected = bits(model)
+    expected = adapter_bits(model)
     fill(model, seed=9).save_pretrained(tmp_path / "other")
     choosing_fails()
     model.load_adapter(tmp_path / "first", "second")
-    assert_equal_bits(bits(model, "second"), expected)
+    assert_equal_bits(adapter_bits(model, "second"), expected)
     hotswap_adapter(model, str(tmp_path / "other"), "second")
-    assert_equal_bits(bits(model, "second"), bits(model))
+    assert_equal_bits(adapter_bits(model, "second"), adapter_bits(model))
     arguments = TrainingArguments(str(tmp_path / "run"), report_to=[], use_cpu=True)
     Trainer(model, arguments)._load_from_checkpoint(str(tmp_path / "first"))
-    assert_equal_bits(bits(model), expected)
+    assert_equal_bits(adapter_bits(model), expected)
 
 
 @pytest.mark.parametrize("method", ["neuroada", "gps over the network"])
@@ -113,14 +105,14 @@ def test_call_of_transformers_that_began_before_we_were_imported(tiny, tmp_path,
     choosing_fails()
     base = tiny("llama")
     type(base).load_adapter.__wrapped__(base, str(tmp_path))
-    assert_equal_bits(bits(base), bits(model))
+    assert_equal_bits(adapter_bits(base), adapter_bits(model))
 
 
 def test_folder_of_an_adapter_in_transformers(tiny, tmp_path, choosing_fails):
     model = adapted(tiny("llama"), "neuroada", task_type="CAUSAL_LM")
     model.save_pretrained(tmp_path)
     choosing_fails()
-    assert_equal_bits(bits(AutoModelForCausalLM.from_pretrained(tmp_path)), bits(model))
+    assert_equal_bits(adapter_bits(AutoModelForCausalLM.from_pretrained(tmp_path)), adapter_bits(model))
 
 
 @pytest.mark.parametrize("method", ["neuroada", "gps over the network"])
@@ -131,7 +123,7 @@ def test_saved_config_is_a_recipe_for_a_new_adapter(tiny, tmp_path, method):
         get_peft_model(_mirrored(tiny("llama")), config)
         for config in (PeftConfig.from_pretrained(tmp_path), METHODS[method]())
     )
-    assert_equal_bits(bits(again), bits(fresh))
+    assert_equal_bits(adapter_bits(again), adapter_bits(fresh))
 
 
 def _mirrored(base):
@@ -146,8 +138,8 @@ def test_state_dict_brings_the_entries_of_a_new_adapter(tiny, choosing_fails):
     choosing_fails()
     config = METHODS["neuroada"](selection="random_network")
     injected = inject_adapter_in_model(config, tiny("llama"), state_dict=_state(model))
-    expected = bits(model)
-    for name, tensor in bits(injected).items():
+    expected = adapter_bits(model)
+    for name, tensor in adapter_bits(injected).items():
         wanted = torch.zeros_like(tensor) if name.endswith(".weight") else expected[name]
         assert torch.equal(tensor, wanted), name
     sizes = injected.peft_config["default"].support_sizes

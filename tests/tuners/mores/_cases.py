@@ -9,7 +9,8 @@ from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
 from peft_ext import MoReSConfig
 from tests._models.vision_language import IMAGE, PAD, build, inputs, text_config
-from tests.tuners.mores._common import ends, fill
+from tests.contract._common import fill
+from tests.tuners.mores._common import ends
 
 
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "output_logits": True}

@@ -6,48 +6,20 @@ import torch
 from peft import get_peft_model
 
 from peft_ext import MoReSConfig
-from peft_ext.tuners.mores import MoReSLayer
 from tests._models.vision_language import IMAGE, build
-
-
-def logits(model, batch, **kwargs):
-    with torch.no_grad():
-        return model(**batch, **kwargs).logits
+from tests.contract import _common as contract
 
 
 def layers_of(model):
     """The steered places by name of the steered module."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, MoReSLayer):
-            found[name.removeprefix("base_model.model.").rpartition(".")[0]] = module
-    return found
-
-
-def fill(model, adapter_name="default", seed=1, scale=0.3):
-    """Give an adapter values as training would, also its directions."""
-    generator = torch.Generator().manual_seed(seed)
-    for layer in layers_of(model).values():
-        if adapter_name in layer.mores_steering:
-            for parameter in layer.mores_steering[adapter_name].parameters():
-                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-                parameter.data.copy_(parameter.data + scale * noise if parameter.dim() == 1 else noise * scale)
-    return model
+    places = contract.layers_of(model).items()
+    return {name.removeprefix("base_model.model.").removesuffix(".steering"): layer for name, layer in places}
 
 
 def adapted(family="llava", seed=1, dtype=torch.float32, **options):
     """A tiny model with one adapter in it, with values, in eval mode."""
     options = {"rank": 2, "token_ratio": 0.25, **options}
-    return fill(get_peft_model(build(family, dtype=dtype), MoReSConfig(**options)).eval(), seed=seed)
-
-
-def bits(model, adapter_name="default"):
-    """A copy of every tensor of an adapter."""
-    return {
-        f"{name}.{key}": tensor.clone()
-        for name, layer in layers_of(model).items()
-        for key, tensor in layer.mores_steering[adapter_name].state_dict().items()
-    }
+    return contract.fill(get_peft_model(build(family, dtype=dtype), MoReSConfig(**options)).eval(), seed=seed)
 
 
 def assert_orthonormal(model):
@@ -123,3 +95,25 @@ def ends(ids, ratio):
             for token in visual[: count // 2] + visual[len(visual) - (count - count // 2) :]:
                 chosen[row, token] = True
     return chosen
+
+
+def changed_tokens(model, call):
+    """Where the first layer changed its output during a call: a list of bool `[batch, tokens]`, one per step."""
+    seen = []
+
+    def states(output):
+        return output[0] if isinstance(output, tuple) else output
+
+    layer = model.get_base_model().get_decoder().layers[0]
+    # The first hook sees the layer's own output, the last what is passed on.
+    first = layer.register_forward_hook(lambda m, a, out: seen.append([states(out)]), prepend=True)
+    last = layer.register_forward_hook(lambda m, a, out: seen[-1].append(states(out)))
+    with torch.no_grad():
+        call()
+    first.remove()
+    last.remove()
+    return [(before != after).any(dim=-1) for before, after in seen]
+
+
+def changed(model, batch, **kwargs):
+    return changed_tokens(model, lambda: model(**batch, **kwargs))[0]

@@ -6,8 +6,8 @@ from peft import LoraConfig, PeftModel, inject_adapter_in_model
 
 from peft_ext import MoReSConfig, hotswap_adapter
 from tests._models.vision_language import build, inputs
-from tests.contract._common import assert_equal_bits
-from tests.tuners.mores._common import adapted, bits, ends, fill, layers_of, logits, steered_base, values_of
+from tests.contract._common import adapter_bits, assert_equal_bits, fill, logits
+from tests.tuners.mores._common import adapted, ends, layers_of, steered_base, values_of
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_saved_and_loaded_bit_for_bit(options, low_cpu_mem_usage, batch, tmp_pat
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(build(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert torch.equal(logits(again, batch), expected)
-    assert_equal_bits(bits(again), bits(model))
+    assert_equal_bits(adapter_bits(again), adapter_bits(model))
     again.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "adapter_config.json").read_text() == (tmp_path / "adapter_config.json").read_text()
 
@@ -60,7 +60,7 @@ def test_a_bf16_base_keeps_fp32_values(batch, tmp_path):
     model.save_pretrained(tmp_path)
     for low in (False, True):
         again = PeftModel.from_pretrained(build(dtype=torch.bfloat16), tmp_path, low_cpu_mem_usage=low)
-        assert_equal_bits(bits(again), bits(model))
+        assert_equal_bits(adapter_bits(again), adapter_bits(model))
 
 
 def test_lora_on_the_same_base(batch):

@@ -13,8 +13,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 from tests._models.vision_language import build, inputs
-from tests.contract._common import assert_equal_bits
-from tests.tuners.mores._common import adapted, bits, logits
+from tests.contract._common import adapter_bits, assert_equal_bits, logits
+from tests.tuners.mores._common import adapted
 
 
 EVERY_KIND = pytest.mark.parametrize("kind", list(CheckpointImpl), ids=lambda kind: kind.name)
@@ -66,7 +66,7 @@ def test_the_adapter_is_saved_from_behind_the_wrapper(kind, tmp_path):
     model = adapted()
     _wrap(model.get_base_model(), kind)
     model.save_pretrained(tmp_path)
-    assert_equal_bits(bits(PeftModel.from_pretrained(build(), tmp_path)), bits(adapted()))
+    assert_equal_bits(adapter_bits(PeftModel.from_pretrained(build(), tmp_path)), adapter_bits(adapted()))
 
 
 def test_adapters_behind_a_wrapper_are_disabled_and_unloaded():
@@ -75,7 +75,7 @@ def test_adapters_behind_a_wrapper_are_disabled_and_unloaded():
     _wrap(model.get_base_model(), CheckpointImpl.NO_REENTRANT)
     steered = logits(adapted(), batch)
     assert torch.equal(logits(model, batch), steered)
-    assert bits(model).keys() and not torch.equal(steered, logits(base, batch))
+    assert adapter_bits(model).keys() and not torch.equal(steered, logits(base, batch))
     with model.disable_adapter():
         assert torch.equal(logits(model, batch), logits(base, batch))
     bare = model.unload()

@@ -9,8 +9,8 @@ from transformers import DynamicCache
 
 from peft_ext import MoReSConfig, unfinished_prompt, visual_tokens
 from tests._models.vision_language import IMAGE, build, inputs
+from tests.contract._common import fill, logits
 from tests.tuners.mores._cases import CLOSE, adapted, batch_of, caches, text_model
-from tests.tuners.mores._common import fill, logits
 
 
 def part(batch, start, end):

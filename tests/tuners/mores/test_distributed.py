@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests._models.vision_language import build, inputs
 from tests._processes import fork_server
-from tests.contract._common import assert_equal_bits
-from tests.tuners.mores._common import adapted, bits
+from tests.contract._common import adapter_bits, assert_equal_bits
+from tests.tuners.mores._common import adapted
 
 
 def _worker(rank, folder, results, kind):
@@ -27,7 +27,7 @@ def _worker(rank, folder, results, kind):
             if parameter.requires_grad:
                 parameter.data.add_(1.0)
     _train(rank, model, DistributedDataParallel(model))
-    torch.save(bits(model), f"{results}/{rank}.pt")
+    torch.save(adapter_bits(model), f"{results}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -64,7 +64,7 @@ def test_two_processes(kind, tmp_path):
         first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
         assert_equal_bits(first, second)
     else:
-        first = bits(PeftModel.from_pretrained(build(), tmp_path / "adapter"))
+        first = adapter_bits(PeftModel.from_pretrained(build(), tmp_path / "adapter"))
     model = adapted().train()
     steps = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2, weight_decay=0.1)
     for step in range(2):
@@ -76,5 +76,5 @@ def test_two_processes(kind, tmp_path):
                 (loss / 2).backward()
         steps.step()
         steps.zero_grad()
-    for name, value in bits(model).items():
+    for name, value in adapter_bits(model).items():
         torch.testing.assert_close(first[name], value, atol=1e-4, rtol=1e-3, msg=name)

@@ -6,14 +6,8 @@ from peft import PeftModel, get_peft_model
 
 from peft_ext import MoReSConfig
 from tests._models.vision_language import LAYERS, VISION, build, inputs
-from tests.tuners.mores._common import (
-    adapted,
-    ends,
-    layers_of,
-    logits,
-    steered_base,
-    values_of,
-)
+from tests.contract._common import logits
+from tests.tuners.mores._common import adapted, changed, ends, layers_of, steered_base, values_of
 
 
 families = pytest.mark.parametrize("family", VISION)
@@ -55,18 +49,7 @@ def test_outputs_and_gradients_equal_steering_written_out(family, padding):
 def test_only_chosen_tokens_change_before_the_next_attention(family):
     batch = inputs(family)
     model = adapted(family, layers_to_transform=[0])
-    seen = {}
-    layer = model.get_base_model().get_decoder().layers[0]
-    # The first hook sees the layer's own output, the last what is passed on.
-    first = layer.register_forward_hook(lambda m, a, out: seen.update(before=out), prepend=True)
-    last = layer.register_forward_hook(lambda m, a, out: seen.update(after=out))
-    logits(model, batch)
-    first.remove()
-    last.remove()
-    before, after = (seen[key][0] if isinstance(seen[key], tuple) else seen[key] for key in ("before", "after"))
-    chosen = ends(batch["input_ids"], 0.25)
-    assert torch.equal(before[~chosen], after[~chosen])
-    assert (before[chosen] != after[chosen]).any(dim=-1).all()
+    assert torch.equal(changed(model, batch), ends(batch["input_ids"], 0.25))
 
 
 @families

@@ -13,6 +13,7 @@ from transformers import DynamicCache, MambaConfig, MambaForCausalLM
 
 from peft_ext import MoReSConfig, NeuroAdaConfig, unfinished_prompt
 from tests._models.vision_language import IMAGE, VOCABULARY, build, inputs
+from tests.contract._common import fill, logits
 from tests.tuners.mores._cases import (
     BY_TEXT,
     CASES,
@@ -24,7 +25,7 @@ from tests.tuners.mores._cases import (
     ends_of_text,
     text_model,
 )
-from tests.tuners.mores._common import fill, logits, steered_base, values_of
+from tests.tuners.mores._common import steered_base, values_of
 
 
 WAYS = {

@@ -5,8 +5,8 @@ import torch
 
 from peft_ext.tuners.mores.coverage.padding import packed_starts, real_tokens
 from tests._models.vision_language import IMAGE
+from tests.contract._common import logits
 from tests.tuners.mores._cases import CLOSE, adapted, batch_of
-from tests.tuners.mores._common import logits
 
 
 def causal(mask, keys=None):

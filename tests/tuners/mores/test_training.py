@@ -4,7 +4,8 @@ import torch
 from peft import PeftModel
 
 from tests._models.vision_language import build, inputs
-from tests.tuners.mores._common import adapted, layers_of, logits
+from tests.contract._common import logits
+from tests.tuners.mores._common import adapted, layers_of
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():

@@ -7,25 +7,9 @@ from transformers import DynamicCache, LlamaForSequenceClassification
 
 from peft_ext import MoReSConfig, visual_tokens
 from tests._models.vision_language import IMAGE, PAD, build, inputs, text_config
+from tests.contract._common import fill, logits
 from tests.tuners.mores._cases import text_model
-from tests.tuners.mores._common import adapted, ends, fill, logits
-
-
-def changed_tokens(model, call):
-    """Where the first layer changed its output during a call: a list of bool `[batch, tokens]`, one per step."""
-    seen = []
-    layer = model.get_base_model().get_decoder().layers[0]
-    first = layer.register_forward_hook(lambda m, a, out: seen.append([out]), prepend=True)
-    last = layer.register_forward_hook(lambda m, a, out: seen[-1].append(out))
-    with torch.no_grad():
-        call()
-    first.remove()
-    last.remove()
-    return [(before != after).any(dim=-1) for before, after in seen]
-
-
-def changed(model, batch, **kwargs):
-    return changed_tokens(model, lambda: model(**batch, **kwargs))[0]
+from tests.tuners.mores._common import adapted, changed, changed_tokens, ends
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -33,17 +17,6 @@ def changed(model, batch, **kwargs):
 def test_ends_of_each_image(padding, ratio):
     batch = inputs(texts=((3, 4), (7, 2), None), padding=padding)
     assert torch.equal(changed(adapted(token_ratio=ratio), batch), ends(batch["input_ids"], ratio))
-
-
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
-def test_padding_changes_nothing_for_a_sample(family):
-    model = adapted(family)
-    alone = inputs(family, texts=((3, 4),))
-    for padding in ("left", "right"):
-        batch = inputs(family, texts=((3, 4), (9, 9)), padding=padding)
-        alone["pixel_values"] = batch["pixel_values"][: len(alone["pixel_values"])]
-        real = batch["attention_mask"][0].bool()
-        torch.testing.assert_close(logits(model, batch)[0, real], logits(model, alone)[0], atol=1e-4, rtol=1e-3)
 
 
 def test_several_images_in_one_sample():
@@ -58,11 +31,6 @@ def test_several_images_in_one_sample():
     together = changed(adapted(token_grouping="sample"), batch)
     places = (batch["input_ids"] == IMAGE).nonzero()[:, 1].tolist()
     assert together.nonzero()[:, 1].tolist() == places[:4] + places[-4:]
-
-
-def test_all_tokens_are_just_the_visual_ones():
-    batch = inputs()
-    assert torch.equal(changed(adapted(token_selection="all"), batch), batch["input_ids"] == IMAGE)
 
 
 def test_a_mask_overrides_what_input_ids_say():

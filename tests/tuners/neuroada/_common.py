@@ -4,7 +4,7 @@ import torch
 from peft import get_peft_model
 
 from peft_ext import NeuroAdaConfig
-from tests.contract._common import fill, layers_of
+from tests.contract._common import fill
 
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -25,12 +25,3 @@ def add(model, adapter_name, seed=2, **options):
     """Another adapter, with values, on an adapted model."""
     model.add_adapter(adapter_name, NeuroAdaConfig(**options))
     return fill(model, adapter_name, seed=seed)
-
-
-def adapter_bits(model, adapter_name="default"):
-    """A copy of every tensor of an adapter."""
-    return {
-        f"{name}.{key}": tensor.clone()
-        for name, layer in layers_of(model).items()
-        for key, tensor in layer.neuroada_delta[adapter_name].state_dict().items()
-    }

@@ -5,8 +5,6 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import LlamaForCausalLM
 
-from peft_ext.sparse.support import Support
-from tests.contract._common import layers_of
 from tests.contract._untouched import Untouched
 from tests.tuners.neuroada._common import adapted, logits
 
@@ -102,13 +100,3 @@ def test_biases_that_are_trained_stay_those_of_the_base(tiny, tmp_path, bias):
     base = _trained_on(tiny("bert"))
     with Untouched(base), pytest.raises(ValueError, match="another base model"):
         base.load_adapter(str(tmp_path))
-
-
-def test_the_base_is_compared_once(tiny, ids, tmp_path, monkeypatch):
-    """It takes as long as reading the file."""
-    adapted(tiny("llama"), k=2, target_modules=TARGETS).save_pretrained(tmp_path)
-    compared, mismatch = [], Support.mismatch
-    monkeypatch.setattr(Support, "mismatch", lambda *args, **kwargs: compared.append(1) or mismatch(*args, **kwargs))
-    model = PeftModel.from_pretrained(tiny("llama"), tmp_path)
-    logits(model, ids)
-    assert len(compared) == len(layers_of(model))

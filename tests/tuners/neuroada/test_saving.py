@@ -6,8 +6,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.contract._common import assert_equal_bits, layers_of
-from tests.tuners.neuroada._common import HALF_TYPES, adapted, adapter_bits, logits
+from tests.contract._common import adapter_bits, assert_equal_bits, layers_of
+from tests.tuners.neuroada._common import HALF_TYPES, adapted, logits
 
 
 WEIGHTS = "adapter_model.safetensors"

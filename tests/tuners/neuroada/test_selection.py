@@ -6,8 +6,8 @@ from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 
 from peft_ext import NeuroAdaConfig
 from peft_ext.sparse.selection.plan import SCORED, SELECTIONS
-from tests.contract._common import assert_equal_bits, fill, layers_of
-from tests.tuners.neuroada._common import adapter_bits, logits
+from tests.contract._common import adapter_bits, assert_equal_bits, fill, layers_of
+from tests.tuners.neuroada._common import logits
 
 
 WITHOUT_SCORES = [name for name in SELECTIONS if not name.startswith(SCORED)]
