@@ -7,19 +7,13 @@ from peft_ext.sparse.fingerprint import FINGERPRINT_LENGTH, check_fingerprint, u
 from peft_ext.sparse.support import Support
 
 from ._asserts import positions
-from ._inputs import SHAPES, random_support
+from ._inputs import SHAPES, make_inputs, random_support
 
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def _named(shape):
-    return random_support(
-        SHAPES[shape].rows, SHAPES[shape].fan_in, SHAPES[shape].entries, torch.Generator().manual_seed(0)
-    )
-
-
-FORMS = {shape: _named(shape) for shape in ("k1", "k2", "ragged")}
+FORMS = {shape: make_inputs(SHAPES[shape]).support for shape in ("k1", "k2", "ragged")}
 ALL_FORMS = pytest.mark.parametrize("support", FORMS.values(), ids=FORMS)
 
 

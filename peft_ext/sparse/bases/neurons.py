@@ -179,13 +179,9 @@ def is_plain(base_layer: nn.Module) -> bool:
     weight = parameter_of(base_layer)
     if type(weight) is not nn.Parameter or weight.requires_grad:
         return False
-    hooks = (
-        base_layer._forward_hooks,
-        base_layer._forward_pre_hooks,
-        base_layer._backward_hooks,
-        base_layer._backward_pre_hooks,
-    )
-    return not any(hooks) and not _has_any_global_hook()
+    kinds = ("forward", "forward_pre", "backward", "backward_pre")
+    hooked = any(getattr(base_layer, f"_{kind}_hooks") for kind in kinds)
+    return not hooked and not _has_any_global_hook()
 
 
 def stored_weight(base_layer: nn.Module) -> Tensor:

@@ -113,7 +113,8 @@ def _layers_with_neurons(config: SparseConfig, model: nn.Module) -> Iterator[str
             and name.partition(".")[0] not in heads
             and whole.isdisjoint(name.split("."))
             and not inside_adapter(model, name)
-            and not _is_trained_whole(model, name)
+            and not isinstance(module, AuxiliaryTrainingWrapper)
+            and not _is_inside(model, name, AuxiliaryTrainingWrapper)
             and name not in unsuitable
             and is_supported(base, backend_of(model, base))
             and _gives_one_output(model, name)
@@ -128,13 +129,6 @@ def _gives_one_output(model: nn.Module, name: str) -> bool:
         return True
     is_empty = isinstance(base, nn.Linear) and not is_supported(base, None)
     return not is_empty and gives_one_output(base)
-
-
-def _is_trained_whole(model: nn.Module, name: str) -> bool:
-    """Whether a module is, or is inside, one that PEFT has wrapped to train it or its tokens beside adapters."""
-    parts = name.split(".")
-    ancestors = (model.get_submodule(".".join(parts[:depth])) for depth in range(1, len(parts) + 1))
-    return any(isinstance(module, AuxiliaryTrainingWrapper) for module in ancestors)
 
 
 def _attentions(model: nn.Module) -> Iterator[str]:
@@ -274,10 +268,12 @@ def named_by_target(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str
 
 def inside_adapter(model: nn.Module, name: str) -> bool:
     """Whether a module is part of an adapter's own machinery, such as the base layer inside it."""
+    return _is_inside(model, name, BaseTunerLayer)
+
+
+def _is_inside(model: nn.Module, name: str, kind: type) -> bool:
     parts = name.split(".")
-    return any(
-        isinstance(model.get_submodule(".".join(parts[:depth])), BaseTunerLayer) for depth in range(1, len(parts))
-    )
+    return any(isinstance(model.get_submodule(".".join(parts[:depth])), kind) for depth in range(1, len(parts)))
 
 
 def _in_layers(name: str, config: SparseConfig) -> bool:

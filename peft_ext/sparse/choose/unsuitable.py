@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from torch import nn
 
@@ -16,40 +15,19 @@ from .experts import why_not_adapted
 from .weight_reads import layers_read
 
 
-@dataclass(frozen=True)
-class Unsuitable:
-    """Why an adapter does not suit a layer: the class `owner` reads the layer's weight; or, if `None`, a
-    parametrization computes it."""
-
-    owner: str | None
-
-    @property
-    def reason(self) -> str:
-        """A sentence about the layer, and a remedy, to be continued with another one."""
-        if self.owner is None:
-            return (
-                "A parametrization computes its weight, so nothing could be merged into it. Remove that first "
-                "(torch.nn.utils.parametrize.remove_parametrizations)"
-            )
-        return (
-            f"{self.owner} computes with its weight without calling it, always or on some paths, so an adapter on it "
-            "would not be computed. Name other layers"
-        )
-
-
-def unsuitable_layers(model: nn.Module) -> dict[str, Unsuitable]:
+def unsuitable_layers(model: nn.Module) -> dict[str, str | None]:
     """
-    The layers of a model, perhaps with adapters in it, that `"all-linear"`, `"all-neurons"` and the default leave out,
-    by name.
+    The layers of a model, perhaps with adapters in it, that `"all-linear"`, `"all-neurons"` and the default leave out:
+    by name, the class that reads the layer's weight, or `None` if a parametrization computes it.
     """
-    found = {}
+    found: dict[str, str | None] = {}
     for name, module in model.named_modules():
         base = base_of(module)
         if is_supported(base, None) and not all(map(has_writable_weight, weights_of(name, base).values())):
-            found[name] = Unsuitable(None)
+            found[name] = None
         for layer in _layers_read(module, base):
             if is_supported(base_of(module.get_submodule(layer)), None):
-                found[f"{name}.{layer}".lstrip(".")] = Unsuitable(type(base).__name__)
+                found[f"{name}.{layer}".lstrip(".")] = type(base).__name__
     return found
 
 
@@ -67,22 +45,26 @@ def check_suitable(model: nn.Module, targets: Iterable[str], trained: bool = Fal
     unsuitable = unsuitable_layers(model)
     named = [name for name in sorted(targets) if name in unsuitable]
     if trained:
-        named = [name for name in named if unsuitable[name].owner is not None]  # of others, merging says so
+        named = [name for name in named if unsuitable[name] is not None]  # of others, merging says so
     if not named:
         return
     first = f"'{named[0]}'" + (f" ({len(named)} such layers in all)" if len(named) > 1 else "")
-    if not trained:
-        ends = sorted({name.rpartition(".")[2] for name in named})
-        raise ValueError(
-            f"target_modules has {first}. {unsuitable[named[0]].reason}, or add {', '.join(map(repr, ends))} to "
-            "`exclude_modules`."
+    reads = f"{unsuitable[named[0]]} computes with its weight without calling it, always or on some paths"
+    if trained:
+        warnings.warn(
+            f"The adapter has values on {first}. {reads}. There the values are not computed, and merging them changes "
+            "what the model gives. Train the adapter anew without these layers.",
+            stacklevel=3,
         )
-    warnings.warn(
-        f"The adapter has values on {first}. {unsuitable[named[0]].owner} computes with its weight without calling "
-        "it, always or on some paths. There the values are not computed, and merging them changes what the model "
-        "gives. Train the adapter anew without these layers.",
-        stacklevel=3,
-    )
+        return
+    reason = f"{reads}, so an adapter on it would not be computed. Name other layers"
+    if unsuitable[named[0]] is None:
+        reason = (
+            "A parametrization computes its weight, so nothing could be merged into it. Remove that first "
+            "(torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+    ends = ", ".join(sorted({repr(name.rpartition(".")[2]) for name in named}))
+    raise ValueError(f"target_modules has {first}. {reason}, or add {ends} to `exclude_modules`.")
 
 
 def check_supported(name: str, module: nn.Module, backend: QuantizationBackend | None, own: tuple[type, ...]) -> None:

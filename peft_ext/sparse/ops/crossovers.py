@@ -80,27 +80,22 @@ class Shares:
         return "bypass" if share <= self.bypass or tokens < self.many_tokens else "folded"
 
 
-# By device: of supports with equally many entries in each row, and of uneven ones.
-EVEN: dict[str, Costs | Shares] = {
-    "cpu": Costs(
-        folded_few=EntryCosts(195_000, 1.0, 0.0524, 0),
-        folded=EntryCosts(187_000, 11.6, 0.0524, 0.803),
-        bypass=EntryCosts(260_000, 6.83, 0.129, 3.03),
-        weight=0.727,
-        weight_token=0.00875,
-    ),
-    "cuda": Shares(0.015, 0.05, 256),
-}
-UNEVEN: dict[str, Costs | Shares] = {
-    "cpu": Costs(
-        folded_few=EntryCosts(110_000, 1.0, 0.052, 0),
-        folded=EntryCosts(110_000, 24.4, 0.052, 0.78),
-        bypass=EntryCosts(423_000, 3.42, 0.107, 3.3),
-        weight=2.14,
-        weight_token=0.0081,
-    ),
-    "cuda": Shares(0.015, 0.05, 256),
-}
+# On a CPU: of supports with equally many entries in each row, and of uneven ones.
+EVEN = Costs(
+    folded_few=EntryCosts(195_000, 1.0, 0.0524, 0),
+    folded=EntryCosts(187_000, 11.6, 0.0524, 0.803),
+    bypass=EntryCosts(260_000, 6.83, 0.129, 3.03),
+    weight=0.727,
+    weight_token=0.00875,
+)
+UNEVEN = Costs(
+    folded_few=EntryCosts(110_000, 1.0, 0.052, 0),
+    folded=EntryCosts(110_000, 24.4, 0.052, 0.78),
+    bypass=EntryCosts(423_000, 3.42, 0.107, 3.3),
+    weight=2.14,
+    weight_token=0.0081,
+)
+GPU = Shares(0.015, 0.05, 256)
 
 
 def fastest_path(device_type: str, is_even: bool, entries: int, rows: int, fan_in: int, tokens: int) -> str:
@@ -109,5 +104,5 @@ def fastest_path(device_type: str, is_even: bool, entries: int, rows: int, fan_i
     taken for a GPU; `is_even`: each row has equally many entries; `entries` and `tokens` are trained weights and rows
     of x.
     """
-    costs = EVEN if is_even else UNEVEN
-    return costs.get(device_type, costs["cuda"]).fastest(entries, rows, fan_in, tokens)
+    costs = GPU if device_type != "cpu" else EVEN if is_even else UNEVEN
+    return costs.fastest(entries, rows, fan_in, tokens)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peft_ext.sparse.ops import BACKENDS, choose_backend, choose_conv_backend
-from peft_ext.sparse.ops.crossovers import EVEN, MIN_DENSE_SHARE, UNEVEN, Costs, EntryCosts, Shares, fastest_path
+from peft_ext.sparse.ops.crossovers import EVEN, GPU, MIN_DENSE_SHARE, UNEVEN, Costs, EntryCosts, Shares, fastest_path
 
 
 def _choose(requested="auto", dtype=torch.float32, x_dtype=None, entries=64, rows=64, fan_in=100, **options):
@@ -65,7 +65,7 @@ def test_auto_takes_the_path_of_the_least_measured_cost(is_even, tokens):
     assert dense == sorted(dense)  # from one k on
 
 
-@pytest.mark.parametrize("costs", [*EVEN.values(), *UNEVEN.values()], ids=lambda costs: type(costs).__name__)
+@pytest.mark.parametrize("costs", [EVEN, UNEVEN, GPU], ids=["even", "uneven", "GPU"])
 @pytest.mark.parametrize("tokens", [1, 10**6])
 def test_few_trained_weights_never_go_dense(costs, tokens):
     for width in (10, 10**2, 10**4):

@@ -27,8 +27,8 @@ from transformers import (
 from peft_ext import GPSConfig, SupervisedContrastiveLoss, gps, gradient_scores
 
 
-TOKENS = {"vocab_size": 64, "num_labels": 3, "pad_token_id": 0, "initializer_range": 0.2}
-BERT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+RANGE = {"initializer_range": 0.2}
+BERT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, **RANGE}
 LABELS = torch.tensor([0, 1, 0, 1])
 LAST = torch.tensor([6, 6, 4, 6])  # of each text's tokens, the last that is no padding; its number is 2
 
@@ -44,47 +44,35 @@ def _images(**tensors):
     return {"pixel_values": torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), **tensors}
 
 
-def _gpt2():
-    return GPT2ForSequenceClassification(GPT2Config(**TOKENS, n_embd=16, n_layer=2, n_head=2, n_positions=16))
+def _texts_by(model, config, **shape):
+    """Makes a classifier of texts."""
+    return lambda: model(config(**{"vocab_size": 64, "num_labels": 3, "pad_token_id": 0, **shape}))
 
 
-def _llama():
-    return LlamaForSequenceClassification(LlamaConfig(**TOKENS, **BERT, num_key_value_heads=2))
+def _images_by(model, config, **shape):
+    return lambda: model(config(**shape, embedding_size=8, num_labels=3))
 
 
-def _roberta():
-    return RobertaForSequenceClassification(RobertaConfig(**TOKENS, **BERT, max_position_embeddings=16))
-
-
-def _deberta():
-    return DebertaV2ForSequenceClassification(DebertaV2Config(**TOKENS, **BERT, pooler_hidden_size=16))
-
-
-def _distilbert():
-    shape = {"dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2}
-    return DistilBertForSequenceClassification(DistilBertConfig(**TOKENS, **shape))
-
-
-def _t5():
-    shape = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
-    config = T5Config(vocab_size=64, num_labels=3, eos_token_id=2, pad_token_id=0, **shape)
-    config.decoder_start_token_id = 0
-    return T5ForSequenceClassification(config)
-
-
-def _resnet():
-    shape = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
-    return ResNetForImageClassification(ResNetConfig(**shape, layer_type="basic", num_labels=3))
-
-
-def _hgnet():
-    stages = {
-        "stage_in_channels": [8, 16], "stage_mid_channels": [8, 8], "stage_out_channels": [16, 24],
-        "stage_num_blocks": [1, 1], "stage_downsample": [False, True], "stage_light_block": [False, False],
-        "stage_kernel_size": [3, 3], "stage_numb_of_layers": [1, 1],
-    }  # fmt: skip
-    shape = {"stem_channels": [3, 4, 8], "hidden_sizes": [16, 24], "depths": [1, 1], "embedding_size": 8}
-    return HGNetV2ForImageClassification(HGNetV2Config(**shape, **stages, num_labels=3))
+_gpt2 = _texts_by(GPT2ForSequenceClassification, GPT2Config, **RANGE, n_embd=16, n_layer=2, n_head=2, n_positions=16)
+_llama = _texts_by(LlamaForSequenceClassification, LlamaConfig, **BERT, num_key_value_heads=2)
+_roberta = _texts_by(RobertaForSequenceClassification, RobertaConfig, **BERT, max_position_embeddings=16)
+_deberta = _texts_by(DebertaV2ForSequenceClassification, DebertaV2Config, **BERT, pooler_hidden_size=16)
+_distilbert = _texts_by(
+    DistilBertForSequenceClassification, DistilBertConfig, **RANGE, dim=16, hidden_dim=24, n_layers=2, n_heads=2
+)
+_t5 = _texts_by(
+    T5ForSequenceClassification, T5Config, eos_token_id=2, decoder_start_token_id=0, d_model=16, d_kv=8, d_ff=24,
+    num_layers=2, num_heads=2,
+)  # fmt: skip
+_resnet = _images_by(
+    ResNetForImageClassification, ResNetConfig, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"
+)
+_hgnet = _images_by(
+    HGNetV2ForImageClassification, HGNetV2Config, stem_channels=[3, 4, 8], hidden_sizes=[16, 24], depths=[1, 1],
+    stage_in_channels=[8, 16], stage_mid_channels=[8, 8], stage_out_channels=[16, 24], stage_num_blocks=[1, 1],
+    stage_downsample=[False, True], stage_light_block=[False, False], stage_kernel_size=[3, 3],
+    stage_numb_of_layers=[1, 1],
+)  # fmt: skip
 
 
 def _last_token(model, body, batch):

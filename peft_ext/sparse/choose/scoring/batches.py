@@ -71,6 +71,11 @@ def labels_of(batch: Any) -> Tensor:
     return labels
 
 
+def named_output(outputs: Any, name: str) -> Any:
+    """One of what the model put out, or `None`."""
+    return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+
+
 def loss_of(outputs: Any) -> Tensor:
     """
     What the model put out as its loss.
@@ -78,7 +83,7 @@ def loss_of(outputs: Any) -> Tensor:
     Raises:
         `ValueError`: if there is none.
     """
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    loss = named_output(outputs, "loss")
     if loss is None:
         raise ValueError(
             "loss='model', but the model returned no loss. Give it batches that are mappings with 'labels', or pass a "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...bases.neurons import base_model_of
 from ..heads import HEADS, outside_body
+from .batches import named_output
 
 
 # Children that commonly turn pooled features into logits, in models that are not of transformers.
@@ -94,7 +95,7 @@ def _logits(outputs: Any) -> Any:
         return outputs
     if isinstance(outputs, (tuple, list)):
         return next(iter(outputs), None)
-    return outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    return named_output(outputs, "logits")
 
 
 def _pooled_as_by_head(found: Tensor, logits: Any) -> Tensor | None:
