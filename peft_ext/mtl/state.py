@@ -13,7 +13,7 @@ import torch
 from ..io import replace
 from .aggregators import Aggregator, make_aggregator
 from .aggregators.base import Array
-from .conflicts.recorder import ConflictRecorder
+from .conflicts.recorder import ConflictRecorder, mean_of_known
 from .gradients.task_gradients import TaskGradients
 
 
@@ -63,14 +63,13 @@ class MTLState:
 
     def logs(self, total_steps: int) -> dict[str, float]:
         """The tasks' mean losses and the conflicts since the last call."""
-        logs = {}
         block = np.array(self.logged_losses).reshape(-1, len(self.tasks))  # [steps, tasks]
-        for name, losses in zip(self.tasks, block.T, strict=True):
-            known = losses[~np.isnan(losses)]
-            if known.size:
-                logs[f"task_loss/{name}"] = float(known.mean())
+        means = {f"task_loss/{name}": mean_of_known(losses) for name, losses in zip(self.tasks, block.T, strict=True)}
         self.logged_losses = []
-        return {**logs, **self.conflicts.logs(total_steps)}
+        return {
+            **{name: mean for name, mean in means.items() if not np.isnan(mean)},
+            **self.conflicts.logs(total_steps),
+        }
 
     def summary(self, total_steps: int) -> dict[str, float]:
         """The conflicts of the whole training, and the number of skipped steps."""

@@ -117,9 +117,8 @@ class Watching:
                 return compute()
 
             store.gramian = gramian
-            combined = combine(*args)
+            combine(*args)
             store.gramian = compute
-            return combined
 
         self.gradient_step.combine = watched
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ...extras import needs
 from ...io import write_atomically
-from .recorder import conflict_incidence
+from .recorder import conflict_incidence, mean_of_known
 
 
 def read_conflicts(path: str) -> dict[str, Any]:
@@ -91,8 +91,7 @@ def plot_cosines(run: Mapping[str, Any], path: str) -> None:
     tasks = run["tasks"]
     matrix = np.eye(len(tasks))
     for (i, j), column in zip(combinations(range(len(tasks)), 2), run["cos"].T, strict=True):
-        known = column[~np.isnan(column)]
-        matrix[i, j] = matrix[j, i] = known.mean() if known.size else np.nan
+        matrix[i, j] = matrix[j, i] = mean_of_known(column)
     figure, axes = _figure()
     image = axes.imshow(matrix, vmin=-1, vmax=1, cmap="RdBu")
     axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")

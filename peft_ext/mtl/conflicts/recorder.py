@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,9 @@ from typing import Any
 import numpy as np
 
 from ..aggregators.base import Array
+
+
+_PLAIN_STATE = ("steps", "epochs", "noise", "layers", "window", "logged")  # of a recorder, beside its cosines
 
 
 def cosines_of(gramian: Array) -> Array:
@@ -195,10 +199,10 @@ class ConflictRecorder:
         if recent and self.pairs:
             block = np.stack(recent)  # [steps, pairs]
             logs["gradient_conflict/incidence"] = conflict_incidence(block)
-            logs["gradient_conflict/mean_cos"] = _mean(block)
-            logs["gradient_conflict/mean_abs_cos"] = _mean(np.abs(block))
+            logs["gradient_conflict/mean_cos"] = mean_of_known(block)
+            logs["gradient_conflict/mean_abs_cos"] = mean_of_known(np.abs(block))
             for i, pair in enumerate(self.pairs):
-                logs[f"gradient_conflict/cos/{pair}"] = _mean(block[:, i])
+                logs[f"gradient_conflict/cos/{pair}"] = mean_of_known(block[:, i])
                 logs[f"gradient_conflict/conflict/{pair}"] = conflict_incidence(block[:, i : i + 1])
             logs["gradient_conflict/incidence_all"] = self.incidence()
             logs["gradient_conflict/incidence_last_half"] = self.incidence(last_half_of=total_steps or self.steps[-1])
@@ -237,8 +241,8 @@ class ConflictRecorder:
         values = {
             "gradient_conflict_incidence_all": self.incidence(),
             "gradient_conflict_incidence_last_half": self.incidence(last_half_of=total_steps or self.steps[-1]),
-            "gradient_conflict_mean_cos": _mean(block),
-            "gradient_conflict_mean_abs_cos": _mean(np.abs(block)),
+            "gradient_conflict_mean_cos": mean_of_known(block),
+            "gradient_conflict_mean_abs_cos": mean_of_known(np.abs(block)),
             "gradient_conflict_noise_floor": self.noise_floor(),
         }
         for i, pair in enumerate(self.pairs):
@@ -249,30 +253,19 @@ class ConflictRecorder:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything recorded, as plain values."""
-        return {
-            "tasks": self.tasks,
-            "steps": list(self.steps),
-            "epochs": list(self.epochs),
-            "cosines": [c.tolist() for c in self.cosines],
-            "noise": list(self.noise),
-            "layers": {name: list(counts) for name, counts in self.layers.items()},
-            "window": [dict(entry) for entry in self.window],
-            "logged": self.logged,
-        }
+        plain = copy.deepcopy({name: getattr(self, name) for name in _PLAIN_STATE})
+        return {"tasks": self.tasks, "cosines": [c.tolist() for c in self.cosines], **plain}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`, and cut the file back to the steps it had then."""
-        self.steps = list(state["steps"])
-        self.epochs = list(state["epochs"])
+        for name in _PLAIN_STATE:
+            setattr(self, name, copy.deepcopy(state[name]))
         self.cosines = [np.array(c, dtype=np.float64) for c in state["cosines"]]
-        self.noise = list(state["noise"])
-        self.layers = {name: list(counts) for name, counts in state["layers"].items()}
-        self.window = [dict(entry) for entry in state["window"]]
-        self.logged = state["logged"]
         self._cut(self.steps[-1] if self.steps else 0)
 
 
-def _mean(values: Array) -> float:
+def mean_of_known(values: Array) -> float:
+    """Mean of the values that are not NaN; NaN without any."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else float("nan")
 

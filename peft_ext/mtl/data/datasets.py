@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import ConcatDataset, Sampler
 
 
 MIXED_SAMPLINGS = ("mixed", "proportional", "temperature")
@@ -15,22 +15,16 @@ SINGLE_TASK_SAMPLINGS = ("homogeneous", "round_robin")
 SAMPLINGS = (*MIXED_SAMPLINGS, *SINGLE_TASK_SAMPLINGS)
 
 
-class TaskDataset(Dataset[Any]):
+class TaskDataset(ConcatDataset[Any]):
     """One map-style data set per task as one; each sample, a dict, gets the number of its task under `task_column`."""
 
     def __init__(self, datasets: Sequence[Any], task_column: str) -> None:
-        self.datasets = list(datasets)
+        super().__init__(datasets)
         self.task_column = task_column
         self.task_ids = torch.tensor([task for task, data in enumerate(datasets) for _ in range(len(data))])
-        self.starts = torch.tensor([0, *(len(data) for data in datasets)]).cumsum(0).tolist()
-
-    def __len__(self) -> int:
-        return len(self.task_ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        index = range(len(self))[index]  # counts from the end if negative
-        task = int(self.task_ids[index])
-        sample = self.datasets[task][index - self.starts[task]]
+        sample, task = super().__getitem__(index), int(self.task_ids[index])
         if self.task_column in sample:
             raise ValueError(f"A sample of task {task} has {self.task_column!r} already; set another task_column.")
         return {**sample, self.task_column: task}

@@ -23,17 +23,16 @@ def gramian_of(rows: Sequence[Tensor | None]) -> Tensor:
     Returns:
         float64 `[rows, rows]` on the rows' device.
     """
-    known = [(i, row.reshape(-1)) for i, row in enumerate(rows) if row is not None]
-    device = known[0][1].device if known else torch.device("cpu")
-    gramian = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
+    known = {i: row.reshape(-1) for i, row in enumerate(rows) if row is not None}
     if not known:
-        return gramian
-    indices = torch.tensor([i for i, _ in known], device=device)
-    part = torch.zeros(len(known), len(known), dtype=torch.float64, device=device)
-    for start in range(0, known[0][1].numel(), CHUNK):
-        block = torch.stack([row[start : start + CHUNK].double() for _, row in known])
+        return torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    any_row = next(iter(known.values()))
+    part = torch.zeros(len(known), len(known), dtype=torch.float64, device=any_row.device)
+    for start in range(0, any_row.numel(), CHUNK):
+        block = torch.stack([row[start : start + CHUNK].double() for row in known.values()])
         part += block @ block.T
-    gramian[indices[:, None], indices[None, :]] = part
+    gramian = part.new_zeros(len(rows), len(rows))
+    gramian[np.ix_(list(known), list(known))] = part
     return gramian
 
 
