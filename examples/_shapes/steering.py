@@ -10,7 +10,7 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration, get_cosine_schedule_with_warmup
 
 from peft_ext.factory import Method
-from peft_ext.factory.parts import adapt, trained_parameters
+from peft_ext.factory.parts import adapt
 from peft_ext.knockout.read.modality import ModalityAttention, lmar
 
 from .batches import Batches, accuracy
@@ -61,7 +61,7 @@ def run(name: str, seed: int, options: argparse.Namespace, learning_rate: float 
     if name != "none":
         method = Method.parse(name)
         model = adapt(model, method)
-        trained = trained_parameters(model)
+        trained = model.num_parameters(only_trainable=True)
         rate = LEARNING_RATES[method.kind] if learning_rate is None else learning_rate
         train(model, Batches(processor, seed, SHIFTED), options.steps, rate, options.images, options.turns)
     held_out = Batches(processor, 10_000 + seed, SHIFTED)

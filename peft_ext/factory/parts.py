@@ -114,11 +114,6 @@ def _adapt(model: Any, adapters: dict[str, Method], kinds: dict[str, str], conne
     return get_peft_model(model, config)
 
 
-def trained_parameters(model: Any) -> int:
-    """Number of parameters that are trained."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
 def trained_by_part(model: Any) -> dict[str, int]:
     """Number of trained parameters of vision tower, connector and language model; the paper's TP is the last."""
     counts = dict.fromkeys(PARTS, 0)

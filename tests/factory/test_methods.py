@@ -10,7 +10,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, PhiConfig
 from peft_ext.cli import main
 from peft_ext.factory import LlavaFactoryConfig, Method, load
 from peft_ext.factory.methods import LEARNING_RATES
-from peft_ext.factory.parts import adapt, counts, prepare, trained_by_part, trained_parameters
+from peft_ext.factory.parts import adapt, counts, prepare, trained_by_part
 
 
 VISION = {
@@ -89,8 +89,8 @@ def test_the_command_counts(models, capsys):
 def test_adapters_adapt_the_language_model_alone(composed_shapes, name, number):
     model = adapt(load(str(composed_shapes / "composed")).model, name)
     parts = trained_by_part(model)
-    assert parts["language_model"] == trained_parameters(model) > 0
-    assert number is None or trained_parameters(model) == number
+    assert parts["language_model"] == model.num_parameters(only_trainable=True) > 0
+    assert number is None or model.num_parameters(only_trainable=True) == number
 
 
 def test_an_adapter_of_any_type_in_both_parts(composed_shapes):
