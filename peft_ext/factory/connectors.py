@@ -54,8 +54,8 @@ class Connector(nn.Module):
 
     @staticmethod
     def count(tokens: int, options: dict[str, Any]) -> int:
-        """Number of tokens that the language model sees of an image with `tokens` patches."""
-        return tokens
+        """Number of tokens that the language model sees of an image with `tokens` patches: its own queries, if any."""
+        return options.get("queries", tokens)
 
 
 class Identity(Connector):
@@ -143,10 +143,6 @@ class Resampler(Connector):
         self.linear = nn.Linear(self.vision_width, self.text_width)
         self.perceiver = Idefics2PerceiverResampler._from_config(perceiver)
 
-    @staticmethod
-    def count(tokens: int, options: dict[str, Any]) -> int:
-        return options["queries"]
-
     def forward(self, features: Tensor) -> Tensor:
         context = self.linear(tokens_of(features))
         mask = torch.ones(context.shape[:2], dtype=torch.long, device=context.device)
@@ -164,10 +160,6 @@ class QFormer(Connector):
         self.query_tokens = nn.Parameter(0.02 * torch.randn(1, queries, bert.hidden_size))
         self.qformer = Blip2QFormerModel._from_config(bert)
         self.linear = nn.Linear(bert.hidden_size, self.text_width)
-
-    @staticmethod
-    def count(tokens: int, options: dict[str, Any]) -> int:
-        return options["queries"]
 
     def forward(self, features: Tensor) -> Tensor:
         context = tokens_of(features)
