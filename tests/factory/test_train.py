@@ -22,6 +22,7 @@ from tests._processes import launch
 
 
 PARTS = TOWER, CONNECTOR, DECODER = ("vision_tower", "multi_modal_projector", "language_model")
+TEXT_ALONE = [{"from": "human", "value": "is there a red circle ?"}, {"from": "gpt", "value": "Yes"}]
 SMALL = {
     "learning_rate": 1e-2,
     "max_steps": 3,
@@ -39,9 +40,7 @@ def data(tmp_path_factory):
     file = tmp_path_factory.mktemp("data") / "mix.json"
     write_questions(file, 12, 0, turns=2)
     entries = json.loads(file.read_text())
-    for number in range(4):
-        turns = [{"from": "human", "value": "is there a red circle ?"}, {"from": "gpt", "value": "Yes"}]
-        entries.append({"id": f"text{number}", "conversations": turns})
+    entries += [{"id": f"text{number}", "conversations": TEXT_ALONE} for number in range(4)]
     file.write_text(json.dumps(entries))
     return file
 
@@ -81,17 +80,7 @@ def test_both_stages_through_the_command(composed_shapes, data, tmp_path, capsys
     report = json.loads((tmp_path / "tuned" / "report.json").read_text())
     assert report["steps"] == 3 and report["trained_parameters"]["language_model"] == 774
     options = ["--model", folders["aligned"], "--adapter", folders["tuned"], "--task", "llava"]
-    options += [
-        "--questions",
-        str(data),
-        "--limit",
-        "4",
-        "--lmar-samples",
-        "2",
-        "--out",
-        folders["report"],
-        "--before",
-    ]
+    options += f"--questions {data} --limit 4 --lmar-samples 2 --out {folders['report']} --before".split()
     assert main(["llava", "evaluate", *options]) == 0
     assert "| exact match | LMAR |" in capsys.readouterr().out
     before, after = json.loads((tmp_path / "report" / "report.json").read_text()).values()
@@ -148,8 +137,7 @@ def test_a_model_without_a_template_is_refused(settings):
 
 def test_batches_of_text_alone_train_nothing_but_do_not_fail(settings, composed_shapes, tmp_path):
     file = tmp_path / "text.json"
-    turns = [{"from": "human", "value": "is there a red circle ?"}, {"from": "gpt", "value": "Yes"}]
-    file.write_text(json.dumps([{"conversations": turns}] * 4))
+    file.write_text(json.dumps([{"conversations": TEXT_ALONE}] * 4))
     made = settings("align", data=[{"path": str(file)}])
     train(made)
     assert changed_parts(load(made.model).model, load(made.output).model) == set()
