@@ -76,17 +76,17 @@ def samples(count=64, seed=1, missing=()):
     return [{"x": x[i], **{name: labels[i, t] for t, name in enumerate(LABELS)}} for i in range(count)]
 
 
+QUIET = {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": True, "bf16": False}
+
+
 def config(folder, **options):
     defaults = {
+        **QUIET,
         "per_device_train_batch_size": 16,
         "per_device_eval_batch_size": 16,
         "max_steps": 6,
         "learning_rate": 0.05,
         "logging_steps": 2,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
         "label_names": LABELS,
         "task_names": TASKS,
     }

@@ -10,6 +10,7 @@ from peft_ext.mtl import MTLSFTConfig, MTLSFTTrainer
 from peft_ext.mtl.data.datasets import concatenate_tasks
 from tests._models.vision_language import build
 from tests._words import make_tokenizer
+from tests.mtl._models import QUIET
 
 
 WORDS = ["the", "a", "cat", "dog", "bird", "sees", "hears", "likes", "small", "big", "house", "tree", "and"]
@@ -29,16 +30,12 @@ def in_one(**data):
 
 def run(folder, model=None, train=True, train_dataset=None, eval_dataset=None, **options):
     defaults = {
+        **QUIET,
         "per_device_train_batch_size": 12,
         "max_steps": 2,
         "learning_rate": 3e-2,
         "max_length": 16,
         "logging_steps": 1,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
         "shuffle_dataset": False,
     }
     result = MTLSFTTrainer(

@@ -7,6 +7,7 @@ import torch
 
 from peft_ext.mtl import MTLConfig, MTLTrainer
 from tests._models.vision_language import IMAGE, PAD, VIDEO, build
+from tests.mtl._models import QUIET
 
 
 START, END = 58, 59
@@ -34,6 +35,11 @@ def samples(layout, count=3, tasks=(0, 1, 0, 1, 0, 1)):
             sample["input_ids"] = [START, *[mark] * 4 * frames, END] * images + words
         made.append(sample)
     return made
+
+
+def bare(row):
+    """A sample without its task."""
+    return {key: value for key, value in row.items() if key != "task_ids"}
 
 
 def collate(rows):
@@ -71,7 +77,7 @@ def one_by_one(model, rows, collate=collate):
     losses, gradients, labels = {}, {}, {}
     for row in rows:
         task = row["task_ids"]
-        batch = collate([{key: value for key, value in row.items() if key != "task_ids"}])
+        batch = collate([bare(row)])
         count = int(batch["labels"][:, 1:].ne(-100).sum())
         model.zero_grad()
         loss = model(**batch).loss * count
@@ -131,11 +137,7 @@ def make(folder, layout, rows, model=None, kind=Watched, collator=collate, evalu
     """A trainer of one step of size zero."""
     given = {name: options.pop(name) for name in ("compute_task_losses_func", "processing_class") if name in options}
     defaults = {
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
+        **QUIET,
         "label_names": ["labels"],
         "per_device_train_batch_size": len(rows) if hasattr(rows, "__len__") else 1,
         "task_sampling": "proportional",

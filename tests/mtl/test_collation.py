@@ -14,7 +14,7 @@ from peft_ext.mtl.data.collation import PARTS, SOURCE, TaskCollator, batch_size_
 from peft_ext.mtl.data.datasets import TaskDataset
 from tests._models.vision_language import build
 from tests.mtl._models import assert_identical
-from tests.mtl._visual import TASKS, Watched, assert_same, collate, make, one_by_one, results, samples
+from tests.mtl._visual import TASKS, Watched, assert_same, bare, collate, make, one_by_one, results, samples
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_the_noise_floor_halves_samples(tmp_path):
 
 
 def untasked(count):
-    return [{key: value for key, value in row.items() if key != "task_ids"} for row in samples("llava", count)]
+    return [bare(row) for row in samples("llava", count)]
 
 
 def two_losses(outputs, labels, num_items_in_batch=None):
@@ -116,7 +116,7 @@ class OwnLoader(Watched):
 
 
 def without_tasks(rows):
-    return collate([{key: value for key, value in row.items() if key != "task_ids"} for row in rows])
+    return collate([bare(row) for row in rows])
 
 
 def with_tasks(rows):
@@ -185,9 +185,8 @@ def test_evaluation_takes_no_unlabelled_part_and_no_unknown_task(tmp_path):
     for number in (-1, 2, 0.5):
         with pytest.raises(ValueError, match=f"task_ids={number} is not the number of a task: they are 0 to 1"):
             run.evaluate([{**rows[0], "task_ids": number}])
-    bare = {key: value for key, value in rows[0].items() if key != "task_ids"}
     with pytest.raises(ValueError, match="1 of the 2 samples of a batch have no 'task_ids'"):
-        run.evaluate([rows[1], bare])
+        run.evaluate([rows[1], bare(rows[0])])
 
 
 class Doubled(Watched):

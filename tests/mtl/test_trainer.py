@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 from torch.nn import functional
-from transformers import TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
-from peft_ext.mtl import MTLTrainer, aggregate
+from peft_ext.mtl import MTLConfig, MTLTrainer, aggregate
 from peft_ext.mtl.aggregators import OWN_METHODS
 from tests.mtl._models import (
     LABELS,
@@ -254,3 +254,11 @@ def test_mistakes_are_named(tmp_path):
     ):
         with pytest.raises(ValueError, match=field):
             config(tmp_path, **{field: value})
+
+
+def test_options_come_from_a_command_line(tmp_path):
+    arguments = ["--mtl_method", "cagrad", "--mtl_method_kwargs", '{"c": 0.5}', "--task_names", "a", "b"]
+    (parsed,) = HfArgumentParser(MTLConfig).parse_args_into_dataclasses(["--output_dir", str(tmp_path), *arguments])
+    assert parsed.mtl_method_kwargs == {"c": 0.5}
+    assert parsed.task_names == ["a", "b"]
+    assert MTLConfig(**parsed.to_dict()).mtl_method == "cagrad"

@@ -150,26 +150,6 @@ def test_trainable_tokens(llama, ids):
 # ------------------------------------------------------------------ refused, and the model as before
 
 
-class Mixed(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(10, 8)
-        self.conv = nn.ConvTranspose2d(1, 2, 3)
-        self.norm = nn.LayerNorm(8)
-        self.linear = nn.Linear(8, 4)
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"), [("embed", "Embedding"), ("conv", "ConvTranspose2d"), ("norm", "LayerNorm")]
-)
-def test_unsupported_type(name, kind):
-    model = Mixed()
-    with Untouched(model), pytest.raises(TypeError) as error:
-        get_peft_model(model, NeuroAdaConfig(target_modules=["linear", name]))
-    for word in (f"'{name}'", kind, "torch.nn.Linear", "exclude_modules"):
-        assert word in str(error.value)
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("selection", ["magnitude", "random"])
 def test_weight_that_is_not_finite(llama, selection, value):
