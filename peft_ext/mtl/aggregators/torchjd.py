@@ -63,33 +63,30 @@ class TorchJDAggregator(Aggregator):
 
     def solve(self, gramian: Array, step: Step) -> Array:
         assert self.weighting is not None
-        with self._random_stream(), self._named(len(gramian)):
+        with self._calling(len(gramian)):
             weights = self.weighting(torch.from_numpy(gramian / self._scale(gramian, step) ** 2))
         return weights.detach().numpy().astype(np.float64)
 
     def combine(self, rows: Tensor, step: Step) -> Tensor:
         active = step.active
         scale = self._scale(step.gramian[np.ix_(active, active)], step)
-        with self._random_stream(), self._named(len(rows)):
+        with self._calling(len(rows)):
             direction = self.aggregator(rows.double().cpu() / scale)
         return (direction * scale).to(rows)
 
     @contextmanager
-    def _named(self, count: int) -> Iterator[None]:
+    def _calling(self, count: int) -> Iterator[None]:
+        """With this object's random stream, and errors that say how many tasks were given."""
         try:
-            yield
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(self.generator.get_state())
+                yield
+                self.generator.set_state(torch.get_rng_state())
         except ValueError as error:
             raise ValueError(
                 f"{type(self.aggregator).__name__} cannot combine the gradients of {count} tasks, as many as have one "
                 f"in this step: {error} Use a method without a least number of tasks, or batches that have all."
             ) from error
-
-    @contextmanager
-    def _random_stream(self) -> Iterator[None]:
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(self.generator.get_state())
-            yield
-            self.generator.set_state(torch.get_rng_state())
 
     def state_dict(self) -> dict[str, Any]:
         # Attribute by attribute: TorchJD's own state_dict leaves out plain ones and refuses to load what it saved.

@@ -40,10 +40,6 @@ class GPSPreset:
     warmup_epochs: int = 10
 
 
-def _vtab(learning_rate: float, batch_size: int, drop_path: float, k: int = 1) -> GPSPreset:
-    return GPSPreset(k, learning_rate, batch_size, drop_path)
-
-
 # FGVC is trained with augmentation, mixup 0.8, cutmix 1.0 and label smoothing 0.1; VTAB-1k without any of them.
 GPS_PRESETS: dict[str, GPSPreset] = {
     "fgvc/cub": GPSPreset(2, 3e-3, 32, 0.0, ema_decay=0.9998),
@@ -51,23 +47,23 @@ GPS_PRESETS: dict[str, GPSPreset] = {
     "fgvc/flowers": GPSPreset(1, 1e-3, 32, 0.1, ema_decay=0.99),
     "fgvc/cars": GPSPreset(10, 5e-4, 32, 0.0, script_k=15, ema_decay=0.9998),
     "fgvc/dogs": GPSPreset(1, 1e-4, 64, 0.0, ema_decay=0.9998),
-    "vtab/caltech101": _vtab(2e-3, 16, 0.0),
-    "vtab/cifar": _vtab(1e-2, 32, 0.0),
-    "vtab/clevr_count": _vtab(3e-4, 16, 0.1),
-    "vtab/clevr_dist": _vtab(2e-3, 16, 0.1),
-    "vtab/diabetic_retinopathy": _vtab(2e-3, 32, 0.2),
-    "vtab/dmlab": _vtab(1.5e-3, 16, 0.1),
-    "vtab/dsprites_loc": _vtab(7e-3, 32, 0.0),
-    "vtab/dsprites_ori": _vtab(5e-4, 16, 0.2),
-    "vtab/dtd": _vtab(2e-3, 16, 0.0),
-    "vtab/eurosat": _vtab(2e-3, 16, 0.0),
-    "vtab/oxford_flowers102": _vtab(2e-3, 16, 0.0),
-    "vtab/kitti": _vtab(1e-3, 16, 0.0),
-    "vtab/patch_camelyon": _vtab(4e-3, 32, 0.0, k=2),
-    "vtab/oxford_iiit_pet": _vtab(3e-3, 32, 0.0),
-    "vtab/resisc45": _vtab(1.5e-3, 16, 0.1),
-    "vtab/smallnorb_azi": _vtab(3e-3, 32, 0.1),
-    "vtab/smallnorb_ele": _vtab(3e-4, 32, 0.2),
-    "vtab/sun397": _vtab(2.5e-3, 16, 0.0),
-    "vtab/svhn": _vtab(5e-3, 32, 0.0),
+    "vtab/caltech101": GPSPreset(1, 2e-3, 16, 0.0),
+    "vtab/cifar": GPSPreset(1, 1e-2, 32, 0.0),
+    "vtab/clevr_count": GPSPreset(1, 3e-4, 16, 0.1),
+    "vtab/clevr_dist": GPSPreset(1, 2e-3, 16, 0.1),
+    "vtab/diabetic_retinopathy": GPSPreset(1, 2e-3, 32, 0.2),
+    "vtab/dmlab": GPSPreset(1, 1.5e-3, 16, 0.1),
+    "vtab/dsprites_loc": GPSPreset(1, 7e-3, 32, 0.0),
+    "vtab/dsprites_ori": GPSPreset(1, 5e-4, 16, 0.2),
+    "vtab/dtd": GPSPreset(1, 2e-3, 16, 0.0),
+    "vtab/eurosat": GPSPreset(1, 2e-3, 16, 0.0),
+    "vtab/oxford_flowers102": GPSPreset(1, 2e-3, 16, 0.0),
+    "vtab/kitti": GPSPreset(1, 1e-3, 16, 0.0),
+    "vtab/patch_camelyon": GPSPreset(2, 4e-3, 32, 0.0),
+    "vtab/oxford_iiit_pet": GPSPreset(1, 3e-3, 32, 0.0),
+    "vtab/resisc45": GPSPreset(1, 1.5e-3, 16, 0.1),
+    "vtab/smallnorb_azi": GPSPreset(1, 3e-3, 32, 0.1),
+    "vtab/smallnorb_ele": GPSPreset(1, 3e-4, 32, 0.2),
+    "vtab/sun397": GPSPreset(1, 2.5e-3, 16, 0.0),
+    "vtab/svhn": GPSPreset(1, 5e-3, 32, 0.0),
 }

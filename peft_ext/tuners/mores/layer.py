@@ -207,9 +207,6 @@ class MoReSLayer(nn.Module, BaseTunerLayer):
         if bias is not None:
             owner.bias.data.copy_(bias)
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False
-
     def __repr__(self) -> str:
         return f"mores.{super().__repr__()}"
 

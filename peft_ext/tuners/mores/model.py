@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,6 @@ class MoReSModel(LoadableTuner, BaseTuner):
 
     prefix: str = "mores_"
     tuner_layer_cls = MoReSLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     # ------------------------------------------------------------------ injection
 
