@@ -84,13 +84,6 @@ def test_another_base(tiny, ids, tmp_path, kind, way):
     assert torch.equal(logits(model, ids), expected)
 
 
-def test_fewer_layers_for_default_targets(tiny, llama, tmp_path):
-    adapted(tiny("llama")).save_pretrained(tmp_path)
-    base = _of_shape(num_hidden_layers=1)(llama)
-    with Untouched(base), pytest.raises(ValueError, match=r"layers\.1\."):
-        PeftModel.from_pretrained(base, tmp_path)
-
-
 @pytest.mark.parametrize("bias", ["all", "neuroada_only"])
 def test_biases_that_are_trained_stay_those_of_the_base(tiny, tmp_path, bias):
     model = adapted(tiny("bert"), target_modules=["query"], bias=bias)
