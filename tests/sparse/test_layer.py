@@ -80,29 +80,6 @@ def test_an_active_name_that_this_layer_lacks_is_the_base_layer():
     assert torch.equal(layer(x), layer.base_layer(x))
 
 
-@SOME_KINDS
-def test_disabled_is_the_base_layer_bit_for_bit(kind):
-    layer, x = adapt(KINDS[kind].build()), KINDS[kind].draw()
-    adapted = layer(x)
-    layer.enable_adapters(False)
-    assert torch.equal(layer(x), layer.base_layer(x))
-    assert not torch.equal(layer(x), adapted)
-    layer.enable_adapters(True)
-    assert torch.equal(layer(x), adapted)
-
-
-@SOME_KINDS
-def test_each_sample_of_a_mixed_batch_takes_its_adapter(kind):
-    layer = adapt(KINDS[kind].build(), adapters=("a", "b"), active=["a"])
-    names = ["b", "__base__", "a", "b", "a", "__base__"]
-    x = KINDS[kind].draw(samples=6).detach()
-    y = layer(x, adapter_names=names)
-    for sample, name in enumerate(names):
-        expected = dense_output(layer, x[sample : sample + 1], [] if name == "__base__" else [name])
-        torch.testing.assert_close(y[sample : sample + 1], expected)
-    assert torch.equal(layer(x, adapter_names=["__base__"] * 6), layer.base_layer(x))
-
-
 def test_a_mixed_batch_needs_a_name_per_sample_unmerged_enabled_adapters():
     layer, x = adapt(KINDS["Linear"].build()), KINDS["Linear"].draw()
     with pytest.raises(ValueError, match="2 and 3"):

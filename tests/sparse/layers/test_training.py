@@ -21,7 +21,7 @@ from tests._models.layers import KINDS
 from tests._models.networks import NETWORKS, make_network
 from tests.contract._common import layers_of
 
-from .._asserts import assert_same_state, bits, state_bits
+from .._asserts import bits
 from .._inputs import adapt
 from .._probes import tensors_of
 
@@ -149,23 +149,6 @@ def test_a_saved_adapter_gives_the_same_outputs(kind, selection, tmp_path):
         loaded = PeftModel.from_pretrained(copy.deepcopy(network), tmp_path, **options).eval()
         with torch.no_grad():
             assert torch.equal(loaded(x), model(x))
-
-
-@EVERY_KIND
-def test_merging_a_model_restores_every_bit(kind):
-    network, x, targets = make_network(kind)
-    model = _adapted(network, targets, selection="random").eval()
-    _fit(model, torch.optim.AdamW(model.parameters(), lr=1e-2), x, 3)
-    before = state_bits(model)
-    expected = model(x).detach()
-    for _ in range(2):
-        model.merge_adapter(safe_merge=True)
-        torch.testing.assert_close(model(x), expected)
-        model.unmerge_adapter()
-        assert_same_state(model, before)
-    merged = model.merge_and_unload()
-    assert [type(module) for module in merged.modules()] == [type(module) for module in network.modules()]
-    torch.testing.assert_close(merged(x), expected)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

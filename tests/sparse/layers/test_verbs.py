@@ -77,13 +77,17 @@ def test_two_at_once_merge_and_combine(kind):
     model.unmerge_adapter()
     model.base_model.set_adapter(["default", "other"])
     both = model(x)
-    model.merge_adapter()
-    torch.testing.assert_close(model(x), both)
-    model.unmerge_adapter()
-    assert_same_state(model, before)
+    for _ in range(2):
+        model.merge_adapter(safe_merge=True)
+        torch.testing.assert_close(model(x), both)
+        model.unmerge_adapter()
+        assert_same_state(model, before)
     model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
     model.set_adapter("sum")
     torch.testing.assert_close(model(x), both)
+    merged, network = model.merge_and_unload(), make_network(kind)[0]
+    assert [type(module) for module in merged.modules()] == [type(module) for module in network.modules()]
+    torch.testing.assert_close(merged(x), both)
 
 
 @EVERY_KIND
