@@ -61,39 +61,36 @@ class WeightedAdapterMixin:
         )
         factors = torch.tensor(weights, dtype=torch.float32)
         supports: dict[str, Support] = {}
-        values: dict[str, Tensor] = {}
-        biases: dict[str, Tensor] = {}
+        combined: list[tuple[Any, Tensor, Tensor | None]] = []  # layers with their values and biases
         for name, layer in self.model.named_modules():  # type: ignore[attr-defined]
             if not isinstance(layer, self.tuner_layer_cls):
                 continue
             present = [
                 (layer.ready(a), factor) for a, factor in zip(adapters, factors, strict=True) if a in layer.deltas
             ]
-            if present:
-                supports[name], positions = union([delta.support for delta, _ in present])
-                aligned = [
-                    _aligned(d.weight, p, supports[name].entries, combination_type, density)
-                    for (d, _), p in zip(present, positions, strict=True)
-                ]
-                weights_of_adapters = torch.stack([factor for _, factor in present]).to(aligned[0].device)
-                stacked = torch.stack(aligned)
-                weighted = stacked * weights_of_adapters[:, None]
-                if combination_type in ("ties", "dare_ties"):
-                    majority = calculate_majority_sign_mask(stacked, majority_sign_method)
-                    values[name] = disjoint_merge(weighted, majority)
-                else:
-                    values[name] = weighted.sum(0)
-                added = [factor * delta.bias.float() for delta, factor in present if delta.bias is not None]
-                if added:
-                    biases[name] = torch.stack(added).sum(0)
-        config = _combined_config(configs, supports)
-        self._inject_given(adapter_name, config)
-        for name, layer in self.model.named_modules():  # type: ignore[attr-defined]
-            if name in values:
-                delta = layer.deltas[adapter_name].to(_widest(layer, adapters))
-                delta.weight.data.copy_(values[name].view_as(delta.weight))
-                if name in biases:
-                    delta.bias.data.copy_(biases[name])
+            if not present:
+                continue
+            supports[name], positions = union([delta.support for delta, _ in present])
+            aligned = [
+                _aligned(d.weight, p, supports[name].entries, combination_type, density)
+                for (d, _), p in zip(present, positions, strict=True)
+            ]
+            weights_of_adapters = torch.stack([factor for _, factor in present]).to(aligned[0].device)
+            stacked = torch.stack(aligned)
+            weighted = stacked * weights_of_adapters[:, None]
+            if combination_type in ("ties", "dare_ties"):
+                values = disjoint_merge(weighted, calculate_majority_sign_mask(stacked, majority_sign_method))
+            else:
+                values = weighted.sum(0)
+            added = [factor * delta.bias.float() for delta, factor in present if delta.bias is not None]
+            combined.append((layer, values, torch.stack(added).sum(0) if added else None))
+        self.peft_config[adapter_name] = _combined_config(configs, supports)
+        self.inject_adapter(self.model, adapter_name)  # type: ignore[attr-defined]
+        for layer, values, bias in combined:
+            delta = layer.deltas[adapter_name].to(_widest(layer, adapters))
+            delta.weight.data.copy_(values.view_as(delta.weight))
+            if bias is not None:
+                delta.bias.data.copy_(bias)
 
     def _check_combination(
         self,
@@ -142,14 +139,6 @@ class WeightedAdapterMixin:
                     f"{option} of {having} is not combined: there the new adapter starts from the base model.",
                     stacklevel=3,
                 )
-
-    def _inject_given(self, adapter_name: str, config: SparseConfig) -> None:
-        self.peft_config[adapter_name] = config
-        try:
-            self.inject_adapter(self.model, adapter_name)  # type: ignore[attr-defined]
-        except BaseException:
-            self.peft_config.pop(adapter_name, None)
-            raise
 
 
 def _aligned(values: Tensor, position: Tensor, entries: int, combination: str, density: float | None) -> Tensor:

@@ -15,10 +15,6 @@ BOTH = {EXPERTS.format(0, "gate_up"), EXPERTS.format(0, "down")}
 IDS = token_ids()
 
 
-def adapted_names(**options):
-    return {name for name in layers_of(get_peft_model(tiny(), NeuroAdaConfig(**options))) if "experts" in name}
-
-
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
