@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_ext import NeuroAdaConfig, activation_scores
 from tests.contract._common import layers_of
+from tests.contract._untouched import Untouched
 
 
 class Net(nn.Module):
@@ -116,13 +117,8 @@ def test_nothing_of_the_size_of_a_weight_is_kept(net):
 def test_model_is_left_as_it_was(net):
     net.train()
     net.conv.eval()
-    modes = [module.training for module in net.modules()]
-    flags = [parameter.requires_grad for parameter in net.parameters()]
-    with pytest.raises(RuntimeError):
+    with Untouched(net), pytest.raises(RuntimeError):
         activation_scores(net, [*loader(1), (torch.zeros(1, 3, 6, 6), None)])
-    assert [module.training for module in net.modules()] == modes
-    assert [parameter.requires_grad for parameter in net.parameters()] == flags
-    assert not [module for module in net.modules() if module._forward_pre_hooks]
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
