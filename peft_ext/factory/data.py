@@ -263,7 +263,9 @@ class Collator:
 
     def __init__(self, processor: Any, max_length: int | None = None) -> None:
         self.processor, self.max_length = processor, max_length
-        self.image_shape, self.image_tokens = _image_size(processor)
+        batch = processor(images=[grey()], text=[processor.image_token], add_special_tokens=False, return_tensors="pt")
+        self.image_shape = batch["pixel_values"].shape[1:]
+        self.image_tokens = int((batch["input_ids"] == processor.image_token_id).sum())
         self._warned = False
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -294,9 +296,3 @@ class Collator:
         batch["labels"] = torch.tensor([labels + [IGNORED] * (length - len(labels)) for _, labels in encoded])
         batch["attention_mask"] = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in encoded])
         return batch
-
-
-def _image_size(processor: Any) -> tuple[torch.Size, int]:
-    """Shape of an image's pixels, and number of its tokens."""
-    batch = processor(images=[grey()], text=[processor.image_token], add_special_tokens=False, return_tensors="pt")
-    return batch["pixel_values"].shape[1:], int((batch["input_ids"] == processor.image_token_id).sum())

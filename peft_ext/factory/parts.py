@@ -29,7 +29,11 @@ def prepare(
     Raises:
         `ValueError`: if the combination is none that PEFT can train and save in one adapter.
     """
-    _check_parts(model)
+    lacking = [name for name in PARTS.values() if not hasattr(getattr(model, "model", None), name)]
+    if lacking:
+        raise ValueError(
+            f"A {type(model).__name__} lacks `model.{lacking[0]}`, so it is no Llava that can be adapted."
+        )
     if connector not in ("frozen", "full"):
         raise ValueError(f"connector={connector!r}: the connector is 'frozen' or 'full'.")
     chosen = {"vision_tower": _method(vision_tower), "language_model": _method(language_model)}
@@ -52,14 +56,6 @@ def _method(name: Any) -> Method | None:
     if name == "frozen":
         return None
     return name if isinstance(name, Method) else Method.parse(name)
-
-
-def _check_parts(model: Any) -> None:
-    lacking = [name for name in PARTS.values() if not hasattr(getattr(model, "model", None), name)]
-    if lacking:
-        raise ValueError(
-            f"A {type(model).__name__} lacks `model.{lacking[0]}`, so it is no Llava that can be adapted."
-        )
 
 
 def connector_modules(model: Any) -> list[str]:

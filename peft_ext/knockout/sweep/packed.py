@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..cut.attention import zero_output
 from ..cut.edges import Edges
@@ -191,13 +190,9 @@ class PackedPasses:
         with ExitStack() as stack:
             for name, zero in rows.items():
                 target = self.architecture.attention(index) if name == "attention" else self.architecture.mlp(index)
-                hook = partial(_zero, zero)
-                stack.enter_context(target.register_forward_hook(own_thread(hook), prepend=True))
+                hook = own_thread(lambda module, args, output, zero=zero: zero_output(output, zero))
+                stack.enter_context(target.register_forward_hook(hook, prepend=True))
             yield
-
-
-def _zero(rows: Tensor, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    return zero_output(output, rows)
 
 
 def _gather(name: str, value: Any, spans: list[int], kept: int) -> Any:
