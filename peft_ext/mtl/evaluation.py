@@ -79,20 +79,18 @@ class TaskEvaluation:
     def mean_of_tasks(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         """Mean of the tasks' losses of a batch, and the model's outputs if asked for."""
         source = self.beside.get(SOURCE)
-        losses, counts, outputs = self._losses_and_counts(model, inputs, source)
-        there = {name: loss for name, loss in losses.items() if counts[name] > 0}
+        losses, outputs = self._losses(model, inputs, source)
+        loss = torch.stack([loss for loss, _ in losses.values()]).mean() if losses else None
         if self.totals is not None:
             kept = self._counted(source)
             if kept is not None and source is not None:
                 collate = self.trainer.task_collator(training=False)
                 batch = self.trainer._prepare_inputs(collate(kept or source.samples))
-                losses, counts, _ = self._losses_and_counts(model, batch, batch.pop(SOURCE))
-            for name, loss in losses.items():
-                if counts[name] > 0 and (kept is None or kept):
-                    self._add(name, loss, counts[name])
-        # Nothing is labelled in some batches; `metrics` replaces the mean over batches.
-        device = self.trainer.args.device
-        loss = torch.stack(list(there.values())).mean() if there else torch.tensor(0.0, device=device)
+                losses, _ = self._losses(model, batch, batch.pop(SOURCE))
+            for name, counted in losses.items() if kept is None or kept else ():
+                self._add(name, *counted)
+        if loss is None:  # nothing is labelled in this batch; `metrics` replaces the mean over batches
+            loss = torch.tensor(0.0, device=self.trainer.args.device)
         if not return_outputs:
             return loss
         if isinstance(outputs, dict):
@@ -138,16 +136,16 @@ class TaskEvaluation:
             return None
         return source.samples[: max(0, loader.remainder - self.trainer.args.process_index * source.size)]
 
-    def _losses_and_counts(
+    def _losses(
         self, model: Any, inputs: dict[str, Any], source: Source | None
-    ) -> tuple[dict[str, Any], dict[str, float], Any]:
-        """The tasks' losses of a batch, how many labels each has in it, and what the model returned."""
+    ) -> tuple[dict[str, tuple[Any, float]], Any]:
+        """Loss and number of labels of each task that a batch has labels of, and what the model returned."""
         trainer = self.trainer
         counts = dict(zip(trainer.task_names, trainer.task_counts.of(inputs, source), strict=True))
         num_items = counts if trainer.args.task_loss_scale == "window" else None
         losses, outputs = trainer.compute_task_losses(model, inputs, num_items, return_outputs=True)
-        named = {name: losses[name] for name in trainer.task_names if name in losses}
-        return named, {name: float(count) for name, count in counts.items()}, outputs
+        labelled = {name: float(count) for name, count in counts.items() if name in losses and count > 0}
+        return {name: (losses[name], count) for name, count in labelled.items()}, outputs
 
     def _add(self, task: str, loss: Any, count: float) -> None:
         assert self.totals is not None

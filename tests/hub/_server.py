@@ -25,13 +25,8 @@ class Hub:
         self.faults = set()
 
     def __enter__(self):
-        hub = self
-
-        class Handler(_Handler):
-            pass
-
-        Handler.hub = hub
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self
@@ -53,14 +48,21 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-    def _answer(self, content, status=200, **headers):
+    def _answer(self, content, status=200, cut=False, **headers):
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in {"Content-Length": len(body), "Content-Type": "application/json", **headers}.items():
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(body[: len(body) // 2] if cut else body)
+        if cut:
+            self._hang_up()
+
+    def _hang_up(self):
+        self.wfile.flush()
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
 
     def _missing(self, code="EntryNotFound"):
         self._answer({"error": code}, 404, X_Error_Code=code)
@@ -90,8 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer({"files": files})
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/.*", path):
             if "upload" in self.hub.faults:
-                self.close_connection = True
-                return self.connection.shutdown(socket.SHUT_RDWR)  # before anything is there
+                return self._hang_up()  # before anything is there
             for line in body.splitlines():
                 item = json.loads(line)
                 if item["key"] == "file":
@@ -133,16 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._missing()
         data = self.hub.files[repository][name]
         headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X_Repo_Commit": self.hub.commit(repository)}
-        if self.command == "GET" and name.endswith(".safetensors"):
-            if "flip" in self.hub.faults:
-                data = data[:-1] + bytes([data[-1] ^ 1])
-            if "cut" in self.hub.faults:
-                self.send_response(200)
-                for key, value in {"Content-Length": len(data), **headers}.items():
-                    self.send_header(key.replace("_", "-"), str(value))
-                self.end_headers()
-                self.wfile.write(data[: len(data) // 2])
-                self.wfile.flush()
-                self.close_connection = True
-                return self.connection.shutdown(socket.SHUT_RDWR)
-        return self._answer(data, **headers, Content_Type="application/octet-stream")
+        faults = self.hub.faults if self.command == "GET" and name.endswith(".safetensors") else ()
+        if "flip" in faults:
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        return self._answer(data, cut="cut" in faults, **headers, Content_Type="application/octet-stream")
