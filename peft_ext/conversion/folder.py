@@ -84,7 +84,10 @@ def loaded(path: str, base_model: Any, options: Mapping[str, Any]) -> Iterator[P
     config = read_config(path, **places)
     mapping = options.get("key_mapping") or getattr(base_model, "_checkpoint_conversion_mapping", None)
     weights = _read_weights(path, mapping, places)
-    with naming(path), unchanged_on_error(base_model), _same_tensors(base_model, weights):
+    # PEFT saves embeddings that were resized along with an adapter, and loads them in place.
+    state = base_model.state_dict()
+    own = {key.removeprefix(_PREFIX).replace(".base_layer.", ".") for key in weights} & state.keys()
+    with naming(path), unchanged_on_error(base_model, [state[name] for name in own]):
         _check_entries(weights)
         try:
             model = PeftModel.from_pretrained(base_model, path, **options)
@@ -160,18 +163,3 @@ def _misfit(base: nn.Module, weights: Mapping[str, Tensor], adapter_name: str) -
         here, there = (tuple(shapes[reshaped[0]]) for shapes in (places, found))
         return f"'{reshaped[0]}' has the shape {there} in the adapter and {here} here ({len(reshaped)} in all)."
     return None
-
-
-@contextmanager
-def _same_tensors(base: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """On an error, restore the base model's own tensors that an adapter's file has too: PEFT saves embeddings that
-    were resized along with an adapter, and loads them in place."""
-    state = base.state_dict()
-    names = {key.removeprefix(_PREFIX).replace(".base_layer.", ".") for key in weights} & state.keys()
-    before = [(state[name], state[name].clone()) for name in names]
-    try:
-        yield
-    except BaseException:
-        for tensor, values in before:
-            tensor.copy_(values)
-        raise
