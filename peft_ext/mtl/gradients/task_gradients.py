@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...sparse.bases.sharded import is_sharded
 from ..aggregators import Aggregator, Step
 from ..aggregators.base import Array
-from ..parallel import any_process, average_gradients, local, mean_over_processes, sum_over_processes
+from ..parallel import any_process, average_gradients, local, mean_over_processes, processes, sum_over_processes
 from .gramian import gramian_of, layer_of
 
 
@@ -165,22 +165,21 @@ class TaskGradients:
 
     def gramian(self) -> tuple[Array, dict[str, Array]]:
         """Inner products over the shared parameters, float64 `[tasks, tasks]`, and per layer if asked for."""
-        layers: dict[str, tuple[Tensor, Tensor]] = {}
+        layers: dict[str, Tensor] = {}
+        has_shards = any(is_sharded(parameter) for parameter in self.parameters)
         for index, name in enumerate(self.names):
-            if not self.shared[index]:
-                continue
-            part = gramian_of([row.get(index) for row in self.rows]).to(self.device)
-            whole_and_shards = layers.setdefault(
-                layer_of(name) if self.by_layer else "", (torch.zeros_like(part), torch.zeros_like(part))
-            )
-            whole_and_shards[is_sharded(self.parameters[index])].add_(part)
+            if self.shared[index]:
+                part = gramian_of([row.get(index) for row in self.rows]).to(self.device)
+                if has_shards and not is_sharded(self.parameters[index]):
+                    part /= processes()  # every process has the whole gradient
+                layer = layer_of(name) if self.by_layer else ""
+                layers[layer] = layers[layer] + part if layer in layers else part
         if not layers:
             return np.zeros((self.num_tasks, self.num_tasks)), {}
-        whole = torch.stack([pair[0] for pair in layers.values()])  # [layers, tasks, tasks]
-        shards = torch.stack([pair[1] for pair in layers.values()])
-        if any(is_sharded(parameter) for parameter in self.parameters):
-            sum_over_processes(shards)
-        total = (whole + shards).cpu()
+        total = torch.stack(list(layers.values()))  # [layers, tasks, tasks]
+        if has_shards:
+            sum_over_processes(total)
+        total = total.cpu()
         by_layer = {name: total[i].numpy() for i, name in enumerate(layers)} if self.by_layer else {}
         return total.sum(dim=0).numpy(), by_layer
 
