@@ -21,10 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..sparse.fingerprint import checksum
+
 
 LAYOUT = "peft_ext sparse patch 1"
-_SUMMED_AT_ONCE = 2**20  # numbers, of which a checksum needs 24 bytes each
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
 
 
 @dataclass(frozen=True)
@@ -91,18 +91,6 @@ class SparsePatch:
             flat[indices] = values
         before = before.cpu() if indices is not None else before.cpu().view(self.shape)
         return SparsePatch(self.name, self.shape, self.indices, before, checksum(values))
-
-
-def checksum(values: Tensor) -> int:
-    """A number that the bits of values determine, on every device: int64 sums that wrap."""
-    if values.numel() == 0:
-        return 0
-    bits = values.reshape(-1).contiguous().view(_BITS[values.element_size()])
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for start in range(0, bits.numel(), _SUMMED_AT_ONCE):
-        part = bits[start : start + _SUMMED_AT_ONCE].long()
-        total += (part * (2 * torch.arange(start, start + part.numel(), device=bits.device) + 1)).sum()
-    return int(total)
 
 
 def write_patch(path: str | os.PathLike[str], patches: Iterable[SparsePatch], **notes: str) -> None:

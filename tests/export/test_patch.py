@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load_file
 
 from peft_ext import NeuroAdaConfig, cli
-from peft_ext.export import patch
 from peft_ext.export.merging import merge_checkpoint, revert_checkpoint
 from peft_ext.export.patch import SparsePatch, apply_patch, read_patch, write_patch
+from peft_ext.sparse import fingerprint
 from tests.export._common import assert_same_files, saved_adapter, saved_base, tensors_of
 
 
@@ -89,5 +89,5 @@ def test_checksum_in_parts_is_that_of_the_whole(dtype, monkeypatch):
     bits = values.flatten().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[values.element_size()])
     expected = sum(number * (2 * place + 1) for place, number in enumerate(bits.tolist()))
     for at_once in (7, 45, 100):
-        monkeypatch.setattr(patch, "_SUMMED_AT_ONCE", at_once)
-        assert patch.checksum(values) == expected
+        monkeypatch.setattr(fingerprint, "_SUMMED_AT_ONCE", at_once)
+        assert fingerprint.checksum(values) == expected
