@@ -165,7 +165,9 @@ class MTLTrainerMixin(TaskDataHooks):
         with getattr(self, "maybe_activation_offload_context", None) or nullcontext():
             self.gradient_step.collect(model, inputs)
         if self.accelerator.sync_gradients:
-            self.gradient_step.combine(model, source)
+            combined = self.gradient_step.combine(model, source)
+            if combined is not None:
+                self.gradient_step.write_back(combined)
         return torch.tensor(losses.next_loss(self.aggregator.reduction), device=self.args.device, dtype=torch.float32)
 
     # ------------------------------------------------------------------ losses and evaluation

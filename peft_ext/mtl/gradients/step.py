@@ -13,7 +13,7 @@ from ..aggregators import Step
 from ..aggregators.joint import Joint
 from ..data.collation import Source
 from .probe import noise_floor
-from .task_gradients import TaskGradients
+from .task_gradients import Combined, TaskGradients
 from .task_passes import LabelPasses
 
 
@@ -60,9 +60,9 @@ class GradientStep:
     def _is_due(self, every: int) -> bool:
         return every > 0 and (self.trainer.state.global_step + 1) % every == 0
 
-    def combine(self, model: nn.Module, source: Source | None) -> None:
-        """Combine the step's gradients into `.grad`, and record what they were. A sum is in `.grad` already, and a
-        step whose gradients are not finite is skipped."""
+    def combine(self, model: nn.Module, source: Source | None) -> Combined | None:
+        """Combine the step's gradients and record what they were. A sum is in `.grad` already, and a step whose
+        gradients are not finite is skipped: then there is nothing to write back."""
         trainer, step = self.trainer, self.trainer.step_losses
         expected = int(step.window.present.sum())
         losses = step.close(trainer.args.device)
@@ -73,19 +73,23 @@ class GradientStep:
             self.gradients.average_sum(expected / int(present.sum()) if is_mean else 1.0)
             if trainer.accelerator.scaler is None and not self.gradients.sum_is_finite():  # a scaler sees by itself
                 self._skip()
-            return
+            return None
         self.gradients.reduce(1.0 / self._scale())
         gramian, layers = self.gradients.gramian()
         if not (
             np.isfinite(gramian).all() and np.isfinite(losses[present]).all() and self.gradients.heads_are_finite()
         ):
             self._skip()
-            return
+            return None
         floor = noise_floor(trainer, model, source) if self._is_due(trainer.args.noise_floor_steps) else None
         combined = self.gradients.combine(trainer.aggregator, Step(gramian, present, losses))
         if self._is_due(trainer.args.conflict_logging_steps) or floor is not None:
             number, epoch = trainer.state.global_step + 1, trainer.state.epoch or 0.0
             trainer.conflicts.record(number, epoch, gramian, losses, combined.weights, layers, floor)
+        return combined
+
+    def write_back(self, combined: Combined) -> None:
+        """Put the combined gradients into `.grad`, for the optimiser."""
         self.gradients.write(combined, self._scale())
 
     def _scale(self) -> float:
