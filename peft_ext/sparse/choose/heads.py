@@ -49,7 +49,7 @@ def heads_of(model: nn.Module) -> dict[str, nn.Module]:
     heads = {
         name: child
         for name, child in children.items()
-        if (name in HEADS and any(map(_has_neurons, child.modules())))
+        if (name in HEADS and any(is_supported(module, None) for module in child.modules()))
         or (labels is not None and _outputs_of(child) == labels)
     }
     bodies = [name for name, child in children.items() if isinstance(child, PreTrainedModel)]
@@ -102,10 +102,6 @@ def _is_inside(name: str, heads: Mapping[str, nn.Module]) -> bool:
 
 def _with_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     return {name: module for name, module in modules.items() if next(module.parameters(), None) is not None}
-
-
-def _has_neurons(module: nn.Module) -> bool:
-    return is_supported(module, None)
 
 
 def _outputs_of(child: nn.Module) -> int | None:

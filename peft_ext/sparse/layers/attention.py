@@ -4,7 +4,6 @@ computed here, with an adapted linear layer for each projection."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -113,7 +112,7 @@ class SparseMultiheadAttention(SparseComposite):
             masks.append(F.pad(_additive(whole, q.dtype), (0, extra)))
         if key_padding_mask is not None:  # [batch, keys]
             masks.append(F.pad(_additive(key_padding_mask, q.dtype), (0, extra))[:, None, None])
-        return q, k, v, _sum(masks)
+        return q, k, v, sum(masks[1:], masks[0]) if masks else None
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -121,7 +120,3 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, -math.inf)
     return mask.to(dtype)
-
-
-def _sum(masks: Sequence[Tensor]) -> Tensor | None:
-    return sum(masks[1:], masks[0]) if masks else None

@@ -170,8 +170,11 @@ class MergingMixin:
             self._write(support, merged)
             self._merged.append(Merged(name, support, originals, self._write_bias(bias)))
             self.merged_adapters.append(name)
-        if self.requantize and self._set_aside is not None and self._set_aside.base_layer is not None:
-            self._quantize_again(self._set_aside.base_layer, self._set_aside.backend)
+        aside = self._set_aside or SetAside()
+        if self.requantize and aside.base_layer is not None and aside.backend is not None:
+            merged = self.get_base_layer().weight.detach()
+            layer, self.requantization_error = requantised_layer(aside.base_layer, aside.backend, merged)
+            self._replace_base(layer, aside.backend)
 
     @torch.no_grad()
     def unmerge(self, adapter_names: list[str] | None = None) -> None:
@@ -215,11 +218,6 @@ class MergingMixin:
         elif backend is not None:
             weight = self.get_base_weight()
             self._replace_base(dense_layer(base_layer, weight, self.dense_dtype or weight.dtype), None)
-
-    def _quantize_again(self, original: nn.Module, backend: QuantizationBackend | None) -> None:
-        assert backend is not None
-        layer, self.requantization_error = requantised_layer(original, backend, self.get_base_layer().weight.detach())
-        self._replace_base(layer, backend)
 
     def _replace_base(self, base_layer: nn.Module, backend: QuantizationBackend | None) -> None:
         holder: Any = self

@@ -70,7 +70,8 @@ class CheckpointMixin(LoadableTuner):
                     full = f"{prefix}.{name}"
                     selected[full] = delta.settled(name, selected[full]) if full in selected else here.clone()
             lacking = [f"{prefix}.{name}" for name in delta.names if f"{prefix}.{name}" not in selected]
-            if lacking and _is_first_process():  # elsewhere a state dict gathered for the first one is empty
+            is_first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+            if lacking and is_first:  # elsewhere a state dict gathered for the first process is empty
                 raise ValueError(
                     f"The state dict lacks '{lacking[0]}', so adapter '{adapter_name}' can't be saved whole. Under "
                     "FSDP pass state_dict=accelerator.get_state_dict(model); under ZeRO-3 set "
@@ -198,10 +199,6 @@ class CheckpointMixin(LoadableTuner):
             if isinstance(module, cls.tuner_layer_cls) and adapter_name in module.deltas:
                 name = without_wrappers(name)
                 yield f"{name}.{container}.{adapter_name}" if name else f"{container}.{adapter_name}", module
-
-
-def _is_first_process() -> bool:
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def _check_shared(first: str, prefix: str, parts: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:

@@ -33,7 +33,8 @@ def note_sharing(model: nn.Module, layer_cls: type[SparseLayer]) -> None:
         if any(layer.merged for layer in layers):
             continue
         written = {layer: _written(layer, maps) for layer in layers}
-        alike = all(_adapted_alike(layers[0], layer) for layer in layers) and not any(
+        deltas = [dict(layer.deltas.items()) for layer in layers]  # modules are equal if they are the same
+        alike = all(own == deltas[0] for own in deltas) and not any(
             foreign or uses.of(region) > len(reached) for region, foreign in written[layers[0]].values()
         )
         for layer in layers:
@@ -54,7 +55,3 @@ def _written(layer: SparseLayer, maps: Maps) -> dict[str, tuple[Region, bool]]:
     if any(delta.bias is not None for delta in layer.deltas.values()):
         written["bias"] = Region.of(base.bias), why_not_ours(base.bias, maps) is not None
     return written
-
-
-def _adapted_alike(one: SparseLayer, other: SparseLayer) -> bool:
-    return dict(one.deltas.items()) == dict(other.deltas.items())  # modules are equal if they are the same

@@ -87,7 +87,8 @@ class WeightedAdapterMixin:
         self.peft_config[adapter_name] = _combined_config(configs, supports)
         self.inject_adapter(self.model, adapter_name)  # type: ignore[attr-defined]
         for layer, values, bias in combined:
-            delta = layer.deltas[adapter_name].to(_widest(layer, adapters))
+            dtypes = [layer.deltas[name].weight.dtype for name in adapters if name in layer.deltas]
+            delta = layer.deltas[adapter_name].to(reduce(torch.promote_types, dtypes))
             delta.weight.data.copy_(values.view_as(delta.weight))
             if bias is not None:
                 delta.bias.data.copy_(bias)
@@ -162,9 +163,3 @@ def _combined_config(configs: list[SparseConfig], supports: dict[str, Support]) 
         target_parameters=sorted({name for config in configs for name in config.target_parameters or ()}) or None,
         train_bias=any(config.train_bias for config in configs),
     )
-
-
-def _widest(layer: SparseLayer, adapters: list[str]) -> torch.dtype:
-    """A dtype that holds the values of all adapters."""
-    dtypes = [layer.deltas[name].weight.dtype for name in adapters if name in layer.deltas]
-    return reduce(torch.promote_types, dtypes)

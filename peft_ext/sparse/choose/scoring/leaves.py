@@ -26,7 +26,8 @@ def own_leaves(model: nn.Module, layers: Mapping[str, Any]) -> Iterator[dict[str
     """
     uses = Uses(model, distinct=True)
     groups: dict[Hashable, list[str]] = defaultdict(list)
-    holders = {name: _holder_of(layer) for name, layer in layers.items()}
+    # The module that has a layer's weight among its parameters, and the weight's name there.
+    holders = {name: layer.holder if isinstance(layer, Part) else (layer, "weight") for name, layer in layers.items()}
     for name, layer in layers.items():
         groups[Region.of(_held(holders[name])), isinstance(layer, Conv1D)].append(name)
     leaves: dict[str, nn.Parameter] = {}
@@ -47,11 +48,6 @@ def own_leaves(model: nn.Module, layers: Mapping[str, Any]) -> Iterator[dict[str
     finally:
         for (module, name), (parameter, _) in replaced.items():
             module._parameters[name] = parameter
-
-
-def _holder_of(layer: Any) -> tuple[nn.Module, str]:
-    """The module that has a layer's weight among its parameters, and the weight's name there."""
-    return layer.holder if isinstance(layer, Part) else (layer, "weight")
 
 
 def _held(holder: tuple[nn.Module, str]) -> nn.Parameter:
