@@ -30,7 +30,8 @@ class Names:
 
     def ways(self, module: str, rows: int, fan_in: int) -> list[list[Piece]]:
         """
-        The ways in which tensors may hold a module's weight: two if a square one does not show which neurons it has.
+        The ways in which tensors may hold a module's weight: two if a square one does not show whether neurons are
+        its rows or its columns.
 
         Raises:
             `ValueError`: if the checkpoint has no such weight, or one of another shape.

@@ -10,7 +10,6 @@ from peft import PeftModel, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from peft_ext import hotswap_adapter
 from tests.contract._common import ALL_METHODS, adapted, fill, layers_of, logits
 from tests.contract._damage import (
     WEIGHTS,
@@ -30,6 +29,7 @@ from tests.contract._damage import (
     without_weights,
 )
 from tests.contract._untouched import Untouched
+from tests.contract._ways import again, as_a_second, by_peft, by_transformers, in_little_memory, swapped
 
 
 LAYERS = "base_model.model.model.layers"
@@ -163,33 +163,33 @@ def _state_dict(folder):
     return {key.removeprefix("base_model.model."): tensor for key, tensor in load_file(folder / WEIGHTS).items()}
 
 
+def _set_state_dict(model, folder):
+    set_peft_model_state_dict(model, _state_dict(folder))
+    return model
+
+
 def _load_state_dict(model, folder):
     config = ALL_METHODS["neuroada"](**OPTIONS["neuroada"])
     model.load_adapter(peft_config=config, adapter_state_dict=_state_dict(folder))
+    return model
 
 
 # Ways of loading: what the model is before, and the call.
 READING_CONFIGS = {
-    "first": (_bare, PeftModel.from_pretrained),
-    "first with little memory": (
-        _bare,
-        lambda base, folder: PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True),
-    ),
-    "second": (_created, lambda model, folder: model.load_adapter(folder, "second")),
-    "first by transformers": (_bare, lambda base, folder: base.load_adapter(str(folder))),
-    "second by transformers": (
-        _added,
-        lambda model, folder: model.load_adapter(str(folder), adapter_name="second"),
-    ),
+    "first": (_bare, by_peft),
+    "first with little memory": (_bare, in_little_memory),
+    "second": (_created, as_a_second),
+    "first by transformers": (_bare, by_transformers),
+    "second by transformers": (_added, as_a_second),
 }
 WAYS = {
     **READING_CONFIGS,
-    "again": (_loaded, lambda model, folder: model.load_adapter(folder, "default")),
-    "over a created one": (_created, lambda model, folder: model.load_adapter(folder, "default")),
-    "swapped": (_loaded, lambda model, folder: hotswap_adapter(model, str(folder))),
+    "again": (_loaded, again),
+    "over a created one": (_created, again),
+    "swapped": (_loaded, swapped),
 }
 STATE_DICTS = {
-    "set": (_injected, lambda model, folder: set_peft_model_state_dict(model, _state_dict(folder))),
+    "set": (_injected, _set_state_dict),
     "by transformers, a state dict": (_bare, _load_state_dict),
 }
 
@@ -239,16 +239,7 @@ def test_a_good_file_loads_after_a_bad_one_whose_error_names_it(way, wholes, bas
     model = prepare(base, wholes("neuroada"), "neuroada")
     with pytest.raises(ValueError, match=str(tmp_path)):
         load(model, tmp_path)
-    assert torch.equal(logits(_after(load, way, model, wholes("neuroada")), {"input_ids": ids}), expected)
-
-
-def _after(load, way, model, folder):
-    """The model that has loaded a file, with its adapter active."""
-    found = load(model, folder)
-    model = found if isinstance(found, PeftModel) else model
-    if "second" in way:
-        model.set_adapter("second")
-    return model
+    assert torch.equal(logits(load(model, wholes("neuroada")), {"input_ids": ids}), expected)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +254,7 @@ def test_tensors_that_belong_to_nothing_are_named_and_ignored(method, way, whole
     prepare, load = {**WAYS, **STATE_DICTS}[way]
     model = prepare(base, wholes(method), method)
     with pytest.warns(UserWarning, match=r"belong to nothing in this model and are ignored: '.*bar', '.*foo'"):
-        model = _after(load, way, model, tmp_path)
+        model = load(model, tmp_path)
     assert torch.equal(logits(model, {"input_ids": ids}), expected)
 
 

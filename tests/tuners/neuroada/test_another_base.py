@@ -1,7 +1,5 @@
 """Another base model on purpose: every way of loading takes it inside `another_base`, and nothing of it is saved."""
 
-import json
-
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -12,6 +10,8 @@ from transformers import LlamaForCausalLM
 import peft_ext
 from peft_ext import NeuroAdaConfig, cli
 from tests.contract._common import layers_of
+from tests.contract._damage import options
+from tests.contract._ways import as_a_second, by_peft, by_transformers, in_little_memory, swapped
 from tests.tuners.neuroada._common import adapted, logits
 
 
@@ -31,57 +31,31 @@ def adapter(tiny, tmp_path):
     return tmp_path / "adapter"
 
 
-def by_peft(model, adapter, tmp_path):
-    return PeftModel.from_pretrained(model, adapter)
+def beside_another(model, adapter):
+    return as_a_second(adapted(model, k=1), adapter)
 
 
-def by_peft_without_memory(model, adapter, tmp_path):
-    return PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=True)
+def by_hot_swap(model, adapter):
+    return swapped(adapted(model, k=2), adapter)
 
 
-def as_a_second(model, adapter, tmp_path):
-    model = adapted(model, k=1)
-    model.load_adapter(adapter, "second")
-    model.set_adapter("second")
-    return model
-
-
-def by_transformers(model, adapter, tmp_path):
-    model.load_adapter(str(adapter))
-    return model
-
-
-def by_auto_class(model, adapter, tmp_path):
-    model.save_pretrained(tmp_path / "sibling")
-    path = adapter / "adapter_config.json"
-    names = {"base_model_name_or_path": str(tmp_path / "sibling"), "task_type": "CAUSAL_LM"}
-    path.write_text(json.dumps({**json.loads(path.read_text()), **names}))
-    return AutoPeftModelForCausalLM.from_pretrained(adapter)
-
-
-def by_hot_swap(model, adapter, tmp_path):
-    model = adapted(model, k=2)
-    peft_ext.hotswap_adapter(model, str(adapter))
-    return model
-
-
-def by_state_dict(model, adapter, tmp_path):
+def by_state_dict(model, adapter):
     model = adapted(model, k=2)
     set_peft_model_state_dict(model, load_peft_weights(str(adapter)))
     return model
 
 
-WAYS = [by_peft, by_peft_without_memory, as_a_second, by_transformers, by_hot_swap, by_state_dict]
+WAYS = [by_peft, in_little_memory, beside_another, by_transformers, by_hot_swap, by_state_dict]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-def test_every_way_of_loading(way, sibling, adapter, tmp_path, ids):
+def test_every_way_of_loading(way, sibling, adapter, ids):
     with torch.no_grad():
         base = {name: p.clone() for name, p in sibling.named_parameters()}
     with pytest.raises(ValueError, match=r"near them.*trained further.*peft_ext\.another_base"):
-        way(sibling, adapter, tmp_path)
+        way(sibling, adapter)
     with peft_ext.another_base():
-        model = way(sibling, adapter, tmp_path).eval()
+        model = way(sibling, adapter).eval()
     found = logits(model, ids)  # outside
     tensors = load_file(adapter / "adapter_model.safetensors")
     for name, layer in layers_of(model).items():
@@ -98,10 +72,12 @@ def test_every_way_of_loading(way, sibling, adapter, tmp_path, ids):
 
 
 def test_auto_class(sibling, adapter, tmp_path):
+    sibling.save_pretrained(tmp_path / "sibling")
+    options(base_model_name_or_path=str(tmp_path / "sibling"), task_type="CAUSAL_LM")(adapter)
     with pytest.raises(ValueError, match="another base model"):
-        by_auto_class(sibling, adapter, tmp_path)
+        AutoPeftModelForCausalLM.from_pretrained(adapter)
     with peft_ext.another_base():
-        by_auto_class(sibling, adapter, tmp_path)
+        AutoPeftModelForCausalLM.from_pretrained(adapter)
 
 
 def test_nothing_of_it_is_saved(sibling, adapter, tmp_path):

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from transformers import LlamaForCausalLM
 
 from tests.contract._untouched import Untouched
+from tests.contract._ways import as_a_second, by_peft, by_transformers, in_little_memory
 from tests.tuners.neuroada._common import adapted, logits
 
 
@@ -58,16 +59,10 @@ def _beside_lora(base):
 
 
 WAYS = {
-    "first": (_bare, PeftModel.from_pretrained),
-    "first with little memory": (
-        _bare,
-        lambda base, folder: PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True),
-    ),
-    "second": (
-        lambda base: adapted(base, k=2, target_modules=TARGETS),
-        lambda model, folder: model.load_adapter(folder, "second"),
-    ),
-    "by transformers": (_bare, lambda base, folder: base.load_adapter(str(folder))),
+    "first": (_bare, by_peft),
+    "first with little memory": (_bare, in_little_memory),
+    "second": (lambda base: adapted(base, k=2, target_modules=TARGETS), as_a_second),
+    "by transformers": (_bare, by_transformers),
     "beside LoRA": (_beside_lora, lambda base, folder: base.load_adapter(str(folder), "sparse")),
 }
 

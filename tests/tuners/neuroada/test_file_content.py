@@ -12,6 +12,7 @@ from peft_ext import NeuroAdaConfig, hotswap_adapter
 from tests.contract._common import base_bits
 from tests.contract._damage import WEIGHTS, add, drop, options, replace
 from tests.contract._untouched import Untouched
+from tests.contract._ways import by_peft, by_transformers, in_little_memory, swapped
 from tests.tuners.neuroada._common import adapted, logits
 
 
@@ -37,22 +38,16 @@ def _by_state_dict(base, folder):
     return model
 
 
-def _by_transformers(base, folder):
-    base.load_adapter(str(folder))
-    return base
-
-
 def _swapped(base, folder):
     config = NeuroAdaConfig.from_pretrained(folder)
     model = inject_adapter_in_model(config, base).eval()
-    hotswap_adapter(model, str(folder))
-    return model
+    return swapped(model, folder)
 
 
 WAYS = {
-    "peft": PeftModel.from_pretrained,
-    "peft with little memory": lambda base, folder: PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True),
-    "transformers": _by_transformers,
+    "peft": by_peft,
+    "peft with little memory": in_little_memory,
+    "transformers": by_transformers,
     "state dict": _by_state_dict,
     "swapped": _swapped,
 }
@@ -206,7 +201,7 @@ def without_a_part(request, tiny, tmp_path):
     return tmp_path, key.removeprefix("base_model.model.").rpartition(".")[0]
 
 
-@pytest.mark.parametrize("way", [PeftModel.from_pretrained, _by_transformers])
+@pytest.mark.parametrize("way", [by_peft, by_transformers])
 def test_partial_file(without_a_part, tiny, way):
     folder, module = without_a_part
     base = tiny("bert").requires_grad_(False)

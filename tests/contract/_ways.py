@@ -1,0 +1,35 @@
+"""Ways of loading an adapter, each a function of a model and the adapter's folder; the adapted model is returned."""
+
+from peft import PeftModel
+
+from peft_ext import hotswap_adapter
+
+
+def by_peft(base, folder):
+    return PeftModel.from_pretrained(base, folder)
+
+
+def in_little_memory(base, folder):
+    return PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True)
+
+
+def by_transformers(base, folder):
+    base.load_adapter(str(folder))
+    return base
+
+
+def as_a_second(model, folder):
+    """Beside an adapter, by PEFT or by transformers."""
+    model.load_adapter(str(folder), adapter_name="second")
+    model.set_adapter("second")
+    return model
+
+
+def again(model, folder):
+    model.load_adapter(folder, "default")
+    return model
+
+
+def swapped(model, folder):
+    hotswap_adapter(model, str(folder))
+    return model
