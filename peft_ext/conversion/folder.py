@@ -13,9 +13,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..hf.adapter_state import MalformedAdapter, check_others, naming
+from ..hf.adapter_state import PEFT_PREFIX, MalformedAdapter, check_others, naming, trained_whole
 from ..hf.injection import check_adapter_name
-from ..hf.internals import AuxiliaryTrainingWrapper, BaseTunerLayer, load_peft_weights
+from ..hf.internals import BaseTunerLayer, load_peft_weights
 from ..install.snapshot import unchanged_on_error
 from .peers import CONVERTIBLE, check_convertible
 
@@ -30,7 +30,6 @@ LOAD_OPTIONS = (
     "torch_device",
     *PLACES,
 )
-_PREFIX = "base_model.model."
 _VALUES = (".shira_weight", ".supertuning_values")
 _INDICES = (".shira_indices", ".supertuning_indices")
 
@@ -86,7 +85,7 @@ def loaded(path: str, base_model: Any, options: Mapping[str, Any]) -> Iterator[P
     weights = _read_weights(path, mapping, places)
     # PEFT saves embeddings that were resized along with an adapter, and loads them in place.
     state = base_model.state_dict()
-    own = {key.removeprefix(_PREFIX).replace(".base_layer.", ".") for key in weights} & state.keys()
+    own = {key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".") for key in weights} & state.keys()
     with naming(path), unchanged_on_error(base_model, [state[name] for name in own]):
         _check_entries(weights)
         try:
@@ -133,13 +132,8 @@ def _check_entries(weights: Mapping[str, Tensor]) -> None:
 
 def _check_others(base: nn.Module, weights: Mapping[str, Tensor], adapter_name: str) -> None:
     """The file brings nothing but the adapter, modules that it trains whole, and embeddings."""
-    whole = {
-        f"{name}.{key}"
-        for name, module in base.named_modules()
-        if isinstance(module, AuxiliaryTrainingWrapper)
-        for key in module.adapter_state_dict_load_map(adapter_name)
-    }
-    named = {key.removeprefix(_PREFIX): tensor for key, tensor in weights.items()}
+    whole = {saved for saved, _ in trained_whole(base, adapter_name)}
+    named = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in weights.items()}
     own = (*_VALUES, *_INDICES)
     check_others(base, base.state_dict(), {k: t for k, t in named.items() if k not in whole and not k.endswith(own)})
 
@@ -151,7 +145,7 @@ def _misfit(base: nn.Module, weights: Mapping[str, Tensor], adapter_name: str) -
         name = key.removesuffix(f".{adapter_name}").replace(f".modules_to_save.{adapter_name}.", ".")
         if name != key and (name.endswith(_VALUES) or ".modules_to_save." in key):
             places[name] = tensor.shape
-    found = {key.removeprefix(_PREFIX): tensor.shape for key, tensor in weights.items()}
+    found = {key.removeprefix(PEFT_PREFIX): tensor.shape for key, tensor in weights.items()}
     missing = sorted(places.keys() - found.keys())
     unplaced = sorted(key for key in found.keys() - places.keys() if key.endswith(_VALUES))
     reshaped = sorted(key for key in places.keys() & found.keys() if places[key] != found[key])

@@ -16,6 +16,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor
 
+from ..hf.adapter_state import PEFT_PREFIX
 from ..hf.files import CHECKSUM_KEY, check_weights
 from ..hf.loadable import tuner_of
 from ..sparse.fingerprint import check_fingerprint
@@ -24,7 +25,6 @@ from ..sparse.support import Support
 from .checkpoint import local_folder
 
 
-_PREFIX = "base_model.model."
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 _PARTS = {"weight", "bias", "indices", "offsets", "fingerprint"}
 
@@ -108,7 +108,7 @@ class AdapterFile:
         """Per adapted module, the names of its tensors."""
         parts: dict[str, set[str]] = {}
         for key in self.keys:
-            module, mark, part = key.removeprefix(_PREFIX).rpartition(f".{self._container}.")
+            module, mark, part = key.removeprefix(PEFT_PREFIX).rpartition(f".{self._container}.")
             if mark and part not in _PARTS:
                 raise ValueError(f"{self.path}: '{key}' is no tensor that this version of peft_ext knows.")
             if mark:
@@ -136,12 +136,12 @@ class AdapterFile:
         return Entries(support, found["weight"], fingerprint, found.get("bias"))
 
     def _key(self, name: str) -> str:
-        return name if name in self.keys else f"{_PREFIX}{name}"
+        return name if name in self.keys else f"{PEFT_PREFIX}{name}"
 
     def whole(self) -> Iterator[tuple[str, str]]:
         """Tensors that replace the base's: modules trained whole, trained biases; their names in model and file."""
         for key in self.keys:
-            name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+            name = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
             if f".{self._container}." not in key and not key.endswith(_TOKENS):
                 yield name, key
 
@@ -149,7 +149,7 @@ class AdapterFile:
         """Trained tokens: the embedding's name in the model, the tensor's in the file, and the tokens."""
         for key in self.keys:
             if key.endswith(_TOKENS):
-                module = key.removeprefix(_PREFIX).removesuffix(_TOKENS)
+                module = key.removeprefix(PEFT_PREFIX).removesuffix(_TOKENS)
                 given: Any = self.config.trainable_token_indices
                 if isinstance(given, dict):
                     given = next((which for name, which in given.items() if module.endswith(name)), None)

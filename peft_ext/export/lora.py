@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..hf.adapter_state import PEFT_PREFIX
 from ..sparse.bases.padding import CONVOLUTIONS
 from .adapter import AdapterFile, Entries
 from .folder import filled_at_once
@@ -21,7 +22,6 @@ from .names import empty_model
 
 
 Biases = Literal["refuse", "drop", "lora_bias"]
-_PREFIX = "base_model.model."
 _SMALL = 1024  # up to this many rows or columns all singular vectors are computed
 
 
@@ -97,11 +97,11 @@ def export_lora(
             lost, total = lost + difference**2, total + size**2
             if exact[name] > used:
                 errors[name] = difference / size
-            shaped = _shaped(layers[name], down, up)
-            tensors |= {f"{_PREFIX}{name}.lora_A.weight": shaped[0], f"{_PREFIX}{name}.lora_B.weight": shaped[1]}
+            prefix = f"{PEFT_PREFIX}{name}.lora_"
+            tensors[f"{prefix}A.weight"], tensors[f"{prefix}B.weight"] = _shaped(layers[name], down, up)
             if with_biases:
                 bias = entries.bias
-                tensors[f"{_PREFIX}{name}.lora_B.bias"] = torch.zeros(len(up)) if bias is None else bias.float()
+                tensors[f"{prefix}B.bias"] = torch.zeros(len(up)) if bias is None else bias.float()
         tensors |= {key: opened.tensor(key) for _, key in opened.whole()}
         tensors |= {key: opened.tensor(key) for _, key, _ in opened.tokens()}
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from .internals import AuxiliaryTrainingWrapper
 
 
-_PEFT_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."  # of the names in an adapter's file
 _SAVE_AGAIN = "Nothing was loaded; save the whole adapter again."
 _SAME_MODEL = "Nothing was loaded; use the config and base model it was saved with."
 
@@ -71,8 +71,8 @@ def check_state(
             frozen tensor of the base model.
     """
     state = model.state_dict() if state is None else state
-    if not any(key.startswith(_PEFT_PREFIX) for key in state):
-        tensors = {key.removeprefix(_PEFT_PREFIX): tensor for key, tensor in tensors.items()}
+    if not any(key.startswith(PEFT_PREFIX) for key in state):
+        tensors = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
     part = f"so it is only a part of adapter '{adapter_name}' or was made with other options"
     for key, here in own.items():
         _check_tensor(key, tensors, here, part)
@@ -82,7 +82,8 @@ def check_state(
     if unknown is not None:
         raise MalformedAdapter(f"The checkpoint has '{unknown}', which has no place in this model. {_SAME_MODEL}")
     parameters = {without_wrappers(name) for name, _ in model.named_parameters()}
-    trained = {key for key in (*_trained_whole(model, adapter_name), *biases) if key not in own}
+    whole = (key for _, key in trained_whole(model, adapter_name))
+    trained = {key for key in (*whole, *biases) if key not in own}
     for key in sorted(trained):
         # A module that is trained whole may have infinite numbers in a buffer, such as a mask.
         _check_tensor(key, tensors, state.get(key), f"which adapter '{adapter_name}' trains", key in parameters)
@@ -92,12 +93,12 @@ def check_state(
             raise MalformedAdapter(_other_shape(key, tensors[key], state[key]))
 
 
-def _trained_whole(model: nn.Module, adapter_name: str) -> Iterator[str]:
-    """Names of the tensors of modules that PEFT trains whole for an adapter, and of trained tokens."""
+def trained_whole(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str]]:
+    """Names in a file and in the model: of tensors of modules that PEFT trains whole, and of trained tokens."""
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
-            for key in module.adapter_state_dict_load_map(adapter_name).values():
-                yield f"{without_wrappers(name)}.{key}"
+            for saved, key in module.adapter_state_dict_load_map(adapter_name).items():
+                yield f"{without_wrappers(name)}.{saved}", f"{without_wrappers(name)}.{key}"
 
 
 def _check_tensor(
