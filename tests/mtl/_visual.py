@@ -123,8 +123,9 @@ class Watching:
                 return compute()
 
             store.gramian = gramian
-            combine(*args)
+            combined = combine(*args)
             store.gramian = compute
+            return combined
 
         self.gradient_step.combine = watched
 
