@@ -85,8 +85,8 @@ def loaded(path: str, base_model: Any, options: Mapping[str, Any]) -> Iterator[P
     weights = _read_weights(path, mapping, places)
     # PEFT saves embeddings that were resized along with an adapter, and loads them in place.
     state = base_model.state_dict()
-    own = {key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".") for key in weights} & state.keys()
-    with naming(path), unchanged_on_error(base_model, [state[name] for name in own]):
+    in_file = {key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".") for key in weights} & state.keys()
+    with naming(path), unchanged_on_error(base_model, [state[name] for name in in_file]):
         _check_entries(weights)
         try:
             model = PeftModel.from_pretrained(base_model, path, **options)
