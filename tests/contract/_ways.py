@@ -5,16 +5,16 @@ from peft import PeftModel
 from peft_ext import hotswap_adapter
 
 
-def by_peft(base, folder):
-    return PeftModel.from_pretrained(base, folder)
+def by_peft(base, folder, **options):
+    return PeftModel.from_pretrained(base, folder, **options)
 
 
 def in_little_memory(base, folder):
-    return PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True)
+    return by_peft(base, folder, low_cpu_mem_usage=True)
 
 
-def by_transformers(base, folder):
-    base.load_adapter(str(folder))
+def by_transformers(base, folder, **options):
+    base.load_adapter(str(folder), **options)
     return base
 
 

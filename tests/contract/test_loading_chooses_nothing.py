@@ -19,6 +19,7 @@ import peft_ext.sparse.selection.plan
 from peft_ext import hotswap_adapter
 from peft_ext.sparse.support import Support
 from tests.contract._common import METHODS, adapted, adapter_bits, assert_equal_bits, fill, layers_of
+from tests.contract._ways import by_peft, by_transformers
 
 
 OPTIONS = {
@@ -53,32 +54,26 @@ def _injected(base, folder, low_cpu_mem_usage):
     return model
 
 
-def _by_transformers(base, folder, low_cpu_mem_usage):
-    base.load_adapter(str(folder), low_cpu_mem_usage=low_cpu_mem_usage)
-    return base
+def _with_a_config(base, folder, **options):
+    return by_peft(base, folder, config=PeftConfig.from_pretrained(folder), **options)
 
 
-WAYS = {
-    "PeftModel.from_pretrained": lambda base, folder, low: PeftModel.from_pretrained(
-        base, folder, low_cpu_mem_usage=low
-    ),
-    "with a config": lambda base, folder, low: PeftModel.from_pretrained(
-        base, folder, config=PeftConfig.from_pretrained(folder), low_cpu_mem_usage=low
-    ),
-    "AutoPeftModel": lambda base, folder, low: AutoPeftModelForCausalLM.from_pretrained(folder, low_cpu_mem_usage=low),
-    "transformers' load_adapter": _by_transformers,
-    "inject_adapter_in_model": _injected,
-}
+def _by_auto_class(base, folder, **options):
+    return AutoPeftModelForCausalLM.from_pretrained(folder, **options)
+
+
+WAYS = [by_peft, _with_a_config, _by_auto_class, by_transformers, _injected]
 
 
 @EVERY
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("way", WAYS)
 def test_every_way_in(tiny, tmp_path, choosing_fails, way, low_cpu_mem_usage, method, options):
     model = adapted(tiny("llama"), method, task_type="CAUSAL_LM", **options)
     model.save_pretrained(tmp_path)
     choosing_fails()
-    assert_equal_bits(adapter_bits(way(tiny("llama"), tmp_path, low_cpu_mem_usage)), adapter_bits(model))
+    loaded = way(tiny("llama"), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert_equal_bits(adapter_bits(loaded), adapter_bits(model))
 
 
 @EVERY

@@ -27,8 +27,8 @@ class Scaled(TrainerCallback):
         optimizer._optimizer_patched_step_method = patch_optimizer_step(optimizer, optimizer.optimizer.step)
 
 
-def scaled(folder, scale=2.0**16, **options):
-    callback = Scaled(scale)
+def scaled(folder, **options):
+    callback = Scaled(2.0**16)
     return callback.attach(trainer(folder, callbacks=[callback], **options)), callback.scaler
 
 

@@ -79,10 +79,10 @@ def test_three_adapters(llama):
 # ------------------------------------------------------------------ TIES and DARE
 
 
-def _pruned(layer, adapter_name, density, method, rescale):
-    """An adapter's update, pruned among its own entries as TIES and DARE would, and made dense."""
+def _pruned(layer, adapter_name, density):
+    """An adapter's update, pruned among its own entries as TIES would, and made dense."""
     delta = layer.deltas[adapter_name]
-    values = prune(delta.weight.detach().reshape(-1), density, method, rescale=rescale)
+    values = prune(delta.weight.detach().reshape(-1), density, "magnitude")
     result = torch.zeros(layer.out_features, layer.in_features)
     result[delta.support.row_of_entry(), delta.indices.reshape(-1).long()] = values
     return result
@@ -96,7 +96,7 @@ def test_ties_is_that_of_the_dense_updates(llama, pair, density, sign):
     weights = [0.7, 0.4]
     model.add_weighted_adapter(["default", "b"], weights, "c", "ties", density=density, majority_sign_method=sign)
     for path, layer in layers_of(model).items():
-        updates = [_pruned(layer, name, density, "magnitude", False) for name in ("default", "b")]
+        updates = [_pruned(layer, name, density) for name in ("default", "b")]
         expected = ties(updates, torch.tensor(weights), 1.0, sign)
         torch.testing.assert_close(dense(layer, "c"), expected, msg=path)
 
@@ -106,7 +106,7 @@ def test_magnitude_prune_is_that_of_the_dense_updates(llama, pair):
     model = two(llama, pair)
     model.add_weighted_adapter(["default", "b"], [0.7, 0.4], "c", "magnitude_prune", density=0.5)
     for layer in layers_of(model).values():
-        updates = [_pruned(layer, name, 0.5, "magnitude", False) for name in ("default", "b")]
+        updates = [_pruned(layer, name, 0.5) for name in ("default", "b")]
         torch.testing.assert_close(dense(layer, "c"), task_arithmetic(updates, torch.tensor([0.7, 0.4])))
 
 
