@@ -32,7 +32,7 @@ def check_groups(names: Iterable[str]) -> None:
             raise ValueError(f"pairs holds the group {name!r}; there are {', '.join(GROUPS)}.")
 
 
-@dataclass
+@dataclass(eq=False)
 class Asker:
     """
     Asks a model questions about images, and finds what a sweep needs.

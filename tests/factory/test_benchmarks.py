@@ -125,6 +125,7 @@ def test_prompts_are_llavas(tmp_path):
         ("vizwiz", "{", "is no JSON"),
         ("pope", '{"image": "p.jpg"}', "line 1 is of another layout"),
         ("vqav2", {"questions": []}, "needs --annotations"),
+        ("llava", [{"conversations": [{"from": "human", "value": "What?"}]}], "a conversation .* ends with an answer"),
         ("mme", {}, "is no folder"),
         ("okvqa", {}, "task='okvqa' is not known"),
     ],

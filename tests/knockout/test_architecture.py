@@ -5,6 +5,7 @@ import torch
 import transformers as hf
 
 from peft_ext.knockout import AttentionKnockout, FlowSample, ModuleKnockout, answer_probability_by_layer
+from peft_ext.knockout.model.architecture import scaled_logits
 from tests._models.vision_language import LAYERS, WIDTH, grouped
 
 from ._runs import generated, knockout, logits
@@ -41,6 +42,11 @@ def test_scaled_logits_are_read_as_the_model_scales_them(kind):
     last = [r["probability"] for r in answer_probability_by_layer(model, batch, {"a": 7}) if r["layer"] == LAYERS]
     torch.testing.assert_close(torch.tensor(last), expected)
     assert_same(model, FlowSample(batch, groups), layers=[1])
+
+
+def test_logits_that_nothing_scales_are_not_copied():
+    scores = torch.randn(2, 3)
+    assert scaled_logits(scores, hf.LlamaConfig(**_LLAMA)) is scores
 
 
 @pytest.mark.parametrize("kind", ["GPTNeoX", "OPT"])

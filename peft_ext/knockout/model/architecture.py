@@ -111,8 +111,10 @@ class Architecture:
 
 def scaled_logits(scores: Tensor, text_config: Any) -> Tensor:
     """Products with the head as the model's logits: scaled and capped as the configuration says."""
-    scores = scores * (getattr(text_config, "logit_scale", None) or 1.0)  # Cohere
-    scores = scores / (getattr(text_config, "logits_scaling", None) or 1.0)  # Granite
+    if (factor := getattr(text_config, "logit_scale", None)) is not None:  # Cohere
+        scores = scores * factor
+    if (divisor := getattr(text_config, "logits_scaling", None)) is not None:  # Granite
+        scores = scores / divisor
     cap = getattr(text_config, "final_logit_softcapping", None)  # Gemma
     return scores if cap is None else cap * torch.tanh(scores / cap)
 

@@ -30,19 +30,24 @@ def switched_attention(model: Any, text_config: Any, names: Sequence[str]) -> It
     if before in names:
         yield before
         return
+    refusal: Exception | None = None
     for name in names:
-        _switch(model, text_config, name)
+        try:
+            _switch(model, text_config, name)
+        except (ValueError, ImportError) as error:
+            refusal = error
         if text_config._attn_implementation == name:
             break
     else:
         raise ValueError(
             f"{type(model).__name__} runs its decoder with attention {before!r}, but {' or '.join(names)} is needed, "
             'and it refuses to switch; load it with attn_implementation="eager".'
-        )
+        ) from refusal
     try:
         yield name
     finally:
-        _switch(model, text_config, before)
+        with suppress(ValueError, ImportError):
+            _switch(model, text_config, before)
         if text_config._attn_implementation != before:  # what was set by hand is put back by hand
             text_config._attn_implementation_internal = before
 
@@ -50,5 +55,4 @@ def switched_attention(model: Any, text_config: Any, names: Sequence[str]) -> It
 def _switch(model: Any, text_config: Any, name: str) -> None:
     own = model.config
     keys = [key for key in getattr(own, "sub_configs", {}) if getattr(own, key, None) is text_config]
-    with suppress(ValueError, ImportError):
-        model.set_attn_implementation({keys[0]: name} if keys else name)
+    model.set_attn_implementation({keys[0]: name} if keys else name)

@@ -163,7 +163,7 @@ def device_of(model: nn.Module) -> torch.device:
     return next(parameter.device for parameter in model.parameters())
 
 
-@dataclass
+@dataclass(eq=False)
 class Sweep:
     """
     The state of one sweep: which engine is trusted by now.

@@ -25,7 +25,8 @@ class Feedback(TrainerCallback):
     def keep(self, inputs: Any, is_first: bool) -> None:
         """Remember a micro-batch, just before its forward pass; the step's first one replaces the last step's."""
         self.batches = [] if is_first else self.batches
-        of_device = get_device_states(torch.empty(0, device=self.trainer.args.device))
+        device = self.trainer.args.device  # of others than CUDA, torch can't tell the random streams
+        of_device = get_device_states(torch.empty(0, device=device if device.type == "cuda" else "cpu"))
         self.batches.append((dict(inputs), torch.get_rng_state(), of_device))
 
     def drop(self) -> None:
