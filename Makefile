@@ -37,7 +37,7 @@ quickstart: $(STAMP) ## the main job: NeuroAda beside six other methods, one tab
 flow-demo: $(STAMP) ## the page of where a tiny LLaVA looks: docs/flow-demo.html
 	$(BIN)/python examples/flow_shapes.py --questions 12 --report docs/flow-demo.html --out $(VENV)/flow-demo $(ARGS)
 
-evidence: $(STAMP) ## every comparison on pretrained models: five to six hours of two cores; ARGS=--quick
+evidence: $(STAMP) ## every comparison on pretrained models: about six hours of two cores; ARGS=--quick
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[pretrained]"
 	$(BIN)/python examples/pretrained/packages.py
 	$(BIN)/python examples/evidence.py $(ARGS)

@@ -2,7 +2,7 @@
 What the methods are worth on pretrained models: every comparison of examples/_evidence/README.md.
 
     python examples/pretrained/packages.py             # fetches models and data, once
-    python examples/evidence.py --out evidence_output  # five to six hours of two cores
+    python examples/evidence.py --out evidence_output  # about six hours of two cores
 
 Finished runs are kept, a line of JSON each: an interrupted experiment goes on. Writes `evidence.md` and its `.json`.
 
