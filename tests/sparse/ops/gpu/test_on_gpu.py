@@ -10,10 +10,9 @@ from ..test_experts import make_case
 from ._cases import DTYPES, LAYOUTS, SHAPES, Case, assert_case_correct
 
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():  # not case by case, which takes as long as some hundred tests
+    pytest.skip("its 2,116 cases need a CUDA device", allow_module_level=True)
 
 # Every program's blocks are full somewhere and not elsewhere; the last has an input that all neurons read.
 LARGE = {
