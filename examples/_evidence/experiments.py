@@ -143,16 +143,12 @@ COMPARISONS = (
         ),
         lower=1,
     ),
-    Comparison(
+    replace(
+        GPS_IMAGES,
         name="gps-convolutions",
         title="GPS on EfficientNet-Lite0 (thesis tables 4.4 and 4.6)",
         model="efficientnet",
         methods=("gps-k1", "gps-k4", "gps-k1+selection=random", "lora-r8", "bitfit", "probe", "full"),
-        data=("mnist",),
-        search_data=("mnist",),
-        steps={400: 50},
-        validation=200,
-        test=600,
         image_size=96,
     ),
     Comparison(

@@ -85,12 +85,7 @@ def comparison_table(
 
 
 def _line(row: Mapping[str, Any], comparison: Comparison) -> list[str]:
-    difference = row["difference"]
-    interval, won = "", ""
-    if difference:
-        mean, low, high = (100 * difference[name] for name in ("mean", "low", "high"))
-        interval = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
-        won = f"{difference['wins']}/{difference['pairs']}"
+    interval, won = _difference(row["difference"]) if row["difference"] else ("", "")
     return [
         row["method"],
         f"{row['adapter_parameters']:,}",
@@ -101,6 +96,12 @@ def _line(row: Mapping[str, Any], comparison: Comparison) -> list[str]:
         interval,
         won,
     ]
+
+
+def _difference(found: Mapping[str, Any]) -> tuple[str, str]:
+    """A `Difference` in points with its interval, and the pairs won."""
+    mean, low, high = (100 * found[name] for name in ("mean", "low", "high"))
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", f"{found['wins']}/{found['pairs']}"
 
 
 def merging_table(records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -135,18 +136,13 @@ def _merging_differences(records: Sequence[Mapping[str, Any]]) -> list[str]:
         found = [record["alone"] if form == "own adapter" else record["merged"][form] for record in chosen]
         return [np.array([[one[data]] for one in found]) for data in chosen[0]["data"]]
 
+    def minus_peer(method: str, form: str) -> Difference:
+        return paired_difference(accuracies(method, form), accuracies(peer, form))
+
     forms = ["own adapter", *records[0]["merged"]]
-    lines = [
-        [name, *(_interval(paired_difference(accuracies(name, form), accuracies(peer, form))) for form in forms)]
-        for name in names
-    ]
+    lines = [[name, *(" ".join(_difference(vars(minus_peer(name, form)))) for form in forms)] for name in names]
     note = f"Minus {peer}, in points, with 95 % intervals over seeds alone, and pairs of domain and seed won:"
     return [note, "", *table(["adapters", *forms], lines)]
-
-
-def _interval(difference: Difference) -> str:
-    mean, low, high = (f"{100 * value:+.1f}" for value in (difference.mean, difference.low, difference.high))
-    return f"{mean} [{low}, {high}] {difference.wins}/{difference.pairs}"
 
 
 def unmerging_table(records: Sequence[Mapping[str, Any]]) -> list[str]:

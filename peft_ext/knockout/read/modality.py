@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm import tqdm
 
+from ...sparse.bases.neurons import base_model_of
 from ...tuners.mores import MoReSLayer
 from ..model.implementation import switched_attention
 from ..prompts.image_tokens import image_token_ids
@@ -224,7 +225,7 @@ def attention_rows(model: Any, batch: dict[str, Tensor], number: int, engine: st
     ids = inputs.pop("input_ids")
     mask = inputs.pop("attention_mask", torch.ones_like(ids))
     per_token = {name: inputs.pop(name) for name in _PER_TOKEN if name in inputs}
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model_of(model)
     inner = getattr(base, "model", base)
     cut = 0 if engine == "full" else ids.shape[1] - 1
 
