@@ -130,10 +130,10 @@ def train(bench: Bench, run: Run, output_dir: str | None = None, **options: Any)
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+    found = {name: bench.evaluate(model, part) for name, part in (("validation", validation), ("test", test))}
     return {
         **asdict(run),
-        "validation": {task: bench.evaluate(model, validation)[task] for task in tasks},
-        "test": {task: bench.evaluate(model, test)[task] for task in tasks},
+        **{name: {task: metrics[task] for task in tasks} for name, metrics in found.items()},
         **trainer.conflicts.summary(trainer.state.max_steps),
         **({} if run.task else {"incidence_by_epoch": incidence_by_epoch(trainer.conflicts)}),
     }
