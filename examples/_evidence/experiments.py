@@ -102,7 +102,7 @@ COMPARISONS = (
             "neuroada-k1+train_bias=true",
         ),
         data=SEARCHED,
-        search_data=SEARCHED,
+        search_data=SEARCHED[:1],
         steps={200: STEPS[200]},
     ),
     Comparison(

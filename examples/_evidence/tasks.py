@@ -54,9 +54,9 @@ class DomainTasks(nn.Module):
         self.register_buffer("scale", HEAD_SPEED * base.scale)
         self.tasks = tuple(tasks)
         heads = {}
-        for number, task in enumerate(tasks):
+        for task in tasks:
             part = copy.deepcopy(base)
-            part.reset_head(100 * seed + number)
+            part.reset_head(100 * seed + DOMAINS.index(task))
             heads[task] = part.head
         self.heads = nn.ModuleDict(heads)
 
@@ -72,27 +72,33 @@ class DomainTasks(nn.Module):
         return outputs
 
 
-@lru_cache(maxsize=1)
-def tables(model: str, images: int) -> tuple[Table, Table, Table]:
-    """Training, validation and test rows."""
+@lru_cache(maxsize=1 + len(DOMAINS))
+def tables(model: str, images: int, tasks: tuple[str, ...] = DOMAINS) -> tuple[Table, Table, Table]:
+    """Training, validation and test rows, the same sentences of a task whatever the others are."""
     prefix = PREFIX if model.startswith(PREFIX) else ""
     found = [problems.load(model, f"{prefix}{domain}") for domain in DOMAINS]
     sizes = {"train": images, "validation": min(VALIDATION, images), "test": min(TEST, images)}
-    return tuple(_table([getattr(one, part) for one in found], size) for part, size in sizes.items())  # type: ignore[return-value]
+    train, validation, test = (
+        _table([getattr(one, part) for one in found], size, part, tasks) for part, size in sizes.items()
+    )
+    return train, validation, test
 
 
-def _table(parts: Sequence[Part], size: int) -> Table:
+def _table(parts: Sequence[Part], size: int, name: str, tasks: Sequence[str]) -> Table:
     """As many rows as asked for and all domains have, of their first sentences that are short enough."""
     columns: dict[str, Tensor] = {}
     chosen = [[row for row in range(len(part)) if part.lengths[row] <= MAX_TOKENS][:size] for part in parts]
     rows = min(map(len, chosen))
-    shape = (rows, len(parts), MAX_TOKENS)
+    shape = (rows, len(tasks), MAX_TOKENS)
     ids, masks = torch.full(shape, parts[0].padding), torch.zeros(shape, dtype=torch.long)
-    for number, (part, which) in enumerate(zip(parts, chosen, strict=True)):
-        batch = part.batch(which[:rows])
+    for number, task in enumerate(tasks):
+        part, which = parts[DOMAINS.index(task)], chosen[DOMAINS.index(task)][:rows]
+        if name != "train":  # no batch of an evaluation is padded much
+            which = sorted(which, key=part.lengths.__getitem__)
+        batch = part.batch(which)
         length = batch["input_ids"].shape[1]
         ids[:, number, :length], masks[:, number, :length] = batch["input_ids"], batch["attention_mask"]
-        columns[f"labels_{DOMAINS[number]}"] = batch["labels"]
+        columns[f"labels_{task}"] = batch["labels"]
     return Table({"input_ids": ids, "attention_mask": masks, **columns})
 
 
@@ -106,13 +112,13 @@ def evaluate(model: nn.Module, data: Table) -> dict[str, dict[str, float]]:
     return result
 
 
-def bench(model: str, rows: int) -> Bench:
+def bench(model: str, rows: int, tasks: tuple[str, ...] = DOMAINS) -> Bench:
     """The problem, for one pretrained encoder."""
     return Bench(
         name=model,
-        tasks=list(DOMAINS),
-        make_data=lambda seed: tables(model, rows),
-        make_model=lambda seed: DomainTasks(problems.load(model, data_name(model)).base, DOMAINS, seed),
+        tasks=list(tasks),
+        make_data=lambda seed: tables(model, rows, tasks),
+        make_model=lambda seed: DomainTasks(problems.load(model, data_name(model)).base, tasks, seed),
         losses=classification_losses,
         evaluate=evaluate,
         higher_is_better={"top1": True},
@@ -126,13 +132,17 @@ def data_name(model: str) -> str:
 
 
 def execute(run: Run) -> dict[str, Any]:
-    """Train one cell; a record of the kind that `examples/mtl/experiment.py` keeps."""
+    """
+    Train one cell; a record of the kind that `examples/mtl/experiment.py` keeps. The search looks at validation rows
+    alone, and the others at test rows and, of several tasks, at the noise floor.
+    """
     begin = time.process_time()
     assert run.images is not None
-    record = train_tasks(bench(run.bench, run.images), run, noise_floor_steps=NOISE_FLOOR_STEPS)
-    losses = {
-        part: {task: values.pop("loss") for task, values in record[part].items()} for part in ("validation", "test")
-    }
+    part = "validation" if run.seed == SEARCH_SEED else "test"
+    problem = bench(run.bench, run.images, (run.task,) if run.task else DOMAINS)
+    measured = part == "test" and run.task is None
+    record = train_tasks(problem, run, parts=[part], noise_floor_steps=NOISE_FLOOR_STEPS if measured else 0)
+    losses = {part: {task: values.pop("loss") for task, values in record[part].items()}}
     return {**record, "losses": losses, "cpu_seconds": round(time.process_time() - begin, 2)}
 
 

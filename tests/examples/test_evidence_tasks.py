@@ -11,6 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "mtl"))
 
+from _benches.runs import Run
 from _evidence import merging, problems, tasks, unmerging
 from _evidence.merging import Domains, MergeRun
 from _evidence.training import logits_of
@@ -51,6 +52,24 @@ def test_padding_and_the_other_tasks_change_nothing(model, rows):
     assert torch.equal(model(changed, inputs["attention_mask"])["movies"], outputs["movies"])
     alone = model(**{name: column[2:3] for name, column in inputs.items()})
     torch.testing.assert_close(alone["tweets"], outputs["tweets"][2:3], atol=1e-5, rtol=1e-4)
+
+
+def test_a_task_alone_has_the_sentences_and_the_head_that_it_has_among_others(model, rows):
+    found = tasks.tables(MODEL, 24, ("tweets",))
+    number = tasks.DOMAINS.index("tweets")
+    for mine, all_of_them in zip(found, rows, strict=True):
+        for name in ("input_ids", "attention_mask"):
+            assert torch.equal(mine.columns[name][:, 0], all_of_them.columns[name][:, number])
+        assert torch.equal(mine.columns["labels_tweets"], all_of_them.columns["labels_tweets"])
+    alone = tasks.DomainTasks(problems.load(MODEL, DATA[0]).base, ("tweets",), seed=0)
+    assert torch.equal(alone.heads["tweets"].weight, model.heads["tweets"].weight)
+
+
+def test_a_search_looks_at_validation_rows_alone_and_a_final_run_at_test_rows():
+    for seed, part in ((tasks.SEARCH_SEED, "validation"), (0, "test")):
+        record = tasks.execute(Run(MODEL, "joint", "psn", 1e-3, seed, images=32, epochs=1))
+        assert {"validation", "test"} & set(record) == {part} == set(record["losses"])
+        assert ("gradient_conflict_noise_floor" in record) == (part == "test")
 
 
 def test_heads_differ_between_tasks_and_seeds(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -76,12 +77,18 @@ def incidence_by_epoch(recorder: Any) -> list[float]:
     return [conflict_incidence(cosines[epochs == number]) for number in sorted(set(epochs.tolist()))]
 
 
-def train(bench: Bench, run: Run, output_dir: str | None = None, **options: Any) -> dict[str, Any]:
+def train(
+    bench: Bench,
+    run: Run,
+    output_dir: str | None = None,
+    parts: Sequence[str] = ("validation", "test"),
+    **options: Any,
+) -> dict[str, Any]:
     """
-    Train and evaluate.
+    Train and evaluate on `parts`.
 
     Returns:
-        `dict`: the run's settings, metrics on `validation` and `test`, the conflicts' summary, and with several tasks
+        `dict`: the run's settings, metrics on each of `parts`, the conflicts' summary, and with several tasks
         `incidence_by_epoch`.
     """
     training, validation, test = bench.make_data(run.seed)
@@ -130,7 +137,8 @@ def train(bench: Bench, run: Run, output_dir: str | None = None, **options: Any)
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    found = {name: bench.evaluate(model, part) for name, part in (("validation", validation), ("test", test))}
+    held_out = {"validation": validation, "test": test}
+    found = {name: bench.evaluate(model, held_out[name]) for name in parts}
     return {
         **asdict(run),
         **{name: {task: metrics[task] for task in tasks} for name, metrics in found.items()},
