@@ -239,13 +239,13 @@ def quick(plan: Plan) -> Plan:
             methods=tuple(dict.fromkeys(comparison.methods[:1] + comparison.methods[-1:])),
             data=comparison.data[:1],
             search_data=comparison.search_data[:1],
-            steps={64: 2},
-            batch_size=8,
+            steps={32: 2},
+            batch_size=4,
             seeds=(0, 1),
             trials=3,
             widenings=1,
-            validation=20,
-            test=30,
+            validation=10,
+            test=16,
         )
         for comparison in plan.comparisons
     )
@@ -253,7 +253,7 @@ def quick(plan: Plan) -> Plan:
         comparisons,
         replace(plan.tasks, rows=16, seeds=(0, 1), methods=("joint",), rates=(1e-3,), widenings=0),
         replace(
-            plan.merging, methods=plan.merging.methods[-2:], data=DOMAINS[:2], seeds=(0, 1), validation=20, test=30
+            plan.merging, methods=plan.merging.methods[-2:], data=DOMAINS[:2], seeds=(0, 1), validation=10, test=16
         ),
         replace(plan.unmerging, methods=plan.unmerging.methods[-2:], cycles=(1, 3)),
     )

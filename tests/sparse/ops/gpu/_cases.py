@@ -1,5 +1,6 @@
 """Shapes, dtypes and strides that the kernels are tested on, and what they must give."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,8 +30,8 @@ SHAPES = {
     "ragged, last rows empty": Shape((5,), 9, 6, (1, 4, 0, 2, 0, 0)),
     "ragged, one token": Shape((1,), 9, 5, (2, 0, 3, 1, 0)),
 }
-# Of the result, of x, of the values.
-DTYPES = [
+Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype]  # of the result, of x, of the values
+DTYPES: list[Dtypes] = [
     (torch.float32, torch.float32, torch.float32),
     (torch.bfloat16, torch.bfloat16, torch.float32),
     (torch.bfloat16, torch.bfloat16, torch.bfloat16),
@@ -39,6 +40,16 @@ DTYPES = [
     (torch.bfloat16, torch.float32, torch.float32),  # autocast
 ]
 LAYOUTS = ("transposed", "sliced", "expanded")
+
+
+def each_in_a_layout(shapes: Iterable[str], dtypes: Sequence[Dtypes]) -> list[tuple[str, Dtypes, str]]:
+    """Every shape with every triple of dtypes, in one layout each, which change from one to the next: in the
+    interpreter all layouts of all would take a fifth of the whole suite's time. A GPU has the product."""
+    return [
+        (shape, triple, LAYOUTS[(row + column) % len(LAYOUTS)])
+        for row, shape in enumerate(shapes)
+        for column, triple in enumerate(dtypes)
+    ]
 
 
 def laid_out(matrix: Tensor, layout: str) -> Tensor:

@@ -12,16 +12,18 @@ from ..._asserts import assert_product_correct, dense_update
 from ..._inputs import SHAPES as ALL_SHAPES
 from ..._inputs import Shape, make_inputs
 from .._paths import PATHS
-from ._cases import DTYPES, LAYOUTS, SHAPES, Case, assert_case_correct, assert_rounded_once
+from ._cases import DTYPES, SHAPES, Case, assert_case_correct, assert_rounded_once, each_in_a_layout
 
 
 FLOAT = (torch.float32,) * 3
 BFLOAT = (torch.bfloat16, torch.bfloat16, torch.float32)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda dtypes: " ".join(str(dtype)[6:] for dtype in dtypes))
-@pytest.mark.parametrize("shape", SHAPES)
+def named(case):
+    return case if isinstance(case, str) else " ".join(str(dtype)[6:] for dtype in case)
+
+
+@pytest.mark.parametrize(("shape", "dtypes", "layout"), each_in_a_layout(SHAPES, DTYPES), ids=named)
 def test_output_and_gradients_are_fp32_sums_rounded_once(kernel, on_interpreter, shape, dtypes, layout):
     case = Case.draw(SHAPES[shape], dtypes, layout)
     assert_case_correct(case, bypass(case.result, case.x, case.values, *case.support_tensors()))
@@ -68,9 +70,7 @@ UNEVEN = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtypes", [FLOAT, BFLOAT], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", UNEVEN)
+@pytest.mark.parametrize(("shape", "dtypes", "layout"), each_in_a_layout(UNEVEN, [FLOAT, BFLOAT]), ids=named)
 @pytest.mark.usefixtures("kernel")
 def test_neurons_of_very_different_lengths(shape, dtypes, layout):
     case = Case.draw(UNEVEN[shape], dtypes, layout)
