@@ -101,8 +101,8 @@ COMPARISONS = (
             "neuroada-k4+column_budget=32",
             "neuroada-k1+train_bias=true",
         ),
-        data=SEARCHED,
-        search_data=SEARCHED[:1],
+        data=("movies",),
+        search_data=("movies",),
         steps={200: STEPS[200]},
     ),
     Comparison(

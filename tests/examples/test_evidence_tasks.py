@@ -67,7 +67,7 @@ def test_a_task_alone_has_the_sentences_and_the_head_that_it_has_among_others(mo
 
 def test_a_search_looks_at_validation_rows_alone_and_a_final_run_at_test_rows():
     for seed, part in ((tasks.SEARCH_SEED, "validation"), (0, "test")):
-        record = tasks.execute(Run(MODEL, "joint", "psn", 1e-3, seed, images=32, epochs=1))
+        record = tasks.execute(Run(MODEL, "joint", "psn", 1e-3, seed, images=80, epochs=1))
         assert {"validation", "test"} & set(record) == {part} == set(record["losses"])
         assert ("gradient_conflict_noise_floor" in record) == (part == "test")
 
