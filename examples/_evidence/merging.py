@@ -20,6 +20,8 @@ from .training import Recipe, evaluate, train
 
 
 FORMS = ("linear", "ties", "dare_linear")
+# PEFT's TIES and DARE prune LoRA's factors, each by itself; these prune the update, and factor what is left again.
+FORMS_ON_THE_UPDATE = ("ties_svd", "dare_linear_svd")
 WEIGHTS = (0.3, 0.6, 1.0)  # of each adapter; the best on validation, for every form and method
 DENSITY = 0.5  # entries that TIES and DARE keep
 
@@ -59,16 +61,17 @@ class Domains:
 
     def __init__(self, run: MergeRun) -> None:
         self.run = run
+        self.method = Method.parse(run.method)
         self.problems = {name: problems.load(run.model, name) for name in run.data}
         base = copy.deepcopy(self._first.base).requires_grad_(False)
-        method = Method.parse(run.method)
         self.model: Any = None
-        for name, problem in self.problems.items():
-            config = methods.configuration(problem.base, method, problem.train, run.seed)
-            if self.model is None:
-                self.model = get_peft_model(base, config, adapter_name=name)
-            else:
-                self.model.add_adapter(name, config)
+        for number, (name, problem) in enumerate(self.problems.items()):
+            config = methods.configuration(problem.base, self.method, problem.train, run.seed)
+            with methods.seeded(len(run.data) * run.seed + number):
+                if self.model is None:
+                    self.model = get_peft_model(base, config, adapter_name=name)
+                else:
+                    self.model.add_adapter(name, config)
         self.probes = {name: self._probe(name) for name in run.data}
         self.heads = {name: self._train(name) for name in run.data}
 
@@ -104,12 +107,19 @@ class Domains:
         count = self.run.test if part == "test" else self.run.validation
         return float(evaluate(self.model, getattr(problem, part).first(count))["accuracy"])
 
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """Ways to combine the adapters. Of ours, whatever is pruned is the update."""
+        return FORMS if self.method.kind in methods.OURS else FORMS + FORMS_ON_THE_UPDATE
+
     def combine(self, form: str, weight: float) -> None:
         """Add and activate the adapter `merged`. What is linear is exact for LoRA too: there it is called `cat`."""
         names = list(self.run.data)
-        kind = "cat" if form == "linear" and not self.run.method.startswith(tuple(methods.OURS)) else form
+        kind = "cat" if form == "linear" and self.method.kind not in methods.OURS else form
         torch.manual_seed(self.run.seed)  # DARE drops at random
-        options = {} if form == "linear" else {"density": DENSITY}
+        options: dict[str, Any] = {} if form == "linear" else {"density": DENSITY}
+        if form in FORMS_ON_THE_UPDATE:
+            options["svd_rank"] = len(names) * self.method.size  # that of the sum
         self.model.add_weighted_adapter(names, [weight] * len(names), "merged", combination_type=kind, **options)
         self.model.set_adapter("merged")
 
@@ -139,7 +149,7 @@ def execute(run: MergeRun) -> dict[str, Any]:
         result["alone"][name] = domains.accuracy(name, domains.heads, "test")
         others = [other for other in names if other != name]
         result["others"][name] = {other: domains.accuracy(other, domains.probes, "test") for other in others}
-    for form in FORMS:
+    for form in domains.forms:
         scores = {}
         for weight in WEIGHTS:
             domains.combine(form, weight)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -109,6 +110,14 @@ def linears(model: Classifier) -> list[str]:
     ]
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch's generators begin at `seed` inside and go on outside as before; LoRA draws its start from them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
 def adapt(base: Classifier, method: Method, part: Part, seed: int) -> nn.Module:
     """
     A copy of `base` to be trained: the method's parameters and a head that is new, but the same for all methods.
@@ -117,7 +126,8 @@ def adapt(base: Classifier, method: Method, part: Part, seed: int) -> nn.Module:
         base (`Classifier`): stays as it is.
         method (`Method`): what to train.
         part (`Part`): training samples, for methods that score by them.
-        seed (`int`): of the head and of random entries; what scores choose does not depend on it.
+        seed (`int`): of the head, of LoRA's start and of our random entries; what scores choose does not depend on
+            it, nor do SHiRA's entries.
     """
     model = copy.deepcopy(base).requires_grad_(False)
     model.reset_head(seed)
@@ -130,7 +140,8 @@ def adapt(base: Classifier, method: Method, part: Part, seed: int) -> nn.Module:
     elif method.kind == "masked":
         benched.mask_gradients(model, [name.rpartition(".")[2] for name in linears(model)], method.size)
     elif method.kind != "probe":
-        adapted = get_peft_model(model, configuration(base, method, part, seed))
+        with seeded(seed):
+            adapted = get_peft_model(model, configuration(base, method, part, seed))
     model.head.requires_grad_(True)
     return adapted
 

@@ -106,7 +106,7 @@ def _difference(found: Mapping[str, Any]) -> tuple[str, str]:
 
 def merging_table(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Means over domains, ± over seeds."""
-    forms = list(records[0]["merged"])
+    forms = list(records[-1]["merged"])  # the peer has more
     head = ["adapters", "pretrained (probe)", "own adapter", "probe under another's adapter", *forms]
     lines = []
     for method in dict.fromkeys(record["method"] for record in records):
@@ -115,14 +115,14 @@ def merging_table(records: Sequence[Mapping[str, Any]]) -> list[str]:
             [fmean(record["pretrained"].values()) for record in chosen],
             [fmean(record["alone"].values()) for record in chosen],
             [fmean(value for others in record["others"].values() for value in others.values()) for record in chosen],
-            *([fmean(record["merged"][form].values()) for record in chosen] for form in forms),
+            *([fmean(r["merged"][form].values()) for r in chosen if form in r["merged"]] for form in forms),
         ]
         lines.append([method, *(spread([100 * value for value in column]) for column in columns)])
     title = "## Merging: one adapter per domain, then all in one"
     note = (
         "Test accuracy, %, mean over the domains ± standard deviation over seeds. The merged adapters use each "
         "domain's own head; their weight is chosen on validation, per form and method. LoRA's `linear` is the exact "
-        "sum (PEFT's `cat`)."
+        "sum (PEFT's `cat`); `ties` and `dare_linear` prune its factors, with `_svd` its update, as they do ours."
     )
     return [title, "", note, "", *table(head, lines), "", *_merging_differences(records), ""]
 
@@ -137,9 +137,9 @@ def _merging_differences(records: Sequence[Mapping[str, Any]]) -> list[str]:
         return [np.array([[one[data]] for one in found]) for data in chosen[0]["data"]]
 
     def minus_peer(method: str, form: str) -> Difference:
-        return paired_difference(accuracies(method, form), accuracies(peer, form))
+        return paired_difference(accuracies(method, form.removesuffix("_svd")), accuracies(peer, form))
 
-    forms = ["own adapter", *records[0]["merged"]]
+    forms = ["own adapter", *records[-1]["merged"]]
     lines = [[name, *(" ".join(_difference(vars(minus_peer(name, form)))) for form in forms)] for name in names]
     note = f"Minus {peer}, in points, with 95 % intervals over seeds alone, and pairs of domain and seed won:"
     return [note, "", *table(["adapters", *forms], lines)]

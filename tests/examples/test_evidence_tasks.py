@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,24 @@ def test_what_is_forgotten_is_measured_with_heads_of_the_pretrained_encoder():
         (other,) = set(DATA) - {name}
         assert record["others"][other][name] == record["pretrained"][name]
     assert set(record["weights"].values()) <= set(merging.WEIGHTS)
+
+
+def test_loras_update_is_pruned_too_and_its_start_is_the_seeds_whatever_was_drawn_before():
+    run = MergeRun(MODEL, DATA, "lora-r2", 64, 2, 16, 0.1, 0, 20, 30)
+    first = Domains(run)
+    assert set(first.forms) == {"linear", "ties", "dare_linear", "ties_svd", "dare_linear_svd"}
+    torch.manual_seed(7)
+    again, other = Domains(run), Domains(replace(run, seed=1))
+
+    def factors(domains):
+        return {name: value for name, value in domains.model.state_dict().items() if "lora_" in name}
+
+    for name, value in factors(first).items():
+        assert torch.equal(factors(again)[name], value)
+        assert not torch.equal(factors(other)[name], value)
+    first.combine("ties_svd", 1.0)
+    layer = next(module for module in first.model.modules() if "merged" in getattr(module, "lora_A", ()))
+    assert layer.lora_A["merged"].weight.shape[0] == len(DATA) * 2
 
 
 def test_ours_leave_no_trace_in_sixteen_bits_where_lora_does():
