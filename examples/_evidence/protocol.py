@@ -6,7 +6,7 @@ The protocol of a comparison, the same for every method:
    the search's data sets (ties: by loss), or by the mean loss alone, on a seed of its own. If the best is at an edge
    of the grid, one more is tried beyond it, up to three times; what is at an edge even then is marked in the table.
 3. With that rate, every seed and every data set is trained once and evaluated on the test part. The seed decides the
-   head's start and the order of the samples, which are the same for all methods, and the random entries of some.
+   head's start and the order of the samples, which are the same for all methods, LoRA's start and our random entries.
 4. Steps, batch size, schedule and head are the same, and the head's learning rate too.
 """
 
