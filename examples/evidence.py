@@ -6,7 +6,7 @@ What the methods are worth on pretrained models: every comparison of examples/_e
 
 Finished runs are kept, a line of JSON each: an interrupted experiment goes on. Writes `evidence.md` and its `.json`.
 
-    python examples/evidence.py --quick                # does all of it run? four minutes
+    python examples/evidence.py --quick                # does all of it run? under three minutes
     python examples/evidence.py --quick --stand-ins    # the same without the downloads, on tiny random models
     python examples/evidence.py --model FacebookAI/roberta-base --data imdb:text:label --methods neuroada-k1 lora-r8
 
