@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-import torch
 from peft import get_peft_model
 from torch import nn
 
@@ -116,11 +115,11 @@ class Domains:
         """Add and activate the adapter `merged`. What is linear is exact for LoRA too: there it is called `cat`."""
         names = list(self.run.data)
         kind = "cat" if form == "linear" and self.method.kind not in methods.OURS else form
-        torch.manual_seed(self.run.seed)  # DARE drops at random
         options: dict[str, Any] = {} if form == "linear" else {"density": DENSITY}
         if form in FORMS_ON_THE_UPDATE:
             options["svd_rank"] = len(names) * self.method.size  # that of the sum
-        self.model.add_weighted_adapter(names, [weight] * len(names), "merged", combination_type=kind, **options)
+        with methods.seeded(self.run.seed):  # DARE drops at random
+            self.model.add_weighted_adapter(names, [weight] * len(names), "merged", combination_type=kind, **options)
         self.model.set_adapter("merged")
 
     def drop(self) -> None:

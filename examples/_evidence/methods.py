@@ -112,7 +112,7 @@ def linears(model: Classifier) -> list[str]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """torch's generators begin at `seed` inside and go on outside as before; LoRA draws its start from them."""
+    """torch's generators begin at `seed` inside and go on outside as before: LoRA's start, DARE's drops."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield

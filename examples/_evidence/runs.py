@@ -78,6 +78,11 @@ def frozen_features(model: str, source: str, part: str, count: int, *how: Any) -
     return Part(features, samples.labels, samples.lengths)
 
 
+def evaluated_part(seed: int) -> str:
+    """The search looks at validation samples alone, and every other run at test samples alone."""
+    return "validation" if seed == SEARCH_SEED else "test"
+
+
 def execute(run: Run) -> dict[str, Any]:
     """Train and evaluate; the run's settings and what came out."""
     begin = time.process_time()
@@ -85,7 +90,7 @@ def execute(run: Run) -> dict[str, Any]:
     problem = run.problem
     model = methods.adapt(problem.base, method, problem.train.first(run.size), run.seed)
     adapter, head = methods.trained_parameters(model, method)
-    part = "validation" if run.seed == SEARCH_SEED else "test"
+    part = evaluated_part(run.seed)
     counts = {"train": run.size, part: getattr(run, part)}
     parts = {name: getattr(problem, name).first(count) for name, count in counts.items()}
     if method.kind == "probe":

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from . import problems
 from .experiments import TasksSize
 from .problems import Classifier, Part
-from .runs import SEARCH_SEED
+from .runs import SEARCH_SEED, evaluated_part
 from .stand_ins import PREFIX
 from .tables import table
 
@@ -79,21 +79,26 @@ def tables(model: str, images: int, tasks: tuple[str, ...] = DOMAINS) -> tuple[T
     found = [problems.load(model, f"{prefix}{domain}") for domain in DOMAINS]
     sizes = {"train": images, "validation": min(VALIDATION, images), "test": min(TEST, images)}
     train, validation, test = (
-        _table([getattr(one, part) for one in found], size, part, tasks) for part, size in sizes.items()
+        _table([getattr(one, part) for one in found], size, tasks, by_length=part != "train")
+        for part, size in sizes.items()
     )
     return train, validation, test
 
 
-def _table(parts: Sequence[Part], size: int, name: str, tasks: Sequence[str]) -> Table:
-    """As many rows as asked for and all domains have, of their first sentences that are short enough."""
+def _table(parts: Sequence[Part], size: int, tasks: Sequence[str], by_length: bool) -> Table:
+    """
+    As many rows as asked for and all domains have, of their first sentences that are short enough; `by_length`: each
+    task's shortest ones first, so that batches are not padded much.
+    """
     columns: dict[str, Tensor] = {}
     chosen = [[row for row in range(len(part)) if part.lengths[row] <= MAX_TOKENS][:size] for part in parts]
     rows = min(map(len, chosen))
     shape = (rows, len(tasks), MAX_TOKENS)
     ids, masks = torch.full(shape, parts[0].padding), torch.zeros(shape, dtype=torch.long)
     for number, task in enumerate(tasks):
-        part, which = parts[DOMAINS.index(task)], chosen[DOMAINS.index(task)][:rows]
-        if name != "train":  # no batch of an evaluation is padded much
+        domain = DOMAINS.index(task)
+        part, which = parts[domain], chosen[domain][:rows]
+        if by_length:
             which = sorted(which, key=part.lengths.__getitem__)
         batch = part.batch(which)
         length = batch["input_ids"].shape[1]
@@ -138,7 +143,7 @@ def execute(run: Run) -> dict[str, Any]:
     """
     begin = time.process_time()
     assert run.images is not None
-    part = "validation" if run.seed == SEARCH_SEED else "test"
+    part = evaluated_part(run.seed)
     problem = bench(run.bench, run.images, (run.task,) if run.task else DOMAINS)
     measured = part == "test" and run.task is None
     record = train_tasks(problem, run, parts=[part], noise_floor_steps=NOISE_FLOOR_STEPS if measured else 0)
